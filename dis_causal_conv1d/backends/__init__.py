@@ -1,0 +1,9 @@
+"""The backends of the causal convolution. A new one is a file here and an entry in ``CONV``."""
+
+from dis_causal_conv1d.dispatch import Dispatcher
+
+from .call import ConvCall
+from .reference import ReferenceConv
+from .torch_shift import TorchConv
+
+CONV: Dispatcher[ConvCall] = Dispatcher("causal_conv1d", [TorchConv(), ReferenceConv()])

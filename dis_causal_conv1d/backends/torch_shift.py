@@ -1,0 +1,143 @@
+"""The causal depthwise convolution as shifted multiply-adds on token-major data, with an analytical backward.
+
+Nothing is transposed, padded or kept for backward but the arguments: backward computes the value before the SiLU
+again, which costs less than writing and reading it.
+
+Shapes: B batch, L tokens, E channels, W taps, R rows of the batch in one block.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dis_causal_conv1d.dispatch import transform_reason
+
+from .call import ConvCall
+
+_BLOCK_ELEMENTS_CPU = 1 << 18
+_BLOCK_ELEMENTS_DEVICE = 1 << 27
+
+
+class TorchConv:
+    """Runs wherever torch does. Refuses forward-mode AD and torch.func transforms, which need ``reference``."""
+
+    name = "torch"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def accepts(self, call: ConvCall) -> str | None:
+        return transform_reason(call[:3])
+
+    def run(self, call: ConvCall) -> Tensor:
+        return shifted_conv(*call)
+
+
+@torch.library.custom_op("zigflow::shifted_conv", mutates_args=())
+def shifted_conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+    """The convolution (B,L,E) in the dtype of ``x``, accumulated in float32 (float64 for float64)."""
+    dtype = _accumulator(x.dtype)
+    out = x.new_empty(x.shape)
+    with torch.autocast(x.device.type, enabled=False):
+        taps_WE, bias = _parameters(weight, bias, dtype)
+        for rows in _rows(x):
+            y_RLE = _convolve(x[rows].to(dtype), taps_WE, bias, reverse)
+            out[rows] = F.silu(y_RLE, inplace=True) if silu else y_RLE
+    return out
+
+
+@torch.library.custom_op("zigflow::shifted_conv_backward", mutates_args=())
+def shifted_conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, each in its tensor's dtype; the last is empty without a bias."""
+    dtype = _accumulator(x.dtype)
+    width = weight.shape[1]
+    grad_x = x.new_empty(x.shape)
+    grad_taps_WE = torch.zeros((width, x.shape[2]), dtype=dtype, device=x.device)
+    grad_bias = torch.zeros(0 if bias is None else bias.shape, dtype=dtype, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        taps_WE, bias_E = _parameters(weight, bias, dtype)
+        for rows in _rows(x):
+            x_RLE, g_RLE = x[rows].to(dtype), grad[rows].to(dtype)
+            if silu:
+                g_RLE = torch.ops.aten.silu_backward(g_RLE, _convolve(x_RLE, taps_WE, bias_E, reverse))
+            grad_x[rows] = _convolve(g_RLE, taps_WE, None, not reverse)
+            for shift in range(min(width, x.shape[1])):
+                seen, target = _shifted(shift, reverse)
+                grad_taps_WE[width - 1 - shift] += (g_RLE[:, target] * x_RLE[:, seen]).sum((0, 1))
+            if bias is not None:
+                grad_bias += g_RLE.sum((0, 1))
+    return (
+        grad_x,
+        grad_taps_WE.t().to(weight.dtype, memory_format=torch.contiguous_format, copy=True),
+        grad_bias if bias is None else grad_bias.to(bias.dtype),
+    )
+
+
+def _convolve(x_RLE: Tensor, taps_WE: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    width = taps_WE.shape[0]
+    if bias is None:
+        y_RLE = x_RLE * taps_WE[-1]
+    else:
+        y_RLE = torch.addcmul(bias, x_RLE, taps_WE[-1])
+    for shift in range(1, min(width, x_RLE.shape[1])):
+        seen, target = _shifted(shift, reverse)
+        y_RLE[:, target].addcmul_(x_RLE[:, seen], taps_WE[width - 1 - shift])
+    return y_RLE
+
+
+def _shifted(shift: int, reverse: bool) -> tuple[slice, slice]:
+    """The tokens that are read and those that they reach, ``shift`` places further along the walk."""
+    head, tail = slice(None, -shift or None), slice(shift, None)
+    return (tail, head) if reverse else (head, tail)
+
+
+def _rows(x: Tensor) -> Iterator[slice]:
+    wanted = _BLOCK_ELEMENTS_CPU if x.device.type == "cpu" else _BLOCK_ELEMENTS_DEVICE
+    step = max(1, wanted // (x.shape[1] * x.shape[2]))
+    return (slice(start, start + step) for start in range(0, x.shape[0], step))
+
+
+def _parameters(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return weight.to(dtype).t().contiguous(), None if bias is None else bias.to(dtype)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("zigflow::shifted_conv")
+def _(x, weight, bias, silu, reverse):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("zigflow::shifted_conv_backward")
+def _(grad, x, weight, bias, silu, reverse):
+    no_bias = x.new_empty(0, dtype=_accumulator(x.dtype))
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        no_bias if bias is None else bias.new_empty(bias.shape),
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.silu, ctx.reverse = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _backward(ctx, grad):
+    x, weight, bias = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias = shifted_conv_backward(grad, x, weight, bias, ctx.silu, ctx.reverse)
+    return grad_x, grad_weight, None if bias is None else grad_bias, None, None
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError("causal_conv1d: backend 'torch' has no second derivative: use backend='reference'")
+
+
+torch.library.register_autograd("zigflow::shifted_conv", _backward, setup_context=_save)
+torch.library.register_autograd("zigflow::shifted_conv_backward", _no_double_backward)

@@ -1,0 +1,142 @@
+"""Choosing a backend for an operation: the one mechanism that dis_causal_conv1d and dis_mamba share.
+
+An operation has a tuple of backends, fastest first; the last one is the definition. ``backend="auto"`` takes the
+first that accepts the call and logs the choice once. A backend that is named explicitly runs or raises. What a
+backend raises while it runs reaches the caller: nothing falls back to a slower path.
+"""
+
+import difflib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C._functorch import maybe_current_level  # torch.func has no public way to ask
+from torch.autograd import forward_ad
+
+CallT = TypeVar("CallT", contravariant=True)
+
+_dispatchers: list["Dispatcher"] = []
+_announced: set[tuple[str, str]] = set()
+_preferred = "auto"
+
+
+class Backend(Protocol[CallT]):
+    """One way to compute an operation. A call is the operation's NamedTuple of validated arguments."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """Why this machine cannot run the backend (a package or device is missing), or None."""
+        ...
+
+    def accepts(self, call: CallT, /) -> str | None:
+        """Why the backend does not take this call, or None when it does."""
+        ...
+
+    def run(self, call: CallT, /) -> Tensor: ...
+
+
+class Dispatcher(Generic[CallT]):
+    """The backends of one operation in the order in which ``auto`` tries them."""
+
+    def __init__(self, op: str, backends: Sequence[Backend[CallT]]):
+        self.op = op
+        self.backends = tuple(backends)
+        _dispatchers.append(self)
+
+    def available(self) -> dict[str, str | None]:
+        """Every backend by name, with the reason why it cannot run on this machine or None."""
+        return {backend.name: backend.unavailable() for backend in self.backends}
+
+    def select(self, call: CallT, name: str = "auto") -> Backend[CallT]:
+        """The backend that will run ``call``.
+
+        Raises:
+            ValueError: no backend has that name, or the named one does not take this call.
+            RuntimeError: the named backend cannot run on this machine, or no backend takes the call.
+        """
+        if name == "auto":
+            name = _preferred
+        if name != "auto":
+            return self._named(call, name)
+        refusals = []
+        for backend in self.backends:
+            reason = backend.unavailable() or backend.accepts(call)
+            if reason is None:
+                return backend
+            refusals.append(f"{backend.name}: {reason}")
+        raise RuntimeError(f"{self.op}: no backend takes this call. " + "; ".join(refusals))
+
+    def run(self, call: CallT, name: str = "auto") -> Tensor:
+        """Select a backend as ``select`` does, log a first choice, and compute."""
+        backend = self.select(call, name)
+        _announce(self.op, backend.name)
+        return backend.run(call)
+
+    def _named(self, call: CallT, name: str) -> Backend[CallT]:
+        for backend in self.backends:
+            if backend.name == name:
+                reason = backend.unavailable()
+                if reason is not None:
+                    raise RuntimeError(f"{self.op}: backend {name!r} cannot run here: {reason}")
+                reason = backend.accepts(call)
+                if reason is not None:
+                    raise ValueError(f"{self.op}: backend {name!r} does not take this call: {reason}")
+                return backend
+        raise _unknown(self.op, name, [backend.name for backend in self.backends])
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the context, calls with ``backend="auto"`` of every operation run as if they named ``name``.
+
+    The choice belongs to the process, not to the thread, so that activation checkpointing, which runs a forward
+    pass again in a thread of autograd's, sees it too. An explicit ``backend=`` argument wins.
+
+    Raises:
+        ValueError: no operation has a backend of that name.
+    """
+    global _preferred
+    known = sorted({backend.name for each in _dispatchers for backend in each.backends})
+    if name not in known:
+        raise _unknown("use_backend", name, known)
+    before, _preferred = _preferred, name
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+def transform_reason(tensors: Sequence[Tensor | None]) -> str | None:
+    """Why a registered custom operator would be wrong here, or None: a torch.func transform or a tangent is in play.
+
+    Such an operator has no forward-mode rule and yet raises nothing: its tangents come out as zeros.
+    """
+    if _inside_functorch():
+        return "it runs inside a torch.func transform (grad, vjp, jvp, vmap, ...): use backend='reference'"
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            return "an input carries a forward-mode tangent: use backend='reference'"
+    return None
+
+
+# torch.compile cannot trace the query, whose answer is fixed while it traces (transforms are part of the trace).
+@torch.compiler.assume_constant_result
+def _inside_functorch() -> bool:
+    return maybe_current_level() is not None
+
+
+@torch.compiler.assume_constant_result
+def _announce(op: str, backend: str) -> None:
+    if (op, backend) not in _announced:
+        _announced.add((op, backend))
+        logging.getLogger(__name__).info("%s runs on backend %r", op, backend)
+
+
+def _unknown(op: str, name: str, known: list[str]) -> ValueError:
+    close = difflib.get_close_matches(str(name), [*known, "auto"], n=2, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return ValueError(f"{op}: unknown backend {name!r}.{hint} Known: auto, {', '.join(known)}")

@@ -1,0 +1,9 @@
+"""The backends of the selective scan. A new one is a file here and an entry in ``SCAN``."""
+
+from dis_causal_conv1d.dispatch import Dispatcher
+
+from .call import ScanCall
+from .reference import ReferenceScan
+from .torch_chunked import TorchScan
+
+SCAN: Dispatcher[ScanCall] = Dispatcher("selective_scan", [TorchScan(), ReferenceScan()])

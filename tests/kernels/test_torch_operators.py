@@ -1,0 +1,188 @@
+"""The registered operators of the `torch` backends: contracts with torch, memory, blocking."""
+
+import functools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import dis_causal_conv1d.backends.torch_shift as torch_shift
+import dis_mamba.backends.torch_chunked as torch_chunked
+from dis_causal_conv1d import causal_conv1d
+from dis_mamba import permute, selective_scan
+from tests.assertions import assert_close
+
+from .definitions import (
+    SCAN_NAMES,
+    conv_arguments,
+    conv_definition,
+    scan_arguments,
+    scan_definition,
+    with_gradients,
+)
+
+scan = functools.partial(selective_scan, backend="torch", delta_softplus=True)
+conv = functools.partial(causal_conv1d, backend="torch", activation="silu")
+
+
+class CountOperators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.name()] = self.calls.get(func.name(), 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [("D", "z", "delta_bias"), ()])
+def test_opcheck_of_the_scan(options):
+    arguments = scan_arguments(1, 33, 2, 1, options=options)
+    tensors = [arguments.get(name) for name in SCAN_NAMES]
+    torch.library.opcheck(torch_chunked.chunked_scan, (*tensors, True, False))
+    frozen = [None if t is None else t.detach() for t in tensors]
+    out, states = torch_chunked.chunked_scan(*frozen, True, True)
+    torch.library.opcheck(torch_chunked.chunked_scan_backward, (out, *frozen, states, True, True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck_of_the_convolution(bias):
+    arguments = conv_arguments(2, 6, 3, 4, bias=bias)
+    tensors = [arguments.get(name) for name in ("x", "weight", "bias")]
+    torch.library.opcheck(torch_shift.shifted_conv, (*tensors, True, False))
+    frozen = [None if t is None else t.detach() for t in tensors]
+    torch.library.opcheck(torch_shift.shifted_conv_backward, (torch.ones(2, 6, 3), *frozen, True, True))
+
+
+def saved_bytes(function, arguments):
+    """Bytes kept for backward beside the arguments themselves."""
+    mine = {value.untyped_storage().data_ptr() for value in arguments.values()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in mine:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = function(**arguments)
+    del out
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("L", [16, 32, 33, 256])
+def test_the_scan_keeps_at_most_half_an_activation(L):
+    arguments = scan_arguments(2, L, 24, 16)
+    kept = saved_bytes(scan, arguments)
+    assert kept <= 4 * 2 * L * 24 / 2
+    assert kept == 4 * 2 * (-(-L // torch_chunked.CHUNK) - 1) * 24 * 16
+
+
+def test_the_convolution_keeps_nothing_beside_its_arguments():
+    assert saved_bytes(conv, conv_arguments(2, 32, 24, 4)) == 0
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_selective_checkpointing_can_keep_the_scan(keep):
+    op = torch.ops.zigflow.chunked_scan.default
+    arguments = scan_arguments(2, 40, 3, 2)
+
+    def policy(ctx, func, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if func is op else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def block(*tensors):
+        return scan(*tensors).sin()
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    with CountOperators() as counter:
+        extra = {"context_fn": contexts} if keep else {}
+        out = checkpoint(block, *arguments.values(), use_reentrant=False, **extra)
+        grads = torch.autograd.grad(out.sum(), list(arguments.values()))
+    assert counter.calls[op.name()] == (1 if keep else 2)
+    want = torch.autograd.grad(block(*arguments.values()).sum(), list(arguments.values()))
+    assert all(torch.equal(a, b) for a, b in zip(grads, want, strict=True))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scan_cut_into_many_blocks(monkeypatch, reverse):
+    # 128 elements per buffer: one row and 64 channels at a time, 130 channels make three cuts.
+    monkeypatch.setattr(torch_chunked, "_BLOCK_ELEMENTS_CPU", 128)
+    arguments = scan_arguments(3, 70, 130, 3)
+    out, grads = with_gradients(scan, arguments, reverse=reverse)
+    want, want_grads = with_gradients(scan_definition, arguments, delta_softplus=True, reverse=reverse)
+    assert_close("output", out, want, of_max=1e-5)
+    for name in arguments:
+        assert_close(name, grads[name], want_grads[name], of_max=1e-4)
+
+
+def test_convolution_cut_into_many_blocks(monkeypatch):
+    monkeypatch.setattr(torch_shift, "_BLOCK_ELEMENTS_CPU", 1)
+    arguments = conv_arguments(3, 9, 5, 4)
+    out, grads = with_gradients(conv, arguments)
+    want, want_grads = with_gradients(conv_definition, arguments, activation="silu")
+    assert_close("output", out, want, of_max=1e-5)
+    for name in arguments:
+        assert_close(name, grads[name], want_grads[name], of_max=1e-5)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Fresh float memory is NaN, so that a value that is read before it is written shows."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poison(tensor):
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("L", [1, 32, 70])
+def test_no_uninitialized_memory_is_read(L, reverse):
+    assert torch.empty(1).isnan().all()
+    arguments = scan_arguments(3, L, 5, 4)
+    arguments_conv = conv_arguments(3, L, 5, 4)
+    for function, values in ((scan, arguments), (conv, arguments_conv)):
+        out, grads = with_gradients(function, values, reverse=reverse)
+        for value in (out, *grads.values()):
+            assert value.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "function,arguments", [(scan, scan_arguments(1, 4, 2, 2)), (conv, conv_arguments(1, 4, 2, 3))]
+)
+def test_a_second_derivative_is_refused(function, arguments):
+    (grad,) = torch.autograd.grad(
+        function(**arguments).sum(), [next(iter(arguments.values()))], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="no second derivative: use backend='reference'"):
+        grad.sum().backward()
+
+
+def test_reference_has_second_derivatives():
+    values = list(scan_arguments(1, 3, 2, 2, dtype=torch.float64).values())
+    assert torch.autograd.gradgradcheck(lambda *t: selective_scan(*t, backend="reference"), values)
+    values = list(conv_arguments(1, 3, 2, 2, dtype=torch.float64).values())
+    assert torch.autograd.gradgradcheck(lambda *t: causal_conv1d(*t, "silu", backend="reference"), values)
+
+
+def test_the_backward_of_permute_gathers():
+    order = torch.randperm(7)
+    x = torch.randn(2, 7, 3, requires_grad=True)
+    with CountOperators() as counter:
+        permute(x, order, order.argsort()).sum().backward()
+    assert counter.calls["aten::index_select"] == 2
+    assert not any("index_put" in name or "index_add" in name or "scatter" in name for name in counter.calls)
+
+
+def test_autocast_around_forward_and_backward_changes_nothing():
+    arguments = scan_arguments(2, 33, 5, 4)
+    want, want_grads = with_gradients(scan, arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, grads = with_gradients(scan, arguments)
+    assert torch.equal(out, want)
+    assert all(torch.equal(grads[name], want_grads[name]) for name in arguments)
