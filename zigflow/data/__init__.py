@@ -1,0 +1,1 @@
+"""Data: sample order, global batches, indexed shards, decoding and loading."""

@@ -1,0 +1,184 @@
+"""Bytes of a shard member to arrays, texts and numbers, within fixed budgets and without running anything."""
+
+import io
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib import format as npy_format
+from torch import Tensor
+
+
+class DecodeError(ValueError):
+    """Bytes that are not what their suffix says, or that exceed a budget."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Budgets of one member.
+
+    Attributes:
+        max_bytes: bytes of a member and of the array that it declares.
+        max_pixels: width times height of an image.
+        max_text: bytes of a text or a JSON document.
+    """
+
+    max_bytes: int = 1 << 29
+    max_pixels: int = 1 << 26
+    max_text: int = 1 << 24
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def decode(suffix: str, data: bytes, limits: Limits = DEFAULT_LIMITS) -> Any:
+    """Decode by what follows the last dot of ``suffix``.
+
+    Returns:
+        png, jpg, jpeg: (H, W) or (H, W, C) uint8 array; npy: array; cls: int; txt: str; json: plain Python.
+
+    Raises:
+        DecodeError: the bytes are damaged, over budget, or of a kind that is never decoded (pickles and
+            others that can run code).
+    """
+    kind = suffix.rsplit(".", 1)[-1].lower()
+    if kind not in DECODERS:
+        raise DecodeError(
+            f"members ending in {kind!r} are not decoded; known: {', '.join(sorted(DECODERS))} "
+            "(formats that can run code, such as pickles, are refused on purpose)"
+        )
+    if len(data) > limits.max_bytes:
+        raise DecodeError(f"{len(data)} bytes, the budget of a member is {limits.max_bytes}")
+    return DECODERS[kind](data, limits)
+
+
+def decode_image(data: bytes, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
+    """PNG or JPEG to (H, W) for grey or (H, W, 3) uint8; palettes become RGB, alpha is dropped."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+            width, height = image.size
+            if width * height > limits.max_pixels:
+                raise DecodeError(f"{width} x {height} pixels, the budget is {limits.max_pixels}")
+            if image.mode.startswith(("I", "F")):
+                raise DecodeError(f"an image of 8 bits per channel is needed, this one has mode {image.mode}")
+            return np.array(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+    except DecodeError:
+        raise
+    # Pillow answers damage with exceptions of many kinds; a bomb warning turned into an error is one of them.
+    except Exception as error:
+        raise DecodeError(f"not a readable PNG or JPEG image: {type(error).__name__}: {error}") from error
+
+
+def decode_npy(data: bytes, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
+    """A plain numeric array; object and structured types are refused before anything is read."""
+    stream = io.BytesIO(data)
+    try:
+        version = npy_format.read_magic(stream)
+        if version == (1, 0):
+            shape, fortran, dtype = npy_format.read_array_header_1_0(stream)
+        elif version == (2, 0):
+            shape, fortran, dtype = npy_format.read_array_header_2_0(stream)
+        else:
+            raise DecodeError(f"npy version {version} is not read; 1.0 and 2.0 are")
+    except DecodeError:
+        raise
+    except Exception as error:
+        raise DecodeError(f"not a readable npy array: {error}") from error
+    if dtype.kind not in "fiub" or dtype.names is not None:
+        raise DecodeError(f"an npy array of numbers is needed, this one has type {dtype}")
+    if any(not isinstance(n, int) or n < 0 for n in shape):
+        raise DecodeError(f"an npy array of shape {shape} cannot be")
+    count = math.prod(shape)
+    declared, present = count * dtype.itemsize, len(data) - stream.tell()
+    if declared > limits.max_bytes:
+        raise DecodeError(f"the npy header declares {declared} bytes, the budget is {limits.max_bytes}")
+    if declared != present:
+        raise DecodeError(f"the npy header declares {declared} bytes of data, {present} are there")
+    flat = np.frombuffer(data, dtype=dtype, count=count, offset=stream.tell())
+    array = flat.reshape(shape, order="F" if fortran else "C")
+    return array.astype(dtype.newbyteorder("="), order="C", copy=True)
+
+
+def decode_json(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Any:
+    try:
+        return json.loads(decode_text(data, limits))
+    except DecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DecodeError(f"not a readable JSON document: {type(error).__name__}: {error}") from error
+
+
+def decode_text(data: bytes, limits: Limits = DEFAULT_LIMITS) -> str:
+    if len(data) > limits.max_text:
+        raise DecodeError(f"{len(data)} bytes of text, the budget is {limits.max_text}")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DecodeError(f"not UTF-8 text: {error}") from error
+
+
+def decode_class(data: bytes, limits: Limits = DEFAULT_LIMITS) -> int:
+    """A class number written in digits."""
+    text = data[:32].strip()
+    if len(data) > 32 or not text.isdigit():
+        raise DecodeError(f"a class is a number 0, 1, 2, ..., got {data[:32]!r}")
+    return int(text)
+
+
+DECODERS: dict[str, Callable[[bytes, Limits], Any]] = {
+    "png": decode_image,
+    "jpg": decode_image,
+    "jpeg": decode_image,
+    "npy": decode_npy,
+    "json": decode_json,
+    "txt": decode_text,
+    "cls": decode_class,
+}
+
+
+def cover_crop(image: Any, height: int, width: int) -> Any:
+    """Crop a PIL image to the center, in the target's aspect ratio, and resize it (bicubic, antialiased)."""
+    from PIL import Image
+
+    if image.size == (width, height):
+        return image
+    scale = min(image.width / width, image.height / height)
+    box_width, box_height = width * scale, height * scale
+    left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
+    box = (left, top, left + box_width, top + box_height)
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+
+
+def to_pixels(image: np.ndarray, channels: int, size: tuple[int, int] | None = None) -> Tensor:
+    """(H, W) or (H, W, 3) uint8 to (channels, h, w) float32 in [-1, 1]: value / 127.5 - 1.
+
+    Args:
+        image: as :func:`decode_image` returns it.
+        channels: 1 (grey) or 3; the image is converted.
+        size: (height, width) to crop and resize to; None keeps the size.
+
+    Raises:
+        ValueError: ``channels`` is neither 1 nor 3, or the array is no 8-bit image.
+    """
+    from PIL import Image
+
+    if channels not in (1, 3):
+        raise ValueError(f"images have 1 or 3 channels, {channels} were asked for")
+    if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        raise ValueError(f"an image is (H, W) or (H, W, 3) uint8, got {image.dtype} {image.shape}")
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[..., 0]
+    have = 1 if image.ndim == 2 else image.shape[2]
+    if have != channels or (size is not None and image.shape[:2] != tuple(size)):
+        picture = Image.fromarray(image).convert("L" if channels == 1 else "RGB")
+        if size is not None:
+            picture = cover_crop(picture, *size)
+        image = np.array(picture)
+    array = torch.from_numpy(image.reshape(*image.shape[:2], channels))
+    return array.permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0).contiguous()

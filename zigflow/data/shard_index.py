@@ -1,0 +1,284 @@
+"""The index of a folder of shards: which sample has which members, and where.
+
+``index.json`` lists the shards; beside each ``x.tar`` lies ``x.tar.index.json`` with its samples. Both are
+plain JSON and are treated as untrusted: every number is checked against the tar before it is used.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .files import read_at, replacing
+from .tar import ShardError, check_name, scan_members, split_name
+
+log = logging.getLogger(__name__)
+
+INDEX_NAME = "index.json"
+MEMBER_SUFFIX = ".index.json"
+UNFINISHED_NAME = "unfinished"
+FORMAT, VERSION = "zigflow-shards", 1
+_MAX_INDEX = 1 << 30
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A member of a sample: its suffix, its place, and the CRC-32 of its bytes where it is known."""
+
+    suffix: str
+    offset: int
+    size: int
+    crc32: int | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A key and its members."""
+
+    key: str
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A line of ``index.json``.
+
+    Attributes:
+        name: file name of the tar.
+        size: bytes of the tar.
+        samples: number of samples.
+        index_sha256: hash of the file with the samples.
+        sha256: hash of the tar, None for one that we indexed but did not write.
+        mtime_ns: time stamp of a foreign tar when it was indexed.
+    """
+
+    name: str
+    size: int
+    samples: int
+    index_sha256: str
+    sha256: str | None = None
+    mtime_ns: int | None = None
+
+
+@dataclass(frozen=True)
+class FolderIndex:
+    """Contents of ``index.json``; ``meta`` is the maker's (class names, image shape, ...)."""
+
+    shards: tuple[Shard, ...]
+    meta: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the shards' names and of all keys, offsets, sizes and checksums."""
+        lines = [f"{shard.name} {shard.samples} {shard.index_sha256}\n" for shard in self.shards]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+
+
+def group_members(members: Iterable[tuple[str, Entry]], shard: str) -> list[Sample]:
+    """Consecutive members of one key make a sample.
+
+    Args:
+        members: (key, entry) in the order of the tar.
+        shard: its name, for errors.
+
+    Raises:
+        ShardError: two members of a sample have one suffix, or a key returns after another one (interleaved).
+    """
+    samples: list[Sample] = []
+    seen: set[str] = set()
+    key, entries = "", []
+    for name, entry in members:
+        if name != key:
+            if entries:
+                samples.append(Sample(key, tuple(entries)))
+            if name in seen:
+                raise ShardError(
+                    "the key returns after another one: its members are interleaved or doubled",
+                    shard,
+                    entry.offset,
+                    name,
+                )
+            seen.add(name)
+            key, entries = name, []
+        if any(other.suffix == entry.suffix for other in entries):
+            raise ShardError(f"the sample has two members {entry.suffix!r}", shard, entry.offset, name)
+        entries.append(entry)
+    if entries:
+        samples.append(Sample(key, tuple(entries)))
+    return samples
+
+
+def scan_shard(path: Path, checksums: bool = False) -> list[Sample]:
+    """The samples of a tar, read from its headers (and its bytes, when ``checksums``).
+
+    Raises:
+        ShardError: see :func:`zigflow.data.tar.scan_members` and :func:`group_members`; or no samples.
+    """
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        total = os.fstat(fd).st_size
+        members, passed_over = [], 0
+        for member in scan_members(fd, path.name, total):
+            parts = split_name(member.name)
+            if parts is None:
+                passed_over += 1
+                continue
+            crc = zlib.crc32(read_at(fd, member.size, member.offset)) if checksums else None
+            members.append((parts[0], Entry(parts[1], member.offset, member.size, crc)))
+    finally:
+        os.close(fd)
+    samples = group_members(members, path.name)
+    if passed_over:
+        log.info("%s: %d members without a key or suffix were passed over", path, passed_over)
+    if not samples:
+        raise ShardError("the tar has no samples", path.name)
+    return samples
+
+
+def dump_samples(shard: str, samples: Iterable[Sample]) -> bytes:
+    rows = [[s.key, [[e.suffix, e.offset, e.size, e.crc32] for e in s.entries]] for s in samples]
+    document = {"format": FORMAT, "version": VERSION, "shard": shard, "samples": rows}
+    return json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def load_samples(path: Path, shard: Shard) -> list[Sample]:
+    """Read and check the samples of one shard.
+
+    Raises:
+        ShardError: the file is missing, is not the one that ``index.json`` was written with, or points
+            outside the tar.
+    """
+    data = _read(path, shard.name)
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        raise ShardError(f"{path.name} is not the file that {INDEX_NAME} was written with", shard.name)
+    document = _parse(data, path)
+    try:
+        samples = [_sample(row, shard) for row in document["samples"]]
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ShardError):
+            raise
+        raise ShardError(f"{path.name} is damaged: {error!r}", shard.name) from error
+    if len(samples) != shard.samples:
+        raise ShardError(f"{path.name} lists {len(samples)} samples, not {shard.samples}", shard.name)
+    return samples
+
+
+def _sample(row: Any, shard: Shard) -> Sample:
+    key, rows = row
+    check_name(key)
+    entries = []
+    for suffix, offset, size, crc in rows:
+        whole = all(
+            isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (offset, size, crc or 0)
+        )
+        if not whole or not isinstance(suffix, str):
+            raise ShardError(f"the index holds a malformed member {suffix!r}", shard.name, None, key)
+        if offset < 512 or offset % 512 or offset + size > shard.size:
+            raise ShardError(
+                f"the index places {suffix!r} ({size} bytes) outside the {shard.size} bytes of the tar",
+                shard.name,
+                offset,
+                key,
+            )
+        entries.append(Entry(suffix, offset, size, crc))
+    return Sample(key, tuple(entries))
+
+
+def write_folder_index(folder: Path, index: FolderIndex) -> None:
+    """Write ``index.json`` last: a folder that has it is complete."""
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "meta": index.meta,
+        "shards": [{k: v for k, v in vars(shard).items() if v is not None} for shard in index.shards],
+    }
+    with replacing(folder / INDEX_NAME) as file:
+        file.write(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False).encode())
+
+
+def load_folder_index(folder: Path) -> FolderIndex:
+    """Read and check ``index.json``.
+
+    Raises:
+        ShardError: it is damaged, of another version, or names a shard that is no plain file name.
+    """
+    path = folder / INDEX_NAME
+    document = _parse(_read(path, INDEX_NAME), path)
+    shards = []
+    try:
+        for row in document["shards"]:
+            shard = Shard(**row)
+            if shard.name != Path(check_name(shard.name)).name or not shard.name.endswith(".tar"):
+                raise ShardError("a shard is a plain file name ending in .tar", shard.name)
+            for number in (shard.size, shard.samples):
+                if not isinstance(number, int) or number < 0:
+                    raise ShardError(f"{INDEX_NAME} holds the number {number!r}", shard.name)
+            shards.append(shard)
+        meta = dict(document.get("meta", {}))
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ShardError):
+            raise
+        raise ShardError(f"{path} is damaged: {error!r}") from error
+    names = [shard.name for shard in shards]
+    if not names or len(set(names)) != len(names):
+        raise ShardError(f"{path} lists no shards, or one of them twice")
+    return FolderIndex(tuple(shards), meta)
+
+
+def build_index(root: Path, folder: Path, checksums: bool = False) -> FolderIndex:
+    """Index the tars of ``root`` once and write the result to ``folder``.
+
+    Raises:
+        FileNotFoundError: ``root`` holds no .tar file.
+        PermissionError: ``folder`` cannot be written; give a cache folder.
+        ShardError: a tar is damaged.
+    """
+    paths = sorted(path for path in root.glob("*.tar") if path.is_file())
+    if not paths:
+        raise FileNotFoundError(f"{root} holds no .tar file and no {INDEX_NAME}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except PermissionError:
+        writable = False
+    if not writable:
+        raise PermissionError(f"the index of {root} cannot be written to {folder}: give a cache_dir that can")
+    log.info("indexing %d shards of %s", len(paths), root)
+    shards = []
+    for path in paths:
+        before = path.stat()
+        samples = scan_shard(path, checksums)
+        data = dump_samples(path.name, samples)
+        with replacing(folder / (path.name + MEMBER_SUFFIX)) as file:
+            file.write(data)
+        digest = hashlib.sha256(data).hexdigest()
+        shards.append(Shard(path.name, before.st_size, len(samples), digest, mtime_ns=before.st_mtime_ns))
+    index = FolderIndex(tuple(shards), {"origin": "foreign"})
+    write_folder_index(folder, index)
+    return index
+
+
+def _read(path: Path, shard: str) -> bytes:
+    try:
+        if path.stat().st_size > _MAX_INDEX:
+            raise ShardError(f"{path.name} is larger than {_MAX_INDEX} bytes", shard)
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ShardError(f"{path} is missing", shard) from error
+
+
+def _parse(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ShardError(f"{path} is no readable JSON: {type(error).__name__}: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ShardError(f"{path} is no index of {FORMAT}")
+    if document.get("version") != VERSION:
+        raise ShardError(f"{path} has version {document.get('version')!r}, this release reads {VERSION}")
+    return document

@@ -1,0 +1,34 @@
+"""The first samples of another source."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from .source import DataSource
+
+
+class Subset:
+    """The first ``limit`` samples of ``source``, as one shard.
+
+    Raises:
+        ValueError: the source has fewer samples.
+    """
+
+    def __init__(self, source: DataSource, limit: int):
+        if not 1 <= limit <= len(source):
+            raise ValueError(
+                f"data.limit={limit} of a source with {len(source)} samples; give 1..{len(source)}"
+            )
+        self.source, self.limit = source, limit
+        self.image_shape = source.image_shape
+        self.num_classes = source.num_classes
+        self.shard_sizes = (limit,)
+        self.fingerprint = hashlib.sha256(f"{source.fingerprint}[:{limit}]".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self.limit
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        if not 0 <= index < self.limit:
+            raise IndexError(f"sample {index} of {self.limit}")
+        return self.source[index]

@@ -1,0 +1,216 @@
+"""``make-shards``: write indexed shards from the digits, a folder of images, or idx files (MNIST and its kin).
+
+Training and held-out parts go to OUTPUT/train and OUTPUT/heldout; without a split everything goes to OUTPUT.
+"""
+
+import argparse
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, cover_crop, decode_image
+from zigflow.data.files import publishing_folder
+from zigflow.data.shard_index import INDEX_NAME, load_folder_index
+from zigflow.data.split import stratified_split
+from zigflow.data.writer import ShardWriter, encode_png
+
+_IDX_KINDS = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_MAX_IDX = 1 << 31
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; 0 on success.
+
+    Raises:
+        ValueError: an input is malformed or options contradict each other.
+        OSError: a file is missing or the output exists.
+    """
+    args = _parser().parse_args(argv)
+    if args.shard_size < 1:
+        raise ValueError(f"--shard-size must be at least 1, got {args.shard_size}")
+    if args.output.exists() and any(args.output.iterdir()):
+        raise FileExistsError(f"{args.output} is not empty: choose another --output")
+    args.run(args)
+    total = 0
+    for path in sorted(args.output.rglob(INDEX_NAME)):
+        shards = load_folder_index(path.parent).shards
+        samples = sum(shard.samples for shard in shards)
+        total += samples
+        print(
+            f"{path.parent}: {samples} samples in {len(shards)} shards, {sum(s.size for s in shards)} bytes"
+        )
+    print(f"{total} samples written to {args.output}")
+    return 0
+
+
+def read_idx(path: Path, limit: int = _MAX_IDX) -> np.ndarray:
+    """Read an idx file, gzipped or not.
+
+    The format: two zero bytes, a type code, the number of dimensions, each dimension as a big-endian 32-bit
+    number, the values.
+
+    Raises:
+        ValueError: the header is malformed, the data are shorter or longer than it says, or larger than ``limit``.
+    """
+    raw = path.read_bytes()
+    read = _gunzip(raw, path) if raw[:2] == b"\x1f\x8b" else _slice(raw)
+    head = read(4)
+    if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _IDX_KINDS or not 1 <= head[3] <= 4:
+        raise ValueError(f"{path} is no idx file: it starts with {head!r}")
+    dims = read(4 * head[3])
+    if len(dims) < 4 * head[3]:
+        raise ValueError(f"{path} ends inside its header")
+    shape = tuple(int.from_bytes(dims[i : i + 4], "big") for i in range(0, len(dims), 4))
+    dtype = np.dtype(_IDX_KINDS[head[2]])
+    declared = math.prod(shape) * dtype.itemsize
+    if declared > limit:
+        raise ValueError(f"{path} declares {shape} = {declared} bytes, at most {limit} are read")
+    data = read(declared + 1)
+    if len(data) != declared:
+        more = "more than " if len(data) > declared else ""
+        present = min(len(data), declared)
+        raise ValueError(f"{path} declares {shape} = {declared} bytes and has {more}{present}")
+    return np.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def _slice(raw: bytes) -> Callable[[int], bytes]:
+    at = 0
+
+    def read(count: int) -> bytes:
+        nonlocal at
+        piece = raw[at : at + count]
+        at += len(piece)
+        return piece
+
+    return read
+
+
+def _gunzip(raw: bytes, path: Path) -> Callable[[int], bytes]:
+    """A reader that inflates only what is asked for: a small file may otherwise unfold without end."""
+    inflater = zlib.decompressobj(wbits=31)
+    rest = raw
+
+    def read(count: int) -> bytes:
+        nonlocal rest
+        out = b""
+        while len(out) < count and not inflater.eof:
+            try:
+                piece = inflater.decompress(rest, count - len(out))
+            except zlib.error as error:
+                raise ValueError(f"{path} is damaged gzip data: {error}") from error
+            rest = inflater.unconsumed_tail
+            if not piece and not rest:
+                break
+            out += piece
+        return out
+
+    return read
+
+
+def _write(
+    args: argparse.Namespace, labels: np.ndarray | None, classes: list[str], members: Callable[[int], dict]
+) -> None:
+    """Write all samples, or two stratified parts, in one atomic step."""
+    count = args.count
+    if args.split_fraction is None:
+        parts = {"": np.arange(count)}
+    else:
+        of = np.zeros(count, dtype=np.int64) if labels is None else labels
+        first, second = stratified_split(of, args.split_fraction, args.seed)
+        parts = {"train": first, "heldout": second}
+        if not len(first) or not len(second):
+            raise ValueError(f"--split-fraction {args.split_fraction} of {count} samples leaves a part empty")
+    marker = f"{list(parts)[-1]}/{INDEX_NAME}".lstrip("/")
+    with publishing_folder(args.output, marker) as folder:
+        for split, part in parts.items():
+            meta = {"name": split or args.kind, "num_classes": len(classes), "class_names": classes}
+            with ShardWriter(folder / split, args.shard_size, args.kind, meta) as writer:
+                for index in part:
+                    writer.add(f"{args.kind}-{index:08d}", members(int(index)))
+
+
+def _run_digits(args: argparse.Namespace) -> None:
+    from zigflow.datasets.digits import write_digits
+
+    if args.seed:
+        raise ValueError("the digits have one split, --seed does not apply")
+    write_digits(args.output, 0.5 if args.split_fraction is None else args.split_fraction, args.shard_size)
+
+
+def _run_folder(args: argparse.Namespace) -> None:
+    from PIL import Image
+
+    from zigflow.datasets.image_folder import list_images
+
+    files, labels, classes = list_images(args.input)
+    args.count = len(files)
+
+    def members(index: int) -> dict[str, bytes]:
+        path = args.input / files[index]
+        if path.stat().st_size > DEFAULT_LIMITS.max_bytes:
+            raise ValueError(f"{path} is larger than {DEFAULT_LIMITS.max_bytes} bytes")
+        data = path.read_bytes()
+        try:
+            image = decode_image(data)
+        except DecodeError as error:
+            raise DecodeError(f"{path}: {error}") from error
+        if args.resize:
+            image = np.array(cover_crop(Image.fromarray(image), args.resize, args.resize))
+            out = {"image.png": encode_png(image)}
+        else:
+            out = {"image.png" if path.suffix.lower() == ".png" else "image.jpg": data}
+        return {**out, "cls_id.cls": str(labels[index]).encode()} if classes else out
+
+    _write(args, np.asarray(labels) if classes else None, list(classes), members)
+
+
+def _run_idx(args: argparse.Namespace) -> None:
+    images = read_idx(args.input)
+    if images.ndim != 3 or images.dtype != np.uint8:
+        raise ValueError(
+            f"{args.input} holds {images.dtype} {images.shape}, images are uint8 (n, height, width)"
+        )
+    labels = None
+    if args.labels is not None:
+        labels = read_idx(args.labels)
+        if labels.ndim != 1 or labels.dtype != np.uint8 or len(labels) != len(images):
+            raise ValueError(
+                f"{args.labels} holds {labels.dtype} {labels.shape}, {len(images)} uint8 labels are needed"
+            )
+        labels = labels.astype(np.int64)
+    args.count = len(images)
+    classes = [] if labels is None else [str(n) for n in range(int(labels.max(initial=0)) + 1)]
+
+    def members(index: int) -> dict[str, bytes]:
+        out = {"image.png": encode_png(images[index])}
+        return out if labels is None else {**out, "cls_id.cls": str(labels[index]).encode()}
+
+    _write(args, labels, classes, members)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="zigflow.tools make-shards", description=__doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for name, run, text in _kinds():
+        sub = kinds.add_parser(name, help=text)
+        sub.set_defaults(run=run, count=0)
+        sub.add_argument("--output", type=Path, required=True, help="an empty or new folder")
+        sub.add_argument("--shard-size", type=int, default=1000, help="samples per shard (1000)")
+        sub.add_argument("--split-fraction", type=float, help="part of every class for training")
+        sub.add_argument("--seed", type=int, default=0, help="seed of the split (0)")
+        if name != "digits":
+            sub.add_argument("--input", type=Path, required=True)
+        if name == "folder":
+            sub.add_argument("--resize", type=int, help="crop to the center and resize to this many pixels")
+        if name == "idx":
+            sub.add_argument("--labels", type=Path, help="the idx file of the labels")
+    return parser
+
+
+def _kinds() -> Iterator[tuple[str, Callable[[argparse.Namespace], None], str]]:
+    yield "digits", _run_digits, "scikit-learn's digits, half of every class for training"
+    yield "folder", _run_folder, "PNG and JPEG files, one sub-folder per class"
+    yield "idx", _run_idx, "idx files as MNIST and Fashion-MNIST come in, gzipped or not"
