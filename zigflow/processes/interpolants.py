@@ -1,0 +1,255 @@
+"""Paths x_t = alpha(t) x1 + sigma(t) x0 from noise x0 (t = 0) to data x1 (t = 1), and their closed forms.
+
+Albergo, Boffi & Vanden-Eijnden, "Stochastic Interpolants" (2023); Ma et al., "SiT" (2024), section 2.
+With W = alpha sigma' - alpha' sigma (never zero inside a path), the predictions are linear in one another:
+
+    velocity v = alpha' x1 + sigma' x0        score s = -x0 / sigma
+    noise  x0 = (alpha v - alpha' x) / W      data x1 = (sigma' x - sigma v) / W
+
+Every method takes a tensor of times in [0, 1] of any shape and keeps its shape and dtype. Quotients are
+written out for each path, because at an end point alpha or sigma is zero while the quotient is often finite.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from zigflow.registry import Registry, unknown_name
+
+from .process import PREDICTIONS
+
+HALF_PI = math.pi / 2
+
+
+class Interpolant(ABC):
+    """One path: alpha, sigma, their time derivatives, and the quotients that the conversions need."""
+
+    noise_end_is_singular: bool
+    """alpha(0) = 0: noise, score and data predictions do not determine the velocity at t = 0."""
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def d_alpha(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def d_sigma(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def d_alpha_over_alpha(self, t: Tensor) -> Tensor:
+        """alpha' / alpha; infinite at t = 0 where alpha(0) = 0."""
+
+    @abstractmethod
+    def d_sigma_over_sigma(self, t: Tensor) -> Tensor:
+        """sigma' / sigma; minus infinity at t = 1."""
+
+    @abstractmethod
+    def score_gain(self, t: Tensor) -> Tensor:
+        """The factor g in v = (alpha'/alpha) x + g s: g = (alpha'/alpha) sigma^2 - sigma sigma'."""
+
+    @abstractmethod
+    def noise_gain(self, t: Tensor) -> Tensor:
+        """The factor W / alpha in v = (alpha'/alpha) x + (W/alpha) x0."""
+
+    @abstractmethod
+    def data_gain(self, t: Tensor) -> Tensor:
+        """The factor -W / sigma in v = (sigma'/sigma) x - (W/sigma) x1."""
+
+    @abstractmethod
+    def split_velocity(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(a, b, c, d) with data = a x + b v and noise = c x + d v, finite on all of [0, 1]."""
+
+    @abstractmethod
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        """The time at which log(alpha^2 / sigma^2) has the given value (the inverse of :meth:`log_snr`)."""
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log(alpha^2 / sigma^2); it rises from -inf (or a finite start) to +inf."""
+        return 2 * (self.alpha(t).log() - self.sigma(t).log())
+
+    def coefficients(self, source: str, target: str, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(p, q) with target = p x + q source, for two of velocity, score, noise, data.
+
+        Raises:
+            UnknownNameError: a prediction that does not exist.
+        """
+        for name in (source, target):
+            if name not in PREDICTIONS:
+                raise unknown_name("prediction", name, list(PREDICTIONS))
+        zero = torch.zeros_like(t)
+        if source == target:
+            return zero, torch.ones_like(t)
+        if target == "velocity":
+            if source == "data":
+                return self.d_sigma_over_sigma(t), self.data_gain(t)
+            return self.d_alpha_over_alpha(t), self.score_gain(t) if source == "score" else self.noise_gain(t)
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        if source == "velocity":
+            data_x, data_v, noise_x, noise_v = self.split_velocity(t)
+            if target == "data":
+                return data_x, data_v
+            return (noise_x, noise_v) if target == "noise" else (-noise_x / sigma, -noise_v / sigma)
+        if source == "data":
+            if target == "noise":
+                return 1 / sigma, -alpha / sigma
+            return -1 / sigma**2, alpha / sigma**2
+        if target == "data":
+            return 1 / alpha, sigma**2 / alpha if source == "score" else -sigma / alpha
+        return zero, -sigma if source == "score" else -1 / sigma
+
+
+INTERPOLANTS: Registry[type[Interpolant]] = Registry("path type")
+
+
+@INTERPOLANTS.register("Linear")
+class Linear(Interpolant):
+    """alpha = t, sigma = 1 - t: straight paths (rectified flow, Liu et al. 2022; Lipman et al. 2022)."""
+
+    noise_end_is_singular = True
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def d_alpha_over_alpha(self, t: Tensor) -> Tensor:
+        return 1 / t
+
+    def d_sigma_over_sigma(self, t: Tensor) -> Tensor:
+        return -1 / (1 - t)
+
+    def score_gain(self, t: Tensor) -> Tensor:
+        return (1 - t) / t
+
+    def noise_gain(self, t: Tensor) -> Tensor:
+        return -1 / t
+
+    def data_gain(self, t: Tensor) -> Tensor:
+        return 1 / (1 - t)
+
+    def split_velocity(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        one = torch.ones_like(t)
+        return one, 1 - t, one, -t
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(log_snr / 2)
+
+
+@INTERPOLANTS.register("GVP")
+class GVP(Interpolant):
+    """alpha = sin(pi t / 2), sigma = cos(pi t / 2): generalised variance preserving (SiT, section 2)."""
+
+    noise_end_is_singular = True
+
+    # cos(pi t / 2) is taken as sin(pi (1 - t) / 2): exactly zero at t = 1 and accurate beside it.
+    def _cos(self, t: Tensor) -> Tensor:
+        return torch.sin(HALF_PI * (1 - t))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sin(HALF_PI * t)
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return HALF_PI * self._cos(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._cos(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -HALF_PI * torch.sin(HALF_PI * t)
+
+    def d_alpha_over_alpha(self, t: Tensor) -> Tensor:
+        return HALF_PI * self._cos(t) / torch.sin(HALF_PI * t)
+
+    def d_sigma_over_sigma(self, t: Tensor) -> Tensor:
+        return -HALF_PI * torch.sin(HALF_PI * t) / self._cos(t)
+
+    def score_gain(self, t: Tensor) -> Tensor:
+        return self.d_alpha_over_alpha(t)
+
+    def noise_gain(self, t: Tensor) -> Tensor:
+        return -HALF_PI / torch.sin(HALF_PI * t)
+
+    def data_gain(self, t: Tensor) -> Tensor:
+        return HALF_PI / self._cos(t)
+
+    def split_velocity(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sin, cos = torch.sin(HALF_PI * t), self._cos(t)
+        return sin, cos / HALF_PI, cos, -sin / HALF_PI
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        return torch.atan(torch.exp(log_snr / 2)) / HALF_PI
+
+
+@INTERPOLANTS.register("VP")
+class VP(Interpolant):
+    """Variance preserving with beta linear in 1 - t (Song et al. 2021, eq. 32, time reversed).
+
+    log alpha = -(beta_max - beta_min) (1-t)^2 / 4 - beta_min (1-t) / 2, sigma^2 = 1 - alpha^2.
+    alpha(0) is small but not zero, so t = 0 is regular; sigma' is infinite at t = 1.
+    """
+
+    noise_end_is_singular = False
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
+        self.beta_min = beta_min
+        self.beta_max = beta_max
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        s = 1 - t
+        return -0.25 * (self.beta_max - self.beta_min) * s**2 - 0.5 * self.beta_min * s
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._log_alpha(t).exp()
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return self.alpha(t) * self.d_alpha_over_alpha(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._variance(t).sqrt()
+
+    def _variance(self, t: Tensor) -> Tensor:
+        return -torch.expm1(2 * self._log_alpha(t))
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -self.alpha(t) * self.d_alpha(t) / self.sigma(t)
+
+    def d_alpha_over_alpha(self, t: Tensor) -> Tensor:
+        return 0.5 * (self.beta_min + (1 - t) * (self.beta_max - self.beta_min))
+
+    def d_sigma_over_sigma(self, t: Tensor) -> Tensor:
+        return -self.alpha(t) * self.d_alpha(t) / self._variance(t)
+
+    def score_gain(self, t: Tensor) -> Tensor:
+        return self.d_alpha_over_alpha(t)
+
+    def noise_gain(self, t: Tensor) -> Tensor:
+        return -self.d_alpha_over_alpha(t) / self.sigma(t)
+
+    def data_gain(self, t: Tensor) -> Tensor:
+        return self.d_alpha(t) / self._variance(t)
+
+    def split_velocity(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sigma = self.sigma(t)
+        return self.alpha(t), self._variance(t) / self.d_alpha(t), sigma, -sigma / self.d_alpha_over_alpha(t)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return 2 * self._log_alpha(t) - self._variance(t).log()
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        minus_log_alpha = -0.5 * torch.nn.functional.logsigmoid(log_snr)
+        half_min = 0.5 * self.beta_min
+        root = (half_min**2 + (self.beta_max - self.beta_min) * minus_log_alpha).sqrt()
+        return 1 - 2 * minus_log_alpha / (half_min + root)

@@ -1,0 +1,124 @@
+"""What every training process offers, and the arithmetic they share.
+
+A process joins data x1 and noise x0 by a path x_t, says what the network has to predict on it, and turns
+the prediction back into velocity, score, noise or data. The network knows nothing of it, and a sampler
+knows nothing else.
+
+Shapes: B batch; x has shape (B, ...) and t has shape (B,).
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+ModelFunction = Callable[..., Tensor]
+"""``model(x, net_time, y) -> prediction`` of the shape of x; an ``nn.Module`` or any callable."""
+
+PREDICTIONS = ("velocity", "score", "noise", "data")
+
+
+@runtime_checkable
+class Process(Protocol):
+    """The interface that the training loop and the samplers rely on.
+
+    ``prior_scale`` is the standard deviation of the state from which sampling starts.
+    """
+
+    prediction: str
+    prior_scale: float
+
+    def sample_time(self, u: Tensor) -> Tensor:
+        """Training times (B,) from uniforms (B,) in [0, 1)."""
+        ...
+
+    def interval(self, use: str = "train") -> tuple[float, float]:
+        """First and last time of training ("train") or of the sampling ODE ("ode")."""
+        ...
+
+    def time_map(self, t: Tensor, model: Any) -> Tensor:
+        """The time that the network is fed, (B,), for process times (B,)."""
+        ...
+
+    def loss(self, model: ModelFunction, x1: Tensor, x0: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        """One loss per sample, (B,)."""
+        ...
+
+    def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Velocity of the probability-flow ODE at (x, t), from the network's output there."""
+        ...
+
+    def score(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Gradient of the log density at (x, t), from the network's output there."""
+        ...
+
+    def noise(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Expected noise x0 given x at t, from the network's output there."""
+        ...
+
+    def data(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Expected data x1 given x at t, from the network's output there."""
+        ...
+
+
+class SdeProcess(Process, Protocol):
+    """A process whose sampling SDE is dX = (velocity + D score) dt + sqrt(2 D) dW with D to choose."""
+
+    def sde_interval(
+        self, diffusion_form: str, last_step_size: float, evaluates_end: bool
+    ) -> tuple[float, float]:
+        """First and last time of the SDE; ``evaluates_end``: the solver asks for the drift at the last."""
+        ...
+
+    def diffusion(self, x: Tensor, t: Tensor, form: str, norm: float) -> Tensor:
+        """D at times t (B,), of shape (B, 1, ...)."""
+        ...
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """float64 for a float64 state, else float32: path coefficients lose too much in half precision."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def time_like(t: Tensor | float, x: Tensor) -> Tensor:
+    """``t`` as a (B,) tensor on the device of ``x``, in the dtype that coefficients are computed in.
+
+    Raises:
+        ValueError: ``t`` is neither a number nor of shape (B,).
+    """
+    t = torch.as_tensor(t, dtype=working_dtype(x), device=x.device)
+    if t.ndim == 0:
+        t = t.expand(x.shape[0])
+    if t.shape != x.shape[:1]:
+        raise ValueError(
+            f"t has shape {tuple(t.shape)} for a batch of shape {tuple(x.shape)}; give one time per sample, "
+            f"shape ({x.shape[0]},)"
+        )
+    return t
+
+
+def over_batch(coefficient: Tensor, x: Tensor) -> Tensor:
+    """A (B,) coefficient with trailing axes of size 1, so that it multiplies ``x`` of shape (B, ...)."""
+    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
+
+
+def predict(process: Process, model: ModelFunction, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+    """Call ``model`` at process time ``t`` and return its prediction in the working dtype of ``x``.
+
+    Raises:
+        ValueError: the prediction does not have the shape of ``x``.
+    """
+    output = model(x, process.time_map(t, model), y)
+    if output.shape != x.shape:
+        raise ValueError(
+            f"the model returned shape {tuple(output.shape)} for a state of shape {tuple(x.shape)}; a "
+            f"{process.prediction} prediction has the state's shape (a model with learned variance has to "
+            "drop those channels under this process)"
+        )
+    return output.to(working_dtype(x))
+
+
+def mean_over_sample(value: Tensor) -> Tensor:
+    """Mean over every axis but the first, (B,)."""
+    return value.flatten(1).mean(1)

@@ -1,0 +1,124 @@
+"""Classifier-free guidance (Ho & Salimans 2022), optionally on an interval of times (Kynkaanniemi et al. 2024)."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .conditions import concatenate
+
+
+class Guided:
+    """A model function: out = uncond + w (cond - uncond), from one call of ``model`` on a doubled batch.
+
+    Args:
+        model: ``model(x, t, y)`` with ``null_condition(y)``, which returns the condition "nothing" built like y.
+        scale: w, a number or one per sample (B,); 1 is off and calls the model once, undoubled.
+        interval: (low, high) process times between which guidance acts; elsewhere the output is conditional.
+        channels: guide the first so many channels only; the rest is the conditional output (official DiT
+            and DiS checkpoints: 3).
+
+    Published scales s with s = w - 1 (U-ViT, DiM) are converted by the caller.
+
+    Raises:
+        ValueError: a scale that is not finite, an empty interval, guidance of a model that cannot be
+            asked without a condition.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        scale: float | Tensor,
+        interval: tuple[float, float] = (0.0, 1.0),
+        channels: int | None = None,
+        skip_outside: bool = True,
+    ):
+        if not isinstance(scale, Tensor) and not math.isfinite(scale):
+            raise ValueError(f"the guidance scale is {scale}; give a finite number (1 = off)")
+        low, high = interval
+        if not low <= high:
+            raise ValueError(
+                f"the guidance interval {tuple(interval)} is empty; give (low, high) with low <= high"
+            )
+        if channels is not None and channels < 1:
+            raise ValueError(f"guidance on {channels} channels; give a positive number, or None for all")
+        self.model = model
+        self.scale = scale
+        self.interval = (low, high)
+        self.channels = channels
+        self.skip_outside = skip_outside
+        if self.active and not callable(getattr(model, "null_condition", None)):
+            raise ValueError(
+                f"guidance with scale {scale} asks {type(model).__name__} for an output without condition, but it has "
+                "no null_condition; train it with class_dropout_prob > 0, or sample with cfg_scale=1"
+            )
+
+    @property
+    def active(self) -> bool:
+        return isinstance(self.scale, Tensor) or self.scale != 1
+
+    @property
+    def time_scale(self) -> float:
+        return getattr(self.model, "time_scale", 1.0)
+
+    def null_condition(self, y: Any) -> Any:
+        return self.model.null_condition(y)
+
+    def always_doubled(self) -> "Guided":
+        """The same guidance without the single call outside the interval.
+
+        Where the samples of a batch are at different times, whether all of them are outside would depend on the
+        neighbours, and so would a sample's bits.
+        """
+        return Guided(self.model, self.scale, self.interval, self.channels, skip_outside=False)
+
+    def __call__(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        """Guided output (B, ...) for x (B, ...), net times t (B,) and a condition y.
+
+        Raises:
+            ValueError: guidance is on and y is None.
+        """
+        if not self.active:
+            return self.model(x, t, y)
+        if y is None:
+            raise ValueError(
+                f"guidance with scale {self.scale} needs a condition y; give labels or tokens, or use cfg_scale=1"
+            )
+        inside = self._inside(t)
+        if inside is not None and self.skip_outside and not inside.any():
+            return self.model(x, t, y)
+        doubled = self.model(
+            torch.cat([x, x]), torch.cat([t, t]), concatenate(y, self.model.null_condition(y))
+        )
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        cond, uncond = doubled.to(dtype).chunk(2)
+        weight = self._weights(inside, cond)
+        guided = uncond + weight * (cond - uncond)
+        if inside is not None:
+            guided = torch.where(inside.reshape(weight.shape), guided, cond)
+        if self.channels is None:
+            return guided
+        axis = 1 if cond.ndim < 4 else cond.ndim - 3
+        if self.channels > cond.shape[axis]:
+            raise ValueError(f"guidance on {self.channels} channels of an output with {cond.shape[axis]}")
+        rest = cond.shape[axis] - self.channels
+        return torch.cat(
+            [guided.narrow(axis, 0, self.channels), cond.narrow(axis, self.channels, rest)], dim=axis
+        )
+
+    def _inside(self, t: Tensor) -> Tensor | None:
+        """(B,) mask of samples that are guided at net time t; None where the interval is all of [0, 1]."""
+        low, high = self.interval
+        if low <= 0 and high >= 1:
+            return None
+        process_time = t / self.time_scale
+        return (process_time >= low) & (process_time <= high)
+
+    def _weights(self, inside: Tensor | None, x: Tensor) -> Tensor:
+        scale = torch.as_tensor(self.scale, dtype=x.dtype, device=x.device)
+        if scale.ndim and scale.shape != x.shape[:1]:
+            raise ValueError(
+                f"guidance scales have shape {tuple(scale.shape)}; give one number or ({x.shape[0]},)"
+            )
+        return scale.expand(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))

@@ -1,0 +1,142 @@
+"""What the samplers share: the registry of solvers, the result of a run, and the watch for non-finite states.
+
+Shapes: B batch; a state x is (B, ...), times t are (B,); every solver works on any trailing shape.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from zigflow.registry import Registry
+
+Drift = Callable[[Tensor, Tensor], Tensor]
+"""``drift(x, t) -> dx/dt`` with x (B, ...) and t (B,)."""
+
+Callback = Callable[[int, Tensor, Tensor], None]
+"""``callback(step, t, x)`` after each step: its number from 1, the times (B,) reached and the state."""
+
+
+class SamplingError(RuntimeError):
+    """A run that cannot go on: a non-finite state, a vanishing step, too many steps."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The end of a run. ``accepted`` and ``rejected`` count steps per sample, for solvers that adapt them."""
+
+    x: Tensor
+    num_function_evaluations: int
+    trajectory: Tensor | None = None
+    accepted: Tensor | None = None
+    rejected: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """Tolerances (per sample, on the root mean square over its elements) and the limit on steps."""
+
+    atol: float = 1e-6
+    rtol: float = 1e-3
+    max_steps: int = 10_000
+
+
+class OdeSolver(Protocol):
+    """A method for dx/dt = drift(x, t). ``order``: the global error is O(h^order); None where unknown."""
+
+    name: str
+    order: int | None
+    adaptive: bool
+
+    def solve(
+        self,
+        drift: Drift,
+        x: Tensor,
+        times: Sequence[float],
+        settings: SolverSettings,
+        keep: bool = False,
+        callback: Callback | None = None,
+    ) -> Solution:
+        """Integrate from times[0] to times[-1], rising or falling.
+
+        ``keep`` stores the states at all of ``times`` as ``Solution.trajectory``, (len(times), B, ...).
+
+        Raises:
+            SamplingError: see the class.
+        """
+        ...
+
+
+TORCHDIFFEQ = "torchdiffeq/"
+
+
+class SamplerRegistry(Registry[object]):
+    """Short names of solvers; those of torchdiffeq appear at the first look-up that needs them."""
+
+    def get(self, name: str) -> object:
+        if name.startswith(TORCHDIFFEQ):
+            self._add_torchdiffeq()
+        return super().get(name)
+
+    def names(self) -> list[str]:
+        if find_spec("torchdiffeq") is not None:
+            self._add_torchdiffeq()
+        return super().names()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def _add_torchdiffeq(self) -> None:
+        from .torchdiffeq_adapter import adapters
+
+        for adapter in adapters():
+            if adapter.name not in self._entries:
+                self.register(adapter.name, adapter)
+
+
+SAMPLERS = SamplerRegistry("sampler")
+"""ODE solvers by their own name, steps of SDE solvers as ``sde/<name>``, torchdiffeq's as ``torchdiffeq/<name>``."""
+
+
+def full_time(t: float, x: Tensor) -> Tensor:
+    """A shared time as (B,), float64 for a float64 state, else float32."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.full((x.shape[0],), t, dtype=dtype, device=x.device)
+
+
+def name_rows(rows: Tensor, limit: int = 8) -> str:
+    """'3 of 16 samples (rows 0, 4, 9)' for a (B,) mask."""
+    index = rows.nonzero().flatten().tolist()
+    listed = ", ".join(map(str, index[:limit])) + (", ..." if len(index) > limit else "")
+    return f"{len(index)} of {rows.shape[0]} samples (rows {listed})"
+
+
+class FiniteWatch:
+    """Notes the first step at which each sample stops being finite, and raises.
+
+    On an accelerator a look at the result makes the host wait, so it is taken every 25 steps and at the end.
+    """
+
+    def __init__(self, x: Tensor):
+        self.first_bad = torch.full((x.shape[0],), -1, dtype=torch.long, device=x.device)
+        self.every = 1 if x.device.type == "cpu" else 25
+
+    def check(self, x: Tensor, step: int, last: bool = False) -> None:
+        """Raises:
+        SamplingError: some sample is not finite; the message names the first such step and the samples.
+        """
+        bad = ~torch.isfinite(x).flatten(1).all(1)
+        self.first_bad = torch.where(bad & (self.first_bad < 0), step, self.first_bad)
+        if not last and step % self.every:
+            return
+        found = (self.first_bad >= 0).cpu()
+        if found.any():
+            first = int(self.first_bad.cpu()[found].min())
+            raise SamplingError(
+                f"sampling became non-finite at step {first} in {name_rows(found)}. Look at the model's output there, "
+                "its precision, and whether the interval ends where the process is singular (sample_eps, "
+                "last_step_size)"
+            )
