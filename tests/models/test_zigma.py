@@ -1,0 +1,348 @@
+"""ZigMa: names and sizes against the manifests, its options, grids, compilation, checkpointing, guidance."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from model_zigma import ZigMa
+from scans import list_scans
+from tests.assertions import assert_close
+from zigflow.keyed import KeyedDraws
+from zigflow.models import build_model, list_models
+from zigflow.nn import Condition
+from zigflow.official import load_official
+
+MANIFESTS = sorted((Path(__file__).parents[1] / "parity" / "fixtures" / "zigma" / "manifests").glob("*.json"))
+TINY = {"in_channels": 2, "embed_dim": 16, "depth": 3, "img_dim": 4, "patch_size": 1}
+
+
+def tiny(**kwargs):
+    """A small model whose zero-initialized layers are filled, so that nothing hides behind them."""
+    model = ZigMa(**{**TINY, **kwargs})
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.abs().max() == 0:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    return model
+
+
+def inputs(batch=2, size=(4, 4), channels=2, frames=0):
+    shape = (batch, frames, channels, *size) if frames else (batch, channels, *size)
+    return torch.randn(shape), torch.rand(batch)
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.stem)
+def test_names_shapes_and_totals_equal_the_manifest(path):
+    manifest = json.loads(path.read_text())
+    model = ZigMa(**manifest["ctor_kwargs"], device="meta")
+    own = {k: list(p.shape) for k, p in model.named_parameters()}
+    assert own == {k: v["shape"] for k, v in manifest["params"].items()}
+    assert sum(p.numel() for p in model.parameters()) == manifest["total_params"]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == manifest["trainable_params"]
+    assert set(model.state_dict()) == set(own) | set(manifest["state_dict_keys_not_parameters"])
+    if manifest["state_dict_order_equals_param_order"]:
+        assert list(own) == list(manifest["params"])
+    assert_close(
+        "rates", torch.tensor(model.drop_path_rates[:-1]), torch.tensor(manifest["drop_path_per_block"])
+    )
+    assert model.drop_path_rates[-1] == manifest["drop_path_final"]
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_variant_is_built_and_has_a_forward_pass(name):
+    with torch.device("meta"):
+        model = build_model(name, in_channels=4, img_dim=16, depth=2)
+        out = model(torch.empty(1, 4, 16, 16), torch.empty(1))
+    assert out.shape == (1, 4, 16, 16)
+
+
+def test_unknown_variant_suggests_a_near_one():
+    with pytest.raises(KeyError, match="zigma_b_2"):
+        build_model("zigma_b2")
+
+
+def test_quick_demo_of_the_readme_on_the_cpu():
+    img_dim = 32
+    in_channels = 3
+    model = ZigMa(
+        in_channels=in_channels,
+        embed_dim=640,
+        depth=18,
+        img_dim=img_dim,
+        patch_size=1,
+        has_text=True,
+        d_context=768,
+        n_context_token=77,
+        device="meta",
+        scan_type="zigzagN8",
+        use_pe=2,
+    )
+    x = torch.rand(10, in_channels, img_dim, img_dim).to("meta")
+    t = torch.rand(10).to("meta")
+    _context = torch.rand(10, 77, 768).to("meta")
+    assert model(x, t, y=_context).shape == (10, 3, 32, 32)
+    assert sum(p.numel() for p in model.parameters()) == 116_996_483
+
+
+@pytest.mark.parametrize("scan_type", ["v1", "v2", "zigzagN8", "hilbertN2", "randomN3", "parallelN4"])
+@pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 7)])
+def test_any_grid_and_other_sizes_than_built_for(scan_type, size):
+    model = tiny(scan_type=scan_type, img_dim=size, use_pe=2).eval()
+    for given in (size, (size[0] + 2, size[1] + 1)):
+        x, t = inputs(size=given)
+        out = model(x, t)
+        assert out.shape == x.shape
+        assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("name", list_scans())
+def test_every_registered_scan_drives_the_model(name):
+    model = tiny(scan_type="v1", scan=name).eval()
+    x, t = inputs()
+    out = model(x, t)
+    assert torch.isfinite(out).all()
+    out.square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_relabeling_tokens_and_orders_together_changes_nothing():
+    """With one walk per layer, a model without positions sees only the order in which tokens come."""
+    model = tiny(scan_type="zigzagN1").eval()
+    x, t = inputs()
+    want = model(x, t)
+    walk = model._walks(model.grid, x.device)[0]
+    shuffle = torch.randperm(16)
+    inverse = torch.argsort(shuffle)
+    # Token i of the shuffled image is token shuffle[i] of the original.
+    order = inverse[walk.order]
+    back = torch.argsort(order)
+    model._walks = lambda *a: tuple(
+        walk._replace(order=order, inverse=back, undo=back, undo_inverse=order) for _ in range(3)
+    )
+    got = model(x.flatten(2)[:, :, shuffle].view_as(x), t)
+    assert_close("relabeled", got.flatten(2)[:, :, inverse], want.flatten(2), of_max=1e-5)
+
+
+@pytest.mark.parametrize("word", ["sst", "st", "tts", "s", "t"])
+@pytest.mark.parametrize("use_pe", [0, 1, 2, 3])
+def test_video_with_factorized_schedules(word, use_pe):
+    model = tiny(scan_type=f"zzvideo_{word}", video_frames=3, use_pe=use_pe, tpe=use_pe == 2, depth=4).eval()
+    x, t = inputs(frames=3)
+    assert model(x, t).shape == x.shape
+    longer, t = inputs(frames=5, size=(6, 4))
+    assert model(longer, t).shape == longer.shape
+
+
+def test_temporal_layers_keep_frames_in_place_unless_asked_for_the_published_reversal():
+    """A temporal layer with a mixer that does nothing must leave frames where they are."""
+    right = tiny(scan_type="zzvideo_t", video_frames=3, depth=2).eval()
+    published = tiny(scan_type="zzvideo_t", video_frames=3, depth=2, official_temporal_reversal=True).eval()
+    published.load_state_dict(right.state_dict())
+    for model in (right, published):
+        for block in model.blocks:
+            block.mixer = torch.nn.Identity()
+    x, t = inputs(frames=3)
+    plain = tiny(scan_type="v1", video_frames=3, depth=2).eval()
+    plain.load_state_dict(right.state_dict(), strict=False)
+    for block in plain.blocks:
+        block.mixer = torch.nn.Identity()
+    assert_close("identity", right(x, t), plain(x, t), of_max=1e-5)
+    assert (published(x, t) - plain(x, t)).abs().max() > 1e-2
+
+
+def test_positions_per_block_are_registered_trained_and_used():
+    model = tiny(use_pe=3).eval()
+    names = [n for n, _ in model.named_parameters() if n.endswith(".pos_embed")]
+    assert names == [f"blocks.{i}.pos_embed" for i in range(3)]
+    x, t = inputs()
+    before = model(x, t)
+    before.sum().backward()
+    assert all(model.get_parameter(n).grad.abs().max() > 0 for n in names)
+    with torch.no_grad():
+        model.get_parameter(names[1]).add_(1.0 * torch.randn(1, 16, 16))
+    assert (model(x, t) - before).abs().max() > 1e-4
+
+
+def test_official_weights_load_into_a_model_with_positions_per_block():
+    source = tiny(use_pe=0)
+    loaded = load_official("zigma", {**TINY, "use_pe": 3}, source.state_dict())
+    assert not loaded.training
+    x, t = inputs()
+    assert_close("zero tables", loaded(x, t), source.eval()(x, t), of_max=1e-6)
+
+
+def test_unfitting_weights_name_the_keys():
+    with pytest.raises(ValueError, match=r"left over.*shape.*x_embedder"):
+        load_official("zigma", {**TINY, "in_channels": 3, "use_pe": 0}, tiny(use_pe=2).state_dict())
+    with pytest.raises(KeyError, match="zigma"):
+        load_official("zigmo", TINY, {})
+
+
+CASES = {
+    "zigzag": {"scan_type": "zigzagN2"},
+    "bidirectional": {"scan_type": "v2", "num_classes": 3, "class_dropout_prob": 0.3},
+    "text": {"scan_type": "zigzagN2", "has_text": True, "d_context": 6},
+    "video": {"scan_type": "zzvideo_st", "video_frames": 2},
+}
+
+
+def _run(model, seed=0):
+    torch.manual_seed(seed)
+    x, t = inputs(batch=3, frames=model.video_frames)
+    y = torch.randn(3, 4, 6) if model.has_text else None
+    y = torch.tensor([0, 1, 2]) if model.num_classes > 0 else y
+    x.requires_grad_()
+    with KeyedDraws(0, torch.arange(3)).active():
+        out = model(x, t, y)
+    out.square().sum().backward()
+    gradients = {"x": x.grad.clone()} | {
+        k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None
+    }
+    model.zero_grad()
+    return out.detach(), gradients
+
+
+@pytest.mark.parametrize("policy", ["block", "selective"])
+@pytest.mark.parametrize("case", CASES)
+def test_checkpointed_equals_plain(case, policy):
+    model = tiny(**CASES[case], drop_path_rate=0.4).train()
+    want, want_gradients = _run(model)
+    model.set_checkpoint_policy(policy)
+    got, gradients = _run(model)
+    assert torch.equal(got, want)
+    assert gradients.keys() == want_gradients.keys()
+    for name in gradients:
+        assert torch.equal(gradients[name], want_gradients[name]), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_equals_eager_with_at_most_three_graphs(case):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model = tiny(**CASES[case], depth=6, drop_path_rate=0.4).train()
+    keys = list(model.state_dict())
+    want, want_gradients = _run(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile_blocks(backend=counter)
+    got, gradients = _run(model)
+    assert 1 <= counter.frame_count <= 3
+    assert list(model.state_dict()) == keys
+    assert_close("out", got, want)
+    for name in want_gradients:
+        assert_close(name, gradients[name], want_gradients[name], of_max=1e-3)
+
+
+def test_drop_path_and_label_dropout_follow_the_keys_not_the_batch():
+    model = tiny(num_classes=3, class_dropout_prob=0.5, drop_path_rate=0.5, depth=4).train()
+    x, t = inputs(batch=6)
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    ids = torch.arange(100, 106)
+    with KeyedDraws(7, ids).active():
+        whole = model(x, t, y)
+    with KeyedDraws(7, ids[2:4]).active():
+        part = model(x[2:4], t[2:4], y[2:4])
+    assert_close("rows", part, whole[2:4], of_max=1e-5)
+    with KeyedDraws(8, ids).active():
+        other = model(x, t, y)
+    assert (other - whole).abs().max() > 1e-3
+
+
+def test_null_condition_and_the_row_it_needs():
+    plain = tiny(num_classes=3)
+    assert plain.y_embedder.embedding_table.weight.shape == (3, 16)
+    with pytest.raises(ValueError, match="class_dropout_prob"):
+        plain.null_condition(torch.tensor([0]))
+    dropping = tiny(num_classes=3, class_dropout_prob=0.1).eval()
+    assert dropping.y_embedder.embedding_table.weight.shape == (4, 16)
+    null = dropping.null_condition(torch.tensor([0, 2]))
+    assert null.tolist() == [3, 3]
+    x, t = inputs()
+    assert torch.equal(dropping(x, t), dropping(x, t, null))
+
+
+def test_condition_objects_masks_and_features():
+    model = tiny(has_text=True, d_context=6).eval()
+    x, t = inputs()
+    tokens = torch.randn(2, 5, 6)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    out, features = model(x, t, Condition(tokens=tokens, mask=mask), return_features=("blocks.1",))
+    assert features["blocks.1"].shape == (2, 16, 16)
+    short = model(x[:1], t[:1], tokens[:1, :3])
+    assert_close("masked tokens are not read", out[:1], short, of_max=1e-5)
+    assert_close("plain tokens", model(x, t, tokens), model(x, t, Condition(tokens=tokens)), of_max=1e-6)
+    with pytest.raises(KeyError, match=r"blocks\.1"):
+        model(x, t, tokens, return_features=("block.1",))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtype_and_device_of_the_constructor(dtype):
+    model = ZigMa(**TINY, dtype=dtype, device="cpu").eval()
+    x, t = inputs()
+    assert model(x.to(dtype), t).dtype == dtype
+
+
+def test_bf16_autocast_stays_close():
+    model = tiny(scan_type="zigzagN2", num_classes=3).eval()
+    x, t = inputs()
+    y = torch.tensor([0, 1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = model(x, t, y)
+    want = model(x, t, y)
+    assert ((got.float() - want).pow(2).mean().sqrt() / want.pow(2).mean().sqrt()) < 2e-2
+
+
+def test_random_scans_are_reproducible_and_stored():
+    a, b = tiny(scan_type="randomN3", scan_seed=5), tiny(scan_type="randomN3", scan_seed=5)
+    other = tiny(scan_type="randomN3", scan_seed=6)
+    state = a.scan_state()
+    assert state
+    assert not any(k in a.state_dict() for k in state)
+    b.check_scan_state(state)
+    with pytest.raises(ValueError, match="scan_seed"):
+        other.check_scan_state(state)
+    assert tiny(scan_type="zigzagN8").scan_state() == {}
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"use_pe": 4}, "use_pe"),
+        ({"has_text": True}, "d_context"),
+        ({"tpe": True}, "video_frames"),
+        ({"class_dropout_prob": 0.1}, "num_classes"),
+        ({"class_dropout_prob": 1.0, "num_classes": 2}, "class_dropout_prob"),
+        ({"img_dim": 5, "patch_size": 2}, "divisible"),
+        ({"scan_type": "zigzagN9"}, "9"),
+        ({"scan_type": "zigzg"}, "zigzag"),
+        ({"ssm_cfg": {"d_stat": 4}}, "d_stat"),
+        ({"use_pe": 1, "embed_dim": 18}, "divisible by 4"),
+    ],
+)
+def test_wrong_construction_is_explained(kwargs, message):
+    with pytest.raises((ValueError, TypeError, KeyError), match=message):
+        ZigMa(**{**TINY, **kwargs})
+
+
+def test_wrong_input_is_explained():
+    model = tiny(num_classes=3)
+    x, t = inputs()
+    for bad, message in (
+        ((x[:, :1], t, torch.tensor([0, 1])), "C=2"),
+        ((x, t[:1], torch.tensor([0, 1])), "one time per sample"),
+        ((x, t, None), "class labels"),
+        ((x, t, torch.rand(2)), "class labels"),
+        ((x.unsqueeze(1), t, torch.tensor([0, 1])), "video_frames=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(*bad)
+
+
+def test_gradients_reach_every_parameter():
+    for case in CASES.values():
+        model = tiny(**case).train()
+        _, gradients = _run(model)
+        assert set(gradients) == {"x"} | {k for k, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,38 @@
+"""Activation checkpointing policies: what a block keeps for its backward pass."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from zigflow.registry import unknown_name
+
+CHECKPOINT_POLICIES = ("none", "block", "selective")
+
+_MATRIX_PRODUCTS = ("mm", "bmm", "addmm", "linear", "_scaled_dot_product")
+
+
+def _keep_expensive(context, op, *args, **kwargs) -> CheckpointPolicy:
+    """Keep the project's own kernels and the matrix products; recompute norms, activations and gathers."""
+    name = op.name() if hasattr(op, "name") else str(op)
+    namespace, _, rest = name.partition("::")
+    if namespace == "zigflow" or rest.split(".")[0].startswith(_MATRIX_PRODUCTS):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpointed(policy: str, function: Callable, *args):
+    """Call ``function(*args)`` under a policy: none, block (recompute all), selective (keep kernels and products).
+
+    Raises:
+        UnknownNameError: the policy is not one of the three.
+    """
+    if policy not in CHECKPOINT_POLICIES:
+        raise unknown_name("checkpoint policy", policy, list(CHECKPOINT_POLICIES))
+    if policy == "none" or not torch.is_grad_enabled():
+        return function(*args)
+    if policy == "block":
+        return checkpoint(function, *args, use_reentrant=False)
+    contexts = partial(create_selective_checkpoint_contexts, _keep_expensive)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
