@@ -1,0 +1,268 @@
+"""The Frechet distance between two Gaussians fitted to feature vectors.
+
+Dowson and Landau, "The Frechet distance between multivariate normal distributions" (1982), equation 4;
+as an image metric: Heusel et al., "GANs trained by a two time-scale update rule ..." (2017).
+
+Legend: B images of a batch, C channels, H height, W width, N feature vectors, F features.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zigflow.metrics.base import LabeledImages, Metric, check_images
+
+__all__ = ["FrechetMetric", "FrechetStatistics", "frechet_distance", "frechet_from_features"]
+
+
+def _square_root(covariance: Tensor) -> Tensor:
+    """Symmetric square root of a positive semi-definite (F, F) float64 matrix."""
+    values, vectors = torch.linalg.eigh(covariance)
+    # Rounding leaves a null direction with |eigenvalue| ~ eps, whose root ~ 1e-8 would leak into the product.
+    floor = values.abs().max() * values.numel() * torch.finfo(values.dtype).eps
+    roots = torch.where(values > floor, values.clamp_min(0), 0.0).sqrt()
+    return (vectors * roots) @ vectors.mT
+
+
+def _check_moments(name: str, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    if mean.ndim != 1 or covariance.shape != (mean.numel(), mean.numel()):
+        raise ValueError(
+            f"{name}: expected a mean (F,) and a covariance (F, F), "
+            f"got {tuple(mean.shape)} and {tuple(covariance.shape)}"
+        )
+    device = "cpu" if mean.device.type == "mps" else mean.device
+    mean, covariance = mean.to(device, torch.float64), covariance.to(device, torch.float64)
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError(f"{name}: mean or covariance is not finite")
+    asymmetry = float((covariance - covariance.mT).abs().max())
+    if asymmetry > 1e-6 * float(covariance.abs().max()):
+        raise ValueError(f"{name}: the covariance is not symmetric (largest difference {asymmetry:.3g})")
+    return mean, (covariance + covariance.mT) / 2
+
+
+def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
+    """|mean1 - mean2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2), computed in float64.
+
+    The last trace is the sum of the singular values of S1^1/2 S2^1/2. Taken so, singular covariances (fewer
+    samples than features) lose no digits: the eigenvalues of S1^1/2 S2 S1^1/2 would be accurate to
+    eps |S1||S2| only, their roots to 1e-8.
+
+    Args:
+        mean1, mean2: (F,).
+        covariance1, covariance2: (F, F), symmetric positive semi-definite.
+
+    Returns:
+        The squared distance (the number that the literature calls FID), >= 0.
+
+    Raises:
+        ValueError: shapes that do not fit together, an asymmetric covariance, a value that is not finite.
+    """
+    mean1, covariance1 = _check_moments("first Gaussian", mean1, covariance1)
+    mean2, covariance2 = _check_moments("second Gaussian", mean2, covariance2)
+    if mean1.shape != mean2.shape:
+        raise ValueError(f"the Gaussians have {mean1.numel()} and {mean2.numel()} dimensions")
+    shift = (mean1 - mean2).square().sum()
+    cross = torch.linalg.svdvals(_square_root(covariance1) @ _square_root(covariance2)).sum()
+    distance = shift + covariance1.trace() + covariance2.trace() - 2.0 * cross
+    # Rounding may leave minus 1e-16 of the traces where the distance is zero.
+    return max(float(distance), 0.0)
+
+
+class FrechetStatistics:
+    """Count, sum and sum of outer products of feature vectors, in float64.
+
+    Sums of two instances, or of all processes through ``packed``, are the statistics of the union.
+
+    Args:
+        num_features: F.
+        device: where the sums live (not Metal, which has no float64).
+    """
+
+    def __init__(self, num_features: int, device: torch.device | str = "cpu"):
+        if num_features < 1:
+            raise ValueError(f"num_features must be at least 1, got {num_features}")
+        self.num_features = num_features
+        self.count = 0
+        self.sum_F = torch.zeros(num_features, dtype=torch.float64, device=device)
+        self.outer_FF = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+
+    def update(self, features_NF: Tensor) -> "FrechetStatistics":
+        """Add (N, F) feature vectors of any floating dtype; returns self.
+
+        Raises:
+            ValueError: another shape, or a value that is not finite.
+        """
+        if features_NF.ndim != 2 or features_NF.shape[1] != self.num_features:
+            raise ValueError(
+                f"features must have shape (N, {self.num_features}), got {tuple(features_NF.shape)}"
+            )
+        if not features_NF.isfinite().all():
+            raise ValueError("a feature is not finite; the Frechet distance would be meaningless")
+        # Two moves: a float64 tensor cannot exist on every device that a float32 one can come from.
+        features_NF = features_NF.detach().to(self.sum_F.device).to(torch.float64)
+        self.count += len(features_NF)
+        self.sum_F += features_NF.sum(0)
+        self.outer_FF += features_NF.mT @ features_NF
+        return self
+
+    def merge(self, other: "FrechetStatistics") -> "FrechetStatistics":
+        """Add another instance's sums; returns self.
+
+        Raises:
+            ValueError: another number of features.
+        """
+        if other.num_features != self.num_features:
+            raise ValueError(f"cannot merge {other.num_features} features into {self.num_features}")
+        self.count += other.count
+        self.sum_F += other.sum_F.to(self.sum_F.device)
+        self.outer_FF += other.outer_FF.to(self.outer_FF.device)
+        return self
+
+    def packed(self) -> Tensor:
+        """(1 + F + F*F,) float64: what an all-reduce with SUM adds up."""
+        count = self.sum_F.new_tensor([self.count])
+        return torch.cat([count, self.sum_F, self.outer_FF.reshape(-1)])
+
+    @classmethod
+    def from_packed(cls, packed: Tensor, num_features: int) -> "FrechetStatistics":
+        """The inverse of ``packed``.
+
+        Raises:
+            ValueError: the length does not belong to ``num_features``.
+        """
+        if packed.shape != (1 + num_features + num_features**2,):
+            raise ValueError(f"packed shape {tuple(packed.shape)} does not hold {num_features} features")
+        new = cls(num_features, packed.device)
+        new.count = round(float(packed[0]))
+        new.sum_F = packed[1 : 1 + num_features].to(torch.float64).clone()
+        new.outer_FF = packed[1 + num_features :].to(torch.float64).reshape(num_features, -1).clone()
+        return new
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean (F,) and unbiased covariance (F, F), float64.
+
+        Raises:
+            ValueError: fewer than two vectors.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 feature vectors, got {self.count}")
+        mean = self.sum_F / self.count
+        covariance = (self.outer_FF - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        return mean, (covariance + covariance.mT) / 2
+
+    def distance(self, other: "FrechetStatistics") -> float:
+        """Squared Frechet distance between the Gaussians of two sets."""
+        return frechet_distance(*self.moments(), *other.moments())
+
+
+def frechet_from_features(a_NF: Tensor, b_MF: Tensor) -> float:
+    """Squared Frechet distance between the Gaussians fitted to two sets of vectors, (N, F) and (M, F).
+
+    Means are subtracted before products are formed, so no digit is lost however far the sets lie from zero.
+
+    Raises:
+        ValueError: other shapes, fewer than two vectors, a value that is not finite.
+    """
+    return frechet_distance(*_centered_moments("first set", a_NF), *_centered_moments("second set", b_MF))
+
+
+def _centered_moments(name: str, x_NF: Tensor) -> tuple[Tensor, Tensor]:
+    if x_NF.ndim != 2 or len(x_NF) < 2:
+        raise ValueError(f"{name}: expected at least two feature vectors (N, F), got {tuple(x_NF.shape)}")
+    if x_NF.device.type == "mps":
+        x_NF = x_NF.cpu()
+    x_NF = x_NF.detach().to(torch.float64)
+    mean = x_NF.mean(0)
+    x_NF = x_NF - mean
+    return mean, x_NF.mT @ x_NF / (len(x_NF) - 1)
+
+
+class FrechetMetric(Metric):
+    """Frechet distance of samples to a real set, in the features of a given network.
+
+    Args:
+        features: maps uint8 images (B, C, H, W) to features (B, F); a module in eval mode or a function.
+        reference: "train" or "heldout".
+        batch_size: images per call for the reference set.
+        name: the result's key.
+
+    Raises:
+        ValueError: an unknown ``reference``.
+    """
+
+    def __init__(
+        self,
+        features: Callable[[Tensor], Tensor],
+        reference: str = "train",
+        batch_size: int = 256,
+        name: str = "frechet",
+    ):
+        super().__init__()
+        if reference not in ("train", "heldout"):
+            raise ValueError(f"reference must be 'train' or 'heldout', got {reference!r}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.features = features
+        self.reference = reference
+        self.batch_size = batch_size
+        self.name = name
+        self._real: FrechetStatistics | None = None
+        self._fake: FrechetStatistics | None = None
+
+    def set_reference(self, train: LabeledImages, heldout: LabeledImages | None = None) -> None:
+        """Fit the Gaussian of the chosen real set.
+
+        Raises:
+            ValueError: the chosen set is missing.
+        """
+        chosen = train if self.reference == "train" else heldout
+        if chosen is None:
+            raise ValueError(f"{self.name}: reference={self.reference!r}, but that set was not given")
+        images = check_images(f"{self.reference} images", chosen[0])
+        real = None
+        for start in range(0, len(images), self.batch_size):
+            real = self._add(real, images[start : start + self.batch_size])
+        if real is None or real.count < 2:
+            raise ValueError(
+                f"{self.name}: the {self.reference} set needs at least 2 images, got {len(images)}"
+            )
+        self._real = real
+
+    @torch.no_grad()
+    def _add(self, statistics: FrechetStatistics | None, images: Tensor) -> FrechetStatistics:
+        features = self.features(images)
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"{self.name}: features must come as ({len(images)}, F), got {shape}")
+        return (statistics or FrechetStatistics(features.shape[1])).update(features)
+
+    def _has_reference(self) -> bool:
+        return self._real is not None
+
+    def _take(self, images: Tensor, labels: Tensor | None, ids: Tensor) -> None:
+        self._fake = self._add(self._fake, images)
+
+    def _forget(self) -> None:
+        self._fake = None
+
+    def _absorb(self, other: "FrechetMetric") -> None:
+        if other._fake is not None:
+            mine = self._fake or FrechetStatistics(other._fake.num_features, other._fake.sum_F.device)
+            self._fake = mine.merge(other._fake)
+
+    def compute(self) -> dict[str, float]:
+        """``{name: squared distance}``."""
+        self._require_samples()
+        return {self.name: self._fake.distance(self._real)}
+
+    def protocol(self) -> dict[str, Any]:
+        """Sizes of both sets, the feature network, the dimension."""
+        kind = self.features if hasattr(self.features, "__qualname__") else type(self.features)
+        return super().protocol() | {
+            "features": f"{kind.__module__}.{kind.__qualname__}",
+            "num_features": self._real.num_features if self._real else None,
+            "reference": self.reference,
+            "reference_n": self._real.count if self._real else 0,
+        }
