@@ -1,0 +1,144 @@
+"""Between pixels and what the network sees; the only owner of the latent scale.
+
+Legend: B batch, C channels, H height, W width, h and w of the latents; video has T frames after B.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zigflow.keyed import current_draws
+
+__all__ = ["AutoencoderKLCodec", "Codec", "IdentityCodec", "to_uint8"]
+
+
+class Codec(Protocol):
+    """What the engine asks of a codec."""
+
+    def encode(self, batch: Any) -> Tensor:
+        """The data point x1 of a batch: (B,C,h,w) or (B,T,C,h,w), scaled. ``batch`` has pixels or latents."""
+        ...
+
+    def decode(self, x_BChw: Tensor) -> Tensor:
+        """Pixels (B,C,H,W) or (B,T,C,H,W), nominally in [-1, 1], unclamped."""
+        ...
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] to grey levels: ``127.5 x + 128`` clamped to [0, 255], then cut to an integer.
+
+    This is the official rule of DiT, SiT and ZigMa. The cut after adding 128 rounds to the nearest level of
+    ``127.5 x + 127.5``; -1 maps to 0, 0 to 128, 1 to 255. Non-finite pixels are an error, not a grey level.
+
+    Raises:
+        ValueError: a pixel is NaN or infinite.
+    """
+    if not torch.isfinite(pixels).all():
+        raise ValueError(
+            "the decoded images hold NaN or infinite pixels: the model, the sampler or its step is at fault"
+        )
+    return (pixels.float() * 127.5 + 128.0).clamp(0.0, 255.0).to(torch.uint8)
+
+
+def _stored(batch: Any) -> Tensor | None:
+    return getattr(batch, "latents", None)
+
+
+class IdentityCodec:
+    """The network sees pixels, or stored latents as they are, times ``scale``.
+
+    Args:
+        scale: x1 = scale * pixels; decoding divides.
+
+    Raises:
+        ValueError: ``scale`` is not positive.
+    """
+
+    def __init__(self, scale: float = 1.0):
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale!r}")
+        self.scale = scale
+
+    def encode(self, batch: Any) -> Tensor:
+        x = batch.pixels if batch.pixels is not None else _stored(batch)
+        if x is None:
+            raise ValueError(
+                "the batch has neither pixels nor latents; give the data source an image or latent key"
+            )
+        return x if self.scale == 1.0 else x * self.scale
+
+    def decode(self, x_BChw: Tensor) -> Tensor:
+        return x_BChw if self.scale == 1.0 else x_BChw / self.scale
+
+
+class AutoencoderKLCodec:
+    """Latents of a Stable-Diffusion autoencoder (Rombach et al., CVPR 2022), through diffusers.
+
+    Stored latents are unscaled, as ZigMa's shards hold them, and only need the scale; pixels are encoded.
+
+    Args:
+        path: local directory of a diffusers ``AutoencoderKL``; nothing is downloaded.
+        scale: x1 = scale * latents; 0.18215 for the SD-1 autoencoders.
+        posterior: ``sample`` draws the latent with the ambient keyed draws (torch's generator without any),
+            ``mode`` takes its mean.
+        chunk: images that are encoded or decoded at a time.
+
+    Raises:
+        ImportError: diffusers is missing; the extra to install is named.
+        ValueError: an unknown ``posterior`` or a ``scale`` that is not positive.
+    """
+
+    def __init__(self, path: str, *, scale: float = 0.18215, posterior: str = "sample", chunk: int = 16):
+        if posterior not in ("sample", "mode"):
+            raise ValueError(f"posterior must be 'sample' or 'mode', got {posterior!r}")
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale!r}")
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError as error:
+            raise ImportError(
+                "the autoencoder codec needs diffusers: pip install 'zigflow[codec]'"
+            ) from error
+        self.scale = scale
+        self.posterior = posterior
+        self.chunk = chunk
+        vae: Any = AutoencoderKL.from_pretrained(path, local_files_only=True)
+        self._vae = vae.eval().requires_grad_(False)
+
+    def to(self, device: torch.device | str) -> "AutoencoderKLCodec":
+        """Move the autoencoder; in place."""
+        self._vae.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, batch: Any) -> Tensor:
+        stored = _stored(batch)
+        if stored is not None:
+            return stored * self.scale
+        if batch.pixels is None:
+            raise ValueError(
+                "the batch has neither pixels nor latents; give the data source an image or latent key"
+            )
+        pixels, lead = _fold(batch.pixels)
+        posteriors = [self._vae.encode(part).latent_dist for part in pixels.split(self.chunk)]
+        latents = torch.cat([p.mean for p in posteriors])
+        latents = latents.reshape(*lead, *latents.shape[1:])
+        if self.posterior == "sample":
+            std = torch.cat([p.std for p in posteriors]).reshape(latents.shape)
+            draws = current_draws()
+            shape = tuple(latents.shape[1:])
+            noise = torch.randn_like(latents) if draws is None else draws.normal("codec.encode", shape)
+            latents = latents + std * noise.to(latents)
+        return latents * self.scale
+
+    @torch.no_grad()
+    def decode(self, x_BChw: Tensor) -> Tensor:
+        latents, lead = _fold(x_BChw / self.scale)
+        pixels = torch.cat([self._vae.decode(part).sample for part in latents.split(self.chunk)])
+        return pixels.reshape(*lead, *pixels.shape[1:])
+
+
+def _fold(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Frames into the batch: (B,T,C,H,W) -> (B T,C,H,W); also the leading sizes to undo it."""
+    return (x, (x.shape[0],)) if x.ndim == 4 else (x.flatten(0, 1), (x.shape[0], x.shape[1]))

@@ -1,0 +1,64 @@
+"""What the training loop takes out of a batch, and what it prepares in a model."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["condition", "prepare_blocks"]
+
+
+def condition(batch: Any, model: nn.Module, draws: Any) -> Any:
+    """What the model is conditioned on.
+
+    A batch may bring a finished ``condition``; else a text model (``has_text``) gets the tokens, one caption
+    of each sample picked by keyed draw when there are several, and any other model the labels.
+
+    Args:
+        draws: keyed draws of the batch's samples.
+
+    Returns:
+        Labels (B,), tokens (B, L, D), whatever ``batch.condition`` is, or None.
+
+    Raises:
+        ValueError: a text model and a batch without tokens.
+    """
+    ready = getattr(batch, "condition", None)
+    if ready is not None:
+        return ready
+    if not getattr(model, "has_text", False):
+        return batch.labels
+    tokens: Tensor | None = batch.tokens
+    if tokens is None:
+        raise ValueError(
+            "the model reads text and the batch has no tokens; give the source a caption-feature key"
+        )
+    if tokens.ndim == 4:
+        choice = draws.integers("train.caption", tokens.shape[1])
+        tokens = tokens[torch.arange(tokens.shape[0], device=tokens.device), choice]
+    return tokens
+
+
+def prepare_blocks(model: nn.Module, policy: str, compiled: bool) -> None:
+    """Checkpoint policy first, then compilation in place, so that no parameter is renamed.
+
+    Raises:
+        ValueError: the model knows no checkpoint policies, or has no blocks to compile.
+    """
+    name = type(model).__name__
+    if policy != "none":
+        if not hasattr(model, "set_checkpoint_policy"):
+            raise ValueError(
+                f"checkpoint_policy={policy} needs set_checkpoint_policy(), which {name} has not"
+            )
+        model.set_checkpoint_policy(policy)
+    if not compiled:
+        return
+    if hasattr(model, "compile_blocks"):
+        model.compile_blocks()
+        return
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList):
+        raise ValueError(f"compile=true needs a model with blocks or compile_blocks(); {name} has neither")
+    for block in blocks:
+        block.compile(fullgraph=True)

@@ -1,0 +1,309 @@
+"""Checkpoints that a crash at any moment cannot break: a directory, sealed, then renamed.
+
+``checkpoints/step-0001234/`` holds safetensors and JSON files only. It is written as
+``.incomplete-step-0001234``: every file is synced, then ``SEAL.json`` with the size and SHA-256 of every file,
+then the directory gets its name. So a directory that has its name is complete, and what is incomplete is never
+looked at and is removed at the next start. Old checkpoints lose their name first and their files after.
+
+=========================  ==========================================================================
+model.safetensors          the model's state dict
+ema_<profile>.safetensors  averages by parameter name
+optimizer.safetensors      ``<state>/<parameter>``
+paths.safetensors          scan orders, when the model has a ``scan_state()``
+rank_0000.safetensors      torch's generator states of that process
+rank_0000.json             what else belongs to one process
+trainer.json               counters, data position, scaler, scheduler, best, run id, versions, plug-ins
+config.json                the resolved configuration
+SEAL.json                  format version, step, sizes and digests
+=========================  ==========================================================================
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import durable
+from .ranks import Ranks
+from .tensors import load_tensors, save_tensors
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Checkpoint",
+    "CheckpointError",
+    "clean",
+    "find_latest",
+    "list_complete",
+    "open_checkpoint",
+    "prune",
+    "save",
+    "verify",
+]
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+SEAL = "SEAL.json"
+_INCOMPLETE, _DELETED = ".incomplete-", ".deleted-"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, damaged, or of another format."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint directory."""
+
+    path: Path
+
+    @property
+    def step(self) -> int:
+        return _step_of(self.path)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return self.json("config.json")
+
+    @cached_property
+    def trainer(self) -> dict[str, Any]:
+        return self.json("trainer.json")
+
+    def json(self, name: str) -> dict[str, Any]:
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of ``<name>.safetensors`` on the CPU.
+
+        Raises:
+            CheckpointError: the checkpoint has no such file; those that it has are named.
+        """
+        if not self.has(f"{name}.safetensors"):
+            known = sorted(file.stem for file in self.path.glob("*.safetensors"))
+            raise CheckpointError(f"{self.path} has no {name}.safetensors; it has {', '.join(known)}")
+        return load_tensors(self.path / f"{name}.safetensors")
+
+    @property
+    def ema_names(self) -> list[str]:
+        files = self.path.glob("ema_*.safetensors")
+        return sorted(file.name.removeprefix("ema_").removesuffix(".safetensors") for file in files)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:07d}"
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _map_digest(files: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def save(
+    directory: Path,
+    step: int,
+    *,
+    shared: Mapping[str, Any],
+    own: Mapping[str, Any],
+    ranks: Ranks,
+) -> Path:
+    """Write one checkpoint; every rank calls this together.
+
+    Args:
+        directory: the run's ``checkpoints/``, on a file system that all ranks see; it exists.
+        shared: file name -> contents, written by rank 0: a mapping of tensors for ``.safetensors``, a JSON
+            value for ``.json``.
+        own: the same for the files of this rank.
+
+    Returns:
+        The checkpoint's directory. A complete checkpoint of that step which is there already stays.
+
+    Raises:
+        OSError: a file could not be written; earlier checkpoints are untouched.
+        ValueError: a file name with another ending.
+    """
+    target = directory / _name(step)
+    with ranks.together("looking for an earlier checkpoint"):
+        done = is_complete(target)
+    if done:
+        log.info("%s is complete already", target)
+        return target
+    temporary = directory / f"{_INCOMPLETE}{target.name}"
+    with ranks.together("opening the checkpoint"):
+        if ranks.is_main:
+            if temporary.exists():
+                durable.remove_tree(temporary)
+            durable.make_dir(temporary)
+    with ranks.together("writing the checkpoint of a process"):
+        seals = {name: _write(temporary / name, contents) for name, contents in own.items()}
+    with ranks.together("writing the checkpoint"):
+        if ranks.is_main:
+            seals |= {name: _write(temporary / name, contents) for name, contents in shared.items()}
+            # The other ranks' files: read back, since digests do not travel between processes.
+            for path in temporary.iterdir():
+                if path.name not in seals:
+                    seals[path.name] = {"size": path.stat().st_size, "sha256": durable.file_digest(path)}
+            durable.sync_dir(temporary)
+            seal = {
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                "files": seals,
+                "digest": _map_digest(seals),
+            }
+            durable.write_json(temporary / SEAL, seal)
+            durable.sync_dir(temporary)
+            if target.exists():
+                _discard(target)
+            durable.rename(temporary, target)
+    return target
+
+
+def _write(path: Path, contents: Any) -> dict[str, int | str]:
+    if path.suffix == ".safetensors":
+        return save_tensors(path, contents)
+    if path.suffix == ".json":
+        return durable.write_json(path, contents)
+    raise ValueError(f"a checkpoint holds .safetensors and .json files, not {path.name!r}")
+
+
+def _read_seal(path: Path) -> dict[str, Any] | None:
+    try:
+        seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
+        files = seal["files"]
+        intact = seal["digest"] == _map_digest(files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return seal if intact else None
+
+
+def is_complete(path: Path) -> bool:
+    """Whether the directory has its seal and every sealed file its size; contents are not read."""
+    seal = _read_seal(path)
+    if seal is None:
+        return False
+    try:
+        return all((path / name).stat().st_size == entry["size"] for name, entry in seal["files"].items())
+    except OSError:
+        return False
+
+
+def verify(path: Path) -> None:
+    """Compare every file with the seal.
+
+    Raises:
+        CheckpointError: no valid seal, an unknown format, or a file that is missing, of another size or of
+            other contents; the file is named.
+    """
+    seal = _read_seal(path)
+    if seal is None:
+        raise CheckpointError(f"{path} has no valid {SEAL}: the save was cut short or the file was changed")
+    if seal["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {seal['format_version']}, this zigflow reads up to {FORMAT_VERSION}; "
+            "install a newer zigflow"
+        )
+    for name, entry in seal["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{path} lacks {name}, which its seal lists")
+        if file.stat().st_size != entry["size"]:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, its seal says {entry['size']}")
+        if durable.file_digest(file) != entry["sha256"]:
+            raise CheckpointError(
+                f"{file} is damaged: its contents differ from the seal; use another checkpoint"
+            )
+
+
+def list_complete(directory: Path) -> list[Checkpoint]:
+    """The complete checkpoints in a ``checkpoints/`` directory, oldest first."""
+    if not directory.is_dir():
+        return []
+    found = [
+        path for path in directory.iterdir() if re.fullmatch(r"step-\d+", path.name) and is_complete(path)
+    ]
+    return [Checkpoint(path) for path in sorted(found, key=_step_of)]
+
+
+def find_latest(directory: Path) -> Checkpoint | None:
+    """The newest complete checkpoint of a run directory (or its ``checkpoints/``), or None."""
+    inside = directory / "checkpoints"
+    found = list_complete(inside if inside.is_dir() else directory)
+    return found[-1] if found else None
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """The verified checkpoint that ``path`` means: its directory, or the newest of a run directory.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = Path(path)
+    if re.fullmatch(r"step-\d+", path.name):
+        if not path.is_dir():
+            there = [c.path.name for c in list_complete(path.parent)]
+            raise CheckpointError(
+                f"there is no {path}; complete checkpoints there: {', '.join(there) or 'none'}"
+            )
+        found = Checkpoint(path)
+    else:
+        latest = find_latest(path)
+        if latest is None:
+            raise CheckpointError(
+                f"{path} holds no complete checkpoint; give a run directory or a step-* in it"
+            )
+        found = latest
+    verify(found.path)
+    return found
+
+
+def clean(directory: Path) -> None:
+    """Remove what saves and deletions that were cut short have left. Only the run's one writer may do it."""
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if path.name.startswith((_INCOMPLETE, _DELETED)) and path.is_dir():
+            log.info("removing %s, left by a run that was cut", path)
+            durable.remove_tree(path)
+
+
+def prune(directory: Path, keep_last: int, keep: Collection[int] = ()) -> None:
+    """Delete old checkpoints, never the only good one.
+
+    The newest is read back and compared with its seal first; when it is damaged, nothing is deleted.
+
+    Args:
+        keep_last: complete checkpoints that stay, at least 1.
+        keep: steps that stay besides.
+    """
+    found = list_complete(directory)
+    surplus = [c for c in found[: -max(keep_last, 1)] if c.step not in keep]
+    if not surplus:
+        return
+    try:
+        verify(found[-1].path)
+    except CheckpointError:
+        log.exception("the newest checkpoint is damaged, so older ones stay")
+        return
+    for checkpoint in surplus:
+        _discard(checkpoint.path)
+
+
+def _discard(path: Path) -> None:
+    # Without its name first: a deletion that is cut short must not leave half a checkpoint under a good name.
+    gone = path.with_name(f"{_DELETED}{path.name}")
+    if gone.exists():
+        durable.remove_tree(gone)
+    durable.rename(path, gone)
+    durable.remove_tree(gone)

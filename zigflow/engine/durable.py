@@ -1,0 +1,200 @@
+"""File operations that survive a crash; everything that a run must be able to trust goes through here.
+
+A file is durable once it *and* the directory that names it are synced; a rename inside one directory is
+atomic. Each operation announces itself through :func:`observed` before it happens, so that a test can stop
+the world at any one of them.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = [
+    "DurableFile",
+    "append_line",
+    "file_digest",
+    "make_dir",
+    "observed",
+    "remove_tree",
+    "rename",
+    "replace_bytes",
+    "replace_json",
+    "sync_dir",
+    "unlink",
+    "write_bytes",
+    "write_json",
+]
+
+OPERATIONS = ("mkdir", "open", "write", "fsync", "fsync_dir", "rename", "unlink", "rmdir")
+_CHUNK = 1 << 24
+
+_observers: list[Callable[[str, Path], None]] = []
+
+
+@contextmanager
+def observed(callback: Callable[[str, Path], None]) -> Iterator[None]:
+    """Inside the ``with`` block, call ``callback(operation, path)`` before every operation of this process.
+
+    ``operation`` is one of :data:`OPERATIONS`. What the callback raises is raised in place of the operation.
+    """
+    _observers.append(callback)
+    try:
+        yield
+    finally:
+        _observers.remove(callback)
+
+
+def _announce(operation: str, path: Path) -> None:
+    for callback in tuple(_observers):
+        callback(operation, path)
+
+
+class DurableFile:
+    """A new file that counts and hashes what is written to it and is synced when the ``with`` block ends.
+
+    Attributes:
+        size: bytes written so far.
+        sha256: hexadecimal digest of them.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.size = 0
+        self._hash = hashlib.sha256()
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> "DurableFile":
+        _announce("open", self.path)
+        self._file = open(self.path, "wb", buffering=0)
+        return self
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append ``data``; a write that the system cuts short is continued."""
+        if self._file is None:
+            raise ValueError(f"{self.path} is not open; use DurableFile in a with block")
+        view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+        while len(view):
+            _announce("write", self.path)
+            written = self._file.write(view[:_CHUNK]) or 0
+            self._hash.update(view[:written])
+            self.size += written
+            view = view[written:]
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        file, self._file = self._file, None
+        if file is None:
+            return
+        try:
+            if kind is None:
+                _announce("fsync", self.path)
+                os.fsync(file.fileno())
+        finally:
+            file.close()
+
+
+def make_dir(path: Path) -> None:
+    """Create one directory (its parent exists) and sync the parent; an existing directory is fine."""
+    if path.is_dir():
+        return
+    _announce("mkdir", path)
+    path.mkdir(exist_ok=True)
+    sync_dir(path.parent)
+
+
+def sync_dir(path: Path) -> None:
+    """Make the names inside a directory durable."""
+    _announce("fsync_dir", path)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Atomically give ``source`` the name ``target`` (same directory) and sync the directory."""
+    _announce("rename", target)
+    os.replace(source, target)
+    sync_dir(target.parent)
+
+
+def unlink(path: Path) -> None:
+    """Remove one file; a missing one is fine."""
+    _announce("unlink", path)
+    path.unlink(missing_ok=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and what is in it. Links are removed, never followed."""
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            remove_tree(entry)
+        else:
+            unlink(entry)
+    _announce("rmdir", path)
+    path.rmdir()
+
+
+def write_bytes(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, int | str]:
+    """Write a new file piece by piece and sync it; return ``{"size": bytes, "sha256": digest}``."""
+    with DurableFile(path) as file:
+        for piece in pieces:
+            file.write(piece)
+    return {"size": file.size, "sha256": file.sha256}
+
+
+def _json_bytes(value: object) -> bytes:
+    # NaN is not JSON: a reader elsewhere would refuse the whole file.
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: Path, value: object) -> dict[str, int | str]:
+    """Write a new JSON file and sync it; return its size and digest."""
+    return write_bytes(path, [_json_bytes(value)])
+
+
+def replace_bytes(path: Path, pieces: Iterable[bytes | memoryview], *, durable: bool = True) -> None:
+    """Give ``path`` new contents atomically: a reader sees the old file or the new one, never a part.
+
+    Args:
+        durable: also wait until both the contents and the name are on the disk.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    if durable:
+        write_bytes(temporary, pieces)
+        rename(temporary, path)
+        return
+    _announce("open", temporary)
+    with open(temporary, "wb") as file:
+        for piece in pieces:
+            _announce("write", temporary)
+            file.write(piece)
+    _announce("rename", path)
+    os.replace(temporary, path)
+
+
+def replace_json(path: Path, value: object) -> None:
+    """:func:`replace_bytes` for a JSON value."""
+    replace_bytes(path, [_json_bytes(value)])
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line and hand it to the system; a torn last line is possible after a power cut."""
+    _announce("open", path)
+    with open(path, "ab", buffering=0) as file:
+        _announce("write", path)
+        file.write(line.encode() + b"\n")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,184 @@
+"""The directory of one run: its layout, its identity, its one writer."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint, durable
+
+__all__ = ["RunDir", "RunDirError", "check_same_config"]
+
+log = logging.getLogger(__name__)
+
+MODEL_SECTIONS = ("model", "scan", "codec", "process")
+_open_locks: "set[_Lock]" = set()
+
+
+class RunDirError(RuntimeError):
+    """The run directory cannot be used as asked; the message says why and what to do."""
+
+
+class _Lock:
+    """An advisory lock on a file, freed by the system when the process dies."""
+
+    def __init__(self, handle: int):
+        self.handle: int | None = handle
+
+    def release(self) -> None:
+        if self.handle is not None:
+            os.close(self.handle)
+            self.handle = None
+        _open_locks.discard(self)
+
+
+def _forget_locks() -> None:
+    # A forked data worker that outlives its killed parent would hold the lock and block the resume.
+    for lock in list(_open_locks):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+class RunDir:
+    """One run's files; used by the main process alone as a context manager that holds the lock.
+
+    Layout: ``run.json`` (id, creation time), ``lock``, ``checkpoints/``, ``metrics.jsonl``.
+
+    Args:
+        path: created with its parents when missing.
+        resume: ``auto`` continues what is there; ``never`` refuses a directory that holds a run.
+
+    Raises:
+        RunDirError: on entering: another process writes there (its pid is named), or the directory is in use
+            and ``resume`` is ``never``.
+    """
+
+    def __init__(self, path: Path | str, *, resume: str = "auto"):
+        self.path = Path(path)
+        self.resume = resume
+        self._lock: _Lock | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def run_id(self) -> str:
+        return self._identity()["run_id"]
+
+    def __enter__(self) -> "RunDir":
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        try:
+            if self.resume == "never" and self.in_use():
+                raise RunDirError(
+                    f"{self.path} holds a run already and resume=never; choose another run_dir, or resume=auto"
+                )
+            durable.make_dir(self.checkpoints)
+            checkpoint.clean(self.checkpoints)
+            self._identity()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def in_use(self) -> bool:
+        """Whether a run has left anything here that it could continue from or would overwrite."""
+        return bool(checkpoint.list_complete(self.checkpoints)) or self.metrics.exists()
+
+    def latest(self, *, verify: bool = True) -> checkpoint.Checkpoint | None:
+        """The newest complete checkpoint, its contents compared with its seal unless told otherwise.
+
+        Raises:
+            checkpoint.CheckpointError: its files differ from the seal. An older one is not taken in silence:
+                remove the damaged directory to continue from the one before.
+        """
+        found = checkpoint.find_latest(self.checkpoints)
+        if found is not None and verify:
+            checkpoint.verify(found.path)
+        return found
+
+    def _identity(self) -> dict[str, Any]:
+        file = self.path / "run.json"
+        if not file.exists():
+            created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            durable.replace_json(
+                file, {"run_id": secrets.token_hex(4), "created": created, "format_version": 1}
+            )
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def _take_lock(self) -> _Lock:
+        file = self.path / "lock"
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(handle, 200).decode(errors="replace").strip() or "unknown"
+            os.close(handle)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise RunDirError(f"{file} cannot be locked: {error}") from error
+            raise RunDirError(
+                f"{self.path} is being written by another process ({holder}); stop it, or choose another run_dir"
+            ) from error
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        lock = _Lock(handle)
+        _open_locks.add(lock)
+        return lock
+
+
+def check_same_config(
+    given: Mapping[str, Any], stored: Mapping[str, Any], sections: Collection[str] = MODEL_SECTIONS
+) -> None:
+    """Compare the configuration of a run that resumes with the one in its checkpoint.
+
+    Differences inside ``sections`` (what the weights belong to) are errors, others are logged.
+
+    Raises:
+        RunDirError: naming every contradicting key with both values.
+    """
+    old, new = _flat(stored), _flat(given)
+    contradictions = []
+    for key in sorted(set(old) | set(new)):
+        before, now = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if before == now:
+            continue
+        if key.split(".")[0] in sections:
+            contradictions.append(f"{key}: the checkpoint has {before!r}, the command says {now!r}")
+        else:
+            log.info("%s was %r in the checkpoint and is %r now", key, before, now)
+    if contradictions:
+        raise RunDirError(
+            "the run cannot continue with another model: "
+            + "; ".join(contradictions)
+            + ". Drop the override, or choose another run_dir"
+        )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{name}.")
+        else:
+            flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,235 @@
+"""Everything that a training run is at one moment, to and from the files of a checkpoint."""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from zigflow import __version__
+
+from .checkpoint import FORMAT_VERSION, Checkpoint, CheckpointError
+from .ema import EmaProfiles, check_names
+from .optim import load_optimizer_state, optimizer_state
+from .precision import LossScaler
+from .tensors import assign, clean_name, full
+
+__all__ = ["Counters", "RunState", "load_weights", "model_state", "versions"]
+
+
+@dataclass
+class Counters:
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps taken.
+        images_seen: images of those steps.
+        skipped: steps that fp16 overflow skipped; they consumed data and nothing else.
+        loss_sum, loss_steps: of the steps since the last logged line.
+        best: the best evaluation so far, ``{"metric", "value", "step"}``.
+        keep: steps whose checkpoints stay.
+    """
+
+    step: int = 0
+    images_seen: int = 0
+    skipped: int = 0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    best: dict[str, Any] | None = None
+    keep: list[int] = field(default_factory=list)
+
+    @property
+    def batches(self) -> int:
+        """Global batches consumed: where the data continues."""
+        return self.step + self.skipped
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The live objects of a run.
+
+    Args:
+        model: the unwrapped model.
+        data: what fixes the meaning of a position in the data: seed, global batch, samples in an epoch.
+        facts: what is only recorded: run id, plug-ins, precision, world size.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    ema: EmaProfiles
+    scaler: LossScaler
+    counters: Counters
+    data: Mapping[str, int | None]
+    facts: Mapping[str, Any]
+    config: Mapping[str, Any]
+    device: torch.device
+
+    def shared_files(self) -> dict[str, Any]:
+        """File name -> contents of what all ranks share; collective when parameters are sharded."""
+        tensors, groups = optimizer_state(self.model, self.optimizer)
+        files: dict[str, Any] = {
+            "model.safetensors": model_state(self.model),
+            "optimizer.safetensors": tensors,
+            "config.json": dict(self.config),
+        }
+        for name in self.ema.names():
+            files[f"ema_{name}.safetensors"] = self.ema.state_dict(name)
+        paths = scan_state(self.model)
+        if paths:
+            files["paths.safetensors"] = paths
+        seen = self.counters.batches * (self.data["global_batch"] or 0)
+        size = self.data.get("epoch_size")
+        files["trainer.json"] = {
+            "format_version": FORMAT_VERSION,
+            "counters": asdict(self.counters),
+            "data": {**self.data, "g": seen, "epoch": seen // size if size else None},
+            "optimizer_groups": groups,
+            "scaler": self.scaler.state_dict(),
+            "ema": [asdict(profile) for profile in self.ema.profiles],
+            "versions": versions(),
+            **self.facts,
+        }
+        return files
+
+    def own_files(self, rank: int) -> dict[str, Any]:
+        """The files of this process."""
+        return {
+            f"rank_{rank:04d}.safetensors": random_state(self.device),
+            f"rank_{rank:04d}.json": {"device": self.device.type, "threads": torch.get_num_threads()},
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint; the torch generators are restored apart, just before the first step.
+
+        Raises:
+            CheckpointError: the data position has another meaning here, or the scan orders differ.
+            ValueError: names or shapes of weights, averages or optimizer state do not fit.
+        """
+        stored = checkpoint.trainer
+        for key, value in self.data.items():
+            before = stored["data"].get(key)
+            if before != value:
+                raise CheckpointError(
+                    f"{checkpoint.path} was written with {key}={before}, this run has {key}={value}: "
+                    f"its samples would come in another order; use {key}={before}, or start a new run_dir"
+                )
+        check_scan_state(self.model, checkpoint)
+        load_model_state(self.model, checkpoint.tensors("model"))
+        for name in self.ema.names():
+            if name not in checkpoint.ema_names:
+                known = ", ".join(checkpoint.ema_names) or "none"
+                raise CheckpointError(
+                    f"{checkpoint.path} has no EMA profile {name!r} (it has {known}); "
+                    "profiles are chosen when a run starts"
+                )
+            self.ema.load_state_dict(name, checkpoint.tensors(f"ema_{name}"))
+        load_optimizer_state(
+            self.model, self.optimizer, checkpoint.tensors("optimizer"), stored["optimizer_groups"]
+        )
+        self.scaler.load_state_dict(stored["scaler"])
+        for key, value in stored["counters"].items():
+            setattr(self.counters, key, value)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the bits of a run."""
+    import accelerate
+    import numpy
+    import safetensors
+
+    return {
+        "zigflow": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "accelerate": accelerate.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict as plain CPU tensors under clean names."""
+    return {clean_name(name): full(value) for name, value in model.state_dict().items()}
+
+
+def load_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a stored state dict into the model.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    targets = {clean_name(name): value for name, value in model.state_dict().items()}
+    check_names("the stored model", state, targets)
+    for name, target in targets.items():
+        assign(target, state[name])
+
+
+def scan_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's scan orders, when it has some: ``model.scan_state()`` gives named tensors."""
+    getter = getattr(model, "scan_state", None)
+    return {} if getter is None else {name: full(value) for name, value in getter().items()}
+
+
+def check_scan_state(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Compare the model's scan orders with the stored ones: weights trained along one order fit no other.
+
+    Raises:
+        CheckpointError: they differ; the first differing one is named.
+    """
+    have = scan_state(model)
+    stored = checkpoint.tensors("paths") if checkpoint.has("paths.safetensors") else {}
+    for name in sorted(set(have) | set(stored)):
+        if name not in have or name not in stored or not torch.equal(have[name], stored[name]):
+            raise CheckpointError(
+                f"scan order {name!r} of the model differs from the one that {checkpoint.path} was trained with; "
+                "use the same scan, its seed and the same resolution"
+            )
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: str | None = None) -> str:
+    """Load a checkpoint into a model that is to be sampled or evaluated.
+
+    Args:
+        weights: ``model`` for the weights themselves, an EMA profile's name, or None for the first profile
+            that the run listed (the weights themselves when it had none).
+
+    Returns:
+        What was loaded, ``"model"`` or ``"ema_<profile>"``.
+
+    Raises:
+        CheckpointError: there is no such profile, or the scan orders differ.
+        ValueError: the stored weights do not fit the model.
+    """
+    listed = [profile["name"] for profile in checkpoint.trainer["ema"]]
+    chosen = weights if weights is not None else (listed[0] if listed else "model")
+    if chosen != "model" and chosen not in listed:
+        raise CheckpointError(
+            f"{checkpoint.path} has no weights {chosen!r}; known: {', '.join(['model', *listed])}"
+        )
+    check_scan_state(model, checkpoint)
+    load_model_state(model, checkpoint.tensors("model"))
+    if chosen == "model":
+        return chosen
+    averages = checkpoint.tensors(f"ema_{chosen}")
+    targets = {clean_name(n): p for n, p in model.named_parameters() if p.dtype.is_floating_point}
+    check_names(f"EMA profile {chosen!r}", averages, targets)
+    for name, target in targets.items():
+        assign(target, averages[name])
+    return f"ema_{chosen}"
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Torch's generator states that this process uses, as uint8 tensors."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -1,0 +1,255 @@
+"""Sampling into a folder of numbered PNG files.
+
+Sample i starts from noise keyed by (seed, i) and is computed in batch ``i // batch_size``, whose size is
+always full, so its image does not depend on how many samples are asked for, on how many processes share the
+work, or on how often the run was cut. A folder is continued only by a run of the same identity.
+
+Legend: N samples, B batch, C channels, H x W pixels.
+"""
+
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from zigflow.codec import to_uint8
+from zigflow.keyed import KeyedDraws
+
+from . import durable
+from .precision import autocast
+from .ranks import Ranks
+from .run_state import model_state
+
+__all__ = ["SamplingFolderError", "SamplingResult", "SamplingRun", "weights_hash"]
+
+log = logging.getLogger(__name__)
+
+IDENTITY = "sampling.json"
+
+
+class SamplingFolderError(RuntimeError):
+    """The folder belongs to another sampling run, or its samples cannot be PNG files."""
+
+
+@dataclass(frozen=True)
+class SamplingResult:
+    """What this process knows after the run; with one process, everything.
+
+    Attributes:
+        images: (N, C, H, W) uint8; a video's frames stand side by side.
+        ids: (N,) int64 sample numbers.
+        labels: (N,) int64, or None for an unconditional model.
+        identity: what the samples follow from.
+        function_evaluations: of the last batch that was computed, None when all were there.
+    """
+
+    images: np.ndarray
+    ids: np.ndarray
+    labels: np.ndarray | None
+    identity: dict[str, Any]
+    function_evaluations: int | None
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of the model's state dict: names, shapes, types and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model_state(model).items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class SamplingRun:
+    """Samples ``num_samples`` images into ``folder``.
+
+    Args:
+        model: holds the weights to sample from; ``model(x, t, y)``.
+        process: has ``prior_scale`` when its starting noise is not of unit variance.
+        sampler: ``sample(process, model, x0, y, draws=...) -> x1``.
+        codec: ``decode(x1)`` to pixels in [-1, 1].
+        shape: of one x0, (C,h,w) or (T,C,h,w).
+        num_samples: sample numbers 0..num_samples-1.
+        batch_size: the fixed batch; the last one is filled up with samples that are thrown away.
+        seed: of the noise.
+        folder: made when missing.
+        num_classes: sample i has the label ``i % num_classes``; 0 for an unconditional model.
+        label_of: another plan, (B,) sample numbers -> (B,) labels (or any condition of the model).
+        guide: makes the guided model from the plain one, for instance ``lambda m: Guided(m, scale)``.
+        identity: plain facts that the images depend on and that this class cannot see: sampler and its
+            settings, guidance, process, codec, checkpoint.
+        mixed_precision: ``no``, ``fp16`` or ``bf16`` for the network.
+        progress: as in ``TrainOptions``.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        process: Any,
+        sampler: Any,
+        codec: Any,
+        shape: tuple[int, ...],
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        folder: Path | str,
+        num_classes: int = 0,
+        label_of: Callable[[Tensor], Any] | None = None,
+        guide: Callable[[Any], Any] | None = None,
+        identity: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        ranks: Ranks | None = None,
+        mixed_precision: str = "no",
+        progress: bool | None = None,
+    ):
+        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+        self.process, self.sampler, self.codec = process, sampler, codec
+        self.shape = tuple(shape)
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.folder = Path(folder)
+        self.num_classes = num_classes
+        self._label_of = label_of
+        self._guide = guide
+        self.ranks = ranks or Ranks()
+        self.mixed_precision = mixed_precision
+        self.progress = progress
+        self.identity = {
+            "seed": seed,
+            "batch_size": batch_size,
+            "shape": list(self.shape),
+            "num_classes": num_classes,
+            "mixed_precision": mixed_precision,
+            "weights": weights_hash(model),
+            **(identity or {}),
+        }
+        self._evaluations: int | None = None
+
+    def path(self, index: int) -> Path:
+        """The file of one sample."""
+        return self.folder / f"{index:06d}.png"
+
+    def labels(self, ids: Tensor) -> Any:
+        """Conditions of the samples ``ids`` (B,), None for an unconditional model."""
+        if self._label_of is not None:
+            return self._label_of(ids)
+        return ids % self.num_classes if self.num_classes > 0 else None
+
+    def run(self) -> SamplingResult:
+        """Compute what is missing; every process of the run calls this together.
+
+        Raises:
+            SamplingFolderError: the folder holds samples of another run.
+            Exception: whatever the model, the sampler or the codec raises; nothing is replaced or skipped.
+        """
+        with self.ranks.together("opening the folder of samples"):
+            if self.ranks.is_main:
+                self._open()
+        batches = range(-(-self.num_samples // self.batch_size))
+        own = list(batches[self.ranks.rank :: self.ranks.size])
+        images: dict[int, np.ndarray] = {}
+        hidden = None if self.progress is None else not self.progress
+        with self.ranks.together("sampling"):
+            for batch in tqdm(own, unit="batch", disable=hidden if self.ranks.is_main else True):
+                images |= self._batch(batch)
+        ids = np.array(sorted(images), dtype=np.int64)
+        labels = self.labels(torch.from_numpy(ids)) if len(ids) else None
+        return SamplingResult(
+            images=np.stack([images[i] for i in ids]) if len(ids) else np.zeros((0, 0, 0, 0), np.uint8),
+            ids=ids,
+            labels=labels.cpu().numpy() if isinstance(labels, Tensor) else None,
+            identity=self.identity,
+            function_evaluations=self._evaluations,
+        )
+
+    def _open(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".*.png.tmp"):
+            durable.unlink(leftover)
+        file = self.folder / IDENTITY
+        wanted = json.loads(json.dumps(self.identity))
+        samples = any(self.folder.glob("[0-9]*.png"))
+        if samples:
+            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            different = sorted(k for k in set(found) | set(wanted) if found.get(k) != wanted.get(k))
+            if different:
+                detail = "; ".join(
+                    f"{k}: there {found.get(k)!r}, now {wanted.get(k)!r}" for k in different[:4]
+                )
+                raise SamplingFolderError(
+                    f"{self.folder} holds samples of another run ({detail}); choose another folder, "
+                    "or remove its files"
+                )
+        durable.replace_json(file, wanted)
+
+    def _batch(self, number: int) -> dict[int, np.ndarray]:
+        first = number * self.batch_size
+        wanted = range(first, min(first + self.batch_size, self.num_samples))
+        there = {index: image for index in wanted if (image := self._read(index)) is not None}
+        if len(there) == len(wanted):
+            return there
+        pixels = self._sample(torch.arange(first, first + self.batch_size))
+        for index in wanted:
+            if index not in there:
+                there[index] = pixels[index - first]
+                durable.replace_bytes(self.path(index), [_png(there[index])], durable=False)
+        return there
+
+    @torch.inference_mode()
+    def _sample(self, ids: Tensor) -> np.ndarray:
+        """(B, C, H, W) uint8 of the samples ``ids`` (B,)."""
+        draws = KeyedDraws(self.seed, ids).to(self.device)
+        x0 = draws.normal("sample.noise", self.shape) * getattr(self.process, "prior_scale", 1.0)
+        y = self.labels(ids)
+        y = y.to(self.device) if hasattr(y, "to") else y
+        model = self._guide(self.model) if self._guide is not None else self.model
+        with draws.active():
+            with autocast(self.mixed_precision, self.device):
+                x1 = self.sampler.sample(self.process, model, x0, y, draws=draws)
+            pixels = to_uint8(self.codec.decode(x1))
+        self._evaluations = getattr(self.sampler, "num_function_evaluations", None)
+        if pixels.ndim == 5:
+            # (B,T,C,H,W): frames side by side.
+            pixels = pixels.permute(0, 2, 3, 1, 4).flatten(3)
+        return pixels.cpu().numpy()
+
+    def _read(self, index: int) -> np.ndarray | None:
+        path = self.path(index)
+        if not path.is_file():
+            return None
+        try:
+            with Image.open(path) as image:
+                array = np.asarray(image)
+        except (OSError, SyntaxError) as error:
+            log.warning("%s cannot be read (%s) and is computed again", path, error)
+            return None
+        return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def _png(image_CHW: np.ndarray) -> bytes:
+    """One or three channels as the bytes of a PNG file."""
+    channels = image_CHW.shape[0]
+    if channels not in (1, 3):
+        raise SamplingFolderError(
+            f"an image of {channels} channels cannot be a PNG (1 or 3); is a codec missing that decodes latents?"
+        )
+    array = image_CHW[0] if channels == 1 else image_CHW.transpose(1, 2, 0)
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,386 @@
+"""The training loop.
+
+One optimizer step: accumulate micro-batches, unscale, clip, step, EMA, learning rate, counters, log, save,
+hooks. Every random draw is keyed by the sample's position, so a step depends on the data, the weights and the
+seed alone: a run that is cut and resumed equals one that never stopped.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from zigflow.keyed import KeyedDraws, keyed_seed
+
+from . import checkpoint as checkpoints
+from .batches import condition, prepare_blocks
+from .ema import EmaProfiles
+from .log import MetricsFile, Progress
+from .optim import Schedule
+from .options import TrainOptions
+from .precision import LossScaler, autocast, clip_gradients, gradient_norm
+from .ranks import OtherRankError, Ranks
+from .run_dir import RunDir, check_same_config
+from .run_state import Counters, RunState, set_random_state
+
+__all__ = ["NonFiniteError", "StepRecord", "Trainer", "make_accelerator"]
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is NaN or infinite. The weights of that step were not taken."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimizer step was.
+
+    Attributes:
+        step: its number, from 1.
+        loss: mean over the samples of this process.
+        grad_norm: of the unscaled gradient before clipping.
+        lr: of the first parameter group.
+    """
+
+    step: int
+    images_seen: int
+    loss: float
+    grad_norm: float
+    lr: float
+
+
+class _Forward:
+    """Calls go through the wrapper that synchronizes gradients, attributes come from the model itself."""
+
+    def __init__(self, model: nn.Module, wrapped: Callable[..., Any]):
+        self._model = model
+        self._wrapped = wrapped
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapped(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def make_accelerator(mixed_precision: str | None = "no", *, cpu: bool = False) -> Accelerator:
+    """An Accelerator that launches, places and wraps.
+
+    Autocast and loss scaling are ours (:mod:`zigflow.engine.precision`), so accelerate is told ``no``; with
+    ``mixed_precision=None`` it reads what the launcher was told, and the trainer takes that over.
+    """
+    return Accelerator(cpu=cpu, mixed_precision=None if mixed_precision is None else "no")
+
+
+class Trainer:
+    """Trains one model in one run directory.
+
+    Args:
+        model: called as ``model(x, t, y)``; may have ``scan_state()``, ``set_checkpoint_policy(policy)`` and
+            ``compile_blocks()``.
+        process: has ``sample_time(u_B)`` and ``loss(model, x1, x0, t, y) -> (B,)``.
+        codec: has ``encode(batch) -> x1``.
+        loader_factory: ``loader_factory(k)`` yields this process's micro-batches from global batch ``k`` on,
+            ``grad_accum`` of them per global batch, each of ``batch_size`` samples, without end.
+        optimizer: makes the optimizer from the placed model; the model's parameters are final by then.
+        options: everything that is a number or a choice.
+        schedule: factor of the learning rate.
+        config: the resolved configuration, plain and JSON-able; stored in every checkpoint and compared with
+            the stored one on resume.
+        epoch_size: samples in an epoch, recorded; a resume with another size is refused.
+        accelerator: by default one made for ``options.mixed_precision``.
+        hooks: called as ``hook(trainer, record)`` after every step, on every rank.
+        plugins: names of the plug-ins in use, recorded.
+        draws: ``draws(seed, ids)`` makes the keyed draws of a batch.
+
+    Raises:
+        ValueError: the model cannot do what ``options`` ask of it.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        process: Any,
+        codec: Any,
+        loader_factory: Callable[[int], Iterable[Any]],
+        optimizer: Callable[[nn.Module], Optimizer],
+        options: TrainOptions,
+        schedule: Schedule | None = None,
+        config: Mapping[str, Any] | None = None,
+        epoch_size: int | None = None,
+        accelerator: Accelerator | None = None,
+        hooks: Sequence[Callable[["Trainer", StepRecord], None]] = (),
+        plugins: Sequence[str] = (),
+        draws: Callable[[int, Tensor], Any] = KeyedDraws,
+    ):
+        self.options = options
+        self.accelerator = accelerator or make_accelerator(options.mixed_precision)
+        self.mixed_precision = options.mixed_precision or self.accelerator.mixed_precision
+        self.device = self.accelerator.device
+        self.ranks = Ranks(self.device if self.device.type == "cuda" else "cpu")
+        self.model = model
+        self.process = process
+        self.codec = codec.to(self.device) if hasattr(codec, "to") else codec
+        self.loader_factory = loader_factory
+        self.schedule = schedule or Schedule()
+        self.config = dict(config or {})
+        self.hooks = tuple(hooks)
+        self.counters = Counters()
+        self.global_batch = options.batch_size * options.grad_accum * self.ranks.size
+        self._draws = draws
+        self._plugins = list(plugins)
+        self._epoch_size = epoch_size
+        self._stop = False
+
+        prepare_blocks(model, options.checkpoint_policy, options.compile)
+        self._wrapped = self.accelerator.prepare(model)
+        self._forward = _Forward(model, self._wrapped)
+        self.optimizer = optimizer(model)
+        self._base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self.ema = EmaProfiles(model, options.ema)
+        self.scaler = LossScaler(self.mixed_precision == "fp16", max_skips=options.max_skips)
+        self._saved_step: int | None = None
+        self._waited = 0.0
+        self._clock = (time.perf_counter(), 0)
+
+    def request_stop(self) -> None:
+        """Ask the run to save and return after the step in progress; safe in a signal handler."""
+        self._stop = True
+
+    def fit(self) -> Counters:
+        """Train until ``options.train_steps``, from the newest checkpoint when there is one.
+
+        Returns:
+            The final counters; the last step is saved.
+
+        Raises:
+            RunDirError: the directory is in use, or belongs to another model.
+            CheckpointError: the newest checkpoint is damaged or means other data.
+            NonFiniteError: naming the step and the samples; the last checkpoint stays as it is.
+            TooManyOverflowsError: fp16 cannot go on.
+            RuntimeError: the data ended.
+        """
+        run_dir = RunDir(self.options.run_dir, resume=self.options.resume)
+        with self.ranks.together("opening the run directory"):
+            if self.ranks.is_main:
+                run_dir.__enter__()
+        try:
+            return self._fit(run_dir)
+        finally:
+            run_dir.__exit__()
+
+    def _fit(self, run_dir: RunDir) -> Counters:
+        options, counters = self.options, self.counters
+        with self.ranks.together("resuming"):
+            found = run_dir.latest(verify=self.ranks.is_main)
+            if found is not None:
+                check_same_config(self.config, found.config)
+                self._state(run_dir).restore(found)
+                self._saved_step = counters.step
+                log.info("continuing %s from step %d", run_dir.path, counters.step)
+        metrics = MetricsFile(run_dir.metrics)
+        if self.ranks.is_main:
+            metrics.rewind(counters.step)
+        log.info(
+            "global batch %d = %d samples x %d micro-batches x %d processes",
+            self.global_batch, options.batch_size, options.grad_accum, self.ranks.size,
+        )  # fmt: skip
+        data = iter(self.loader_factory(counters.batches))
+        # After the iterator exists: a DataLoader takes a number from torch's generator when it starts.
+        self._restore_generators(found)
+        self._clock = (time.perf_counter(), counters.images_seen)
+        progress = Progress(
+            options.train_steps, counters.step, options.progress if self.ranks.is_main else False
+        )
+        self.model.train()
+        try:
+            while counters.step < options.train_steps:
+                record = self._step(data)
+                if record is not None:
+                    self._after_step(record, run_dir, metrics, progress)
+                if self.ranks.any(self._stop):
+                    log.info("stopping after step %d as asked", counters.step)
+                    break
+        finally:
+            progress.close()
+            if hasattr(data, "close"):
+                data.close()
+        self.save(run_dir)
+        return counters
+
+    def _restore_generators(self, found: checkpoints.Checkpoint | None) -> None:
+        name = f"rank_{self.ranks.rank:04d}"
+        if found is not None and found.has(f"{name}.safetensors"):
+            set_random_state(found.tensors(name), self.device)
+            return
+        if found is not None:
+            log.warning("%s has no generator state of process %d", found.path, self.ranks.rank)
+        torch.manual_seed(keyed_seed(self.options.seed, "torch", self.ranks.rank, self.counters.step))
+
+    def _after_step(
+        self, record: StepRecord, run_dir: RunDir, metrics: MetricsFile, progress: Progress
+    ) -> None:
+        options, counters = self.options, self.counters
+        started, images = self._clock
+        elapsed = max(time.perf_counter() - started, 1e-9)
+        speed = (record.images_seen - images) / elapsed
+        progress.advance(record.loss, speed)
+        if record.step == 1 or record.step % options.log_every == 0:
+            loss_sum, loss_steps = self.ranks.sum([counters.loss_sum, counters.loss_steps])
+            if self.ranks.is_main:
+                metrics.write(
+                    {
+                        **asdict(record),
+                        "loss": loss_sum / loss_steps,
+                        "skipped": counters.skipped,
+                        "images_per_second": speed,
+                        "data_wait": self._waited / elapsed,
+                    }
+                )
+            counters.loss_sum, counters.loss_steps = 0.0, 0
+            self._waited, self._clock = 0.0, (time.perf_counter(), record.images_seen)
+        for hook in self.hooks:
+            hook(self, record)
+        if record.step % options.ckpt_every == 0:
+            self.save(run_dir)
+
+    def _step(self, data: Iterator[Any]) -> StepRecord | None:
+        """One optimizer step; None when fp16 overflowed and it was skipped."""
+        counters = self.counters
+        self.optimizer.zero_grad(set_to_none=True)
+        ids, losses = self._accumulate(data)
+        self.scaler.unscale(self._trained)
+        norm = gradient_norm(self._trained)
+        # One transfer for all that the host decides on.
+        host = torch.cat([losses, norm.reshape(1).to(losses)]).cpu()
+        losses, grad_norm = host[:-1], float(host[-1])
+        self._check_finite(ids, losses, grad_norm)
+        if not self.scaler.accepts(grad_norm):
+            counters.skipped += 1
+            log.info(
+                "gradient overflow after step %d: skipped, loss scale %g", counters.step, self.scaler.scale
+            )
+            return None
+        if self.options.max_grad_norm is not None:
+            clip_gradients(self._trained, self.options.max_grad_norm, norm)
+        factor = self.schedule.factor(counters.step, counters.images_seen, self.global_batch)
+        for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = base * factor
+        self.optimizer.step()
+        self.ema.update(counters.images_seen, self.global_batch)
+        counters.step += 1
+        counters.images_seen += self.global_batch
+        loss = float(losses.double().mean())
+        counters.loss_sum += loss
+        counters.loss_steps += 1
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        return StepRecord(counters.step, counters.images_seen, loss, grad_norm, lr)
+
+    def _accumulate(self, data: Iterator[Any]) -> tuple[Tensor, Tensor]:
+        """Gradients of the mean loss over the micro-batches; ids and losses of their samples."""
+        options = self.options
+        weight = self.scaler.scale / (options.batch_size * options.grad_accum)
+        ids, losses = [], []
+        for index in range(options.grad_accum):
+            batch = self._next(data)
+            ids.append(batch.ids.cpu())
+            draws = self._draws(options.seed, batch.ids.cpu()).to(self.device)
+            batch = batch.to(self.device)
+            last = index == options.grad_accum - 1
+            with nullcontext() if last else self.accelerator.no_sync(self._wrapped), draws.active():
+                with autocast(self.mixed_precision, self.device):
+                    loss_B = self._loss(batch, draws)
+                (loss_B.float().sum() * weight).backward()
+            losses.append(loss_B.detach().float())
+        return torch.cat(ids), torch.cat(losses)
+
+    def _loss(self, batch: Any, draws: Any) -> Tensor:
+        x1 = self.codec.encode(batch)
+        t_B = self.process.sample_time(draws.uniform("train.time"))
+        x0 = draws.normal("train.noise", tuple(x1.shape[1:])).to(x1)
+        y = condition(batch, self.model, draws)
+        return self.process.loss(self._forward, x1, x0, t_B, y)
+
+    def _next(self, data: Iterator[Any]) -> Any:
+        started = time.perf_counter()
+        batch = next(data, None)
+        self._waited += time.perf_counter() - started
+        if batch is None:
+            raise RuntimeError(
+                f"the data ended after step {self.counters.step}; a loader must yield without end"
+            )
+        if len(batch.ids) != self.options.batch_size:
+            raise RuntimeError(
+                f"a micro-batch of {len(batch.ids)} samples came after step {self.counters.step}, "
+                f"batch_size is {self.options.batch_size}; the loader must drop or fill partial batches"
+            )
+        return batch
+
+    def _check_finite(self, ids: Tensor, losses: Tensor, grad_norm: float) -> None:
+        bad = ids[~torch.isfinite(losses)].tolist()
+        # A gradient overflow is fp16's ordinary business, which the scaler answers.
+        bad_norm = not self.scaler.enabled and not math.isfinite(grad_norm)
+        bad_losses, bad_norms = self.ranks.sum([float(bool(bad)), float(bad_norm)])
+        step = self.counters.step + 1
+        if bad:
+            shown = ", ".join(map(str, bad[:16])) + (" ..." if len(bad) > 16 else "")
+            raise NonFiniteError(
+                f"step {step}: the loss is not finite for samples {shown}; no step was taken"
+            )
+        if bad_losses:
+            raise OtherRankError(f"step {step}: the loss is not finite on another process; see its output")
+        if bad_norms:
+            raise NonFiniteError(
+                f"step {step}: the gradient norm is {grad_norm} with finite losses, this process's samples "
+                f"{int(ids[0])} to {int(ids[-1])}; no step was taken"
+            )
+
+    def _state(self, run_dir: RunDir) -> RunState:
+        facts = {
+            "run_id": run_dir.run_id,
+            "plugins": self._plugins,
+            "mixed_precision": self.mixed_precision,
+            "world_size": self.ranks.size,
+            "schedule": asdict(self.schedule),
+        }
+        data = {
+            "seed": self.options.seed,
+            "global_batch": self.global_batch,
+            "epoch_size": self._epoch_size,
+        }
+        return RunState(
+            self.model, self.optimizer, self.ema, self.scaler, self.counters, data, facts, self.config, self.device
+        )  # fmt: skip
+
+    def save(self, run_dir: RunDir) -> None:
+        """Write a checkpoint of this step, unless it is there, and delete surplus ones; all ranks together."""
+        step = self.counters.step
+        if step == self._saved_step:
+            return
+        state = self._state(run_dir)
+        path = checkpoints.save(
+            run_dir.checkpoints,
+            step,
+            shared=state.shared_files(),
+            own=state.own_files(self.ranks.rank),
+            ranks=self.ranks,
+        )
+        self._saved_step = step
+        log.info("saved %s", path)
+        with self.ranks.together("deleting old checkpoints"):
+            if self.ranks.is_main:
+                keep = set(self.counters.keep)
+                if self.counters.best is not None:
+                    keep.add(self.counters.best["step"])
+                checkpoints.prune(run_dir.checkpoints, self.options.keep_last, keep)
