@@ -1,0 +1,47 @@
+# make demo    train on real digits, sample, judge; prints where the pictures lie
+# make test    everything that is fast; make test-slow: launches, real training, wheels
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+DEMO_DIR ?= outputs/demo
+WORKERS ?= 2
+export PYTHONUNBUFFERED = 1
+
+.PHONY: help install demo test test-slow lint format clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python >= 3.11 is needed, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo "the venv module is missing: apt-get install python3-venv"; exit 1; }
+	$(PY) -m pip install --quiet uv
+	$(VENV)/bin/uv pip install --quiet --python $(PY) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(PY) train_acc.py run_dir=$(DEMO_DIR)
+	$(PY) sample_acc.py ckpt=$(DEMO_DIR) +experiment=digits_demo
+	$(PY) -m zigflow.tools demo-report $(DEMO_DIR) --check
+
+test: $(VENV)/.installed lint
+	$(PY) -m pytest -n $(WORKERS) -q
+
+test-slow: $(VENV)/.installed
+	$(PY) -m pytest -q -m slow
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright --level error
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,185 @@
+"""Imports point down, or stay in their layer without cycles. The table is HOUSE.md's."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+LAYERS = {
+    1: ["scans", "dis_causal_conv1d", "dis_mamba"],
+    2: ["zigflow.nn", "zigflow.processes", "zigflow.data", "zigflow.settings", "zigflow.registry", "zigflow.paths",
+        "zigflow.keyed", "zigflow._version"],
+    3: ["model_zigma", "zigflow.models", "zigflow.samplers", "zigflow.metrics", "zigflow.datasets", "zigflow.codec",
+        "zigflow.text"],
+    4: ["zigflow.engine", "zigflow.official"],
+    5: ["zigflow.build", "zigflow.stored_config", "zigflow.plugins", "zigflow.tools"],
+    6: ["train_acc", "sample_acc", "zigflow.cli"],
+}  # fmt: skip
+LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
+
+OPTIONAL = {
+    "triton", "mamba_ssm", "causal_conv1d", "diffusers", "transformers", "wandb", "webdataset", "av",
+    "torchmetrics", "gradio",
+}  # fmt: skip
+ENTRY_IMPORTS = {
+    "os",
+    "sys",
+    "hydra",
+    "omegaconf",
+    "zigflow.plugins",
+    "zigflow.paths",
+    "scans",
+    "zigflow.cli",
+}
+
+
+def _modules() -> dict[str, Path]:
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        relative = path.relative_to(ROOT)
+        if relative.parts[0] in ("tests", "benchmarks", "docs", "build") or any(
+            p.startswith(".") for p in relative.parts
+        ):
+            continue
+        parts = list(relative.with_suffix("").parts)
+        if parts[0] == "datasets":
+            parts = ["zigflow", *parts]
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+        found[".".join(parts)] = path
+    return found
+
+
+MODULES = _modules()
+
+
+def _component(module: str) -> str | None:
+    """The row of the table that a module belongs to."""
+    for name in sorted(LAYER_OF, key=len, reverse=True):
+        if module == name or module.startswith(name + "."):
+            return name
+    return None
+
+
+def _imports(module: str, top_level_only: bool = False) -> set[str]:
+    path = MODULES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                parents = parents[: len(parents) - node.level + 1]
+                base = ".".join([*parents, *([base] if base else [])])
+            found |= {
+                f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names
+            }
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_every_module_has_a_layer_and_imports_point_down(module):
+    if module == "zigflow":
+        return
+    own = _component(module)
+    assert own, f"{module} is in no layer of the table"
+    for imported in _imports(module):
+        other = _component(imported)
+        if other is None or other == own:
+            continue
+        assert LAYER_OF[other] <= LAYER_OF[own], f"{module} (layer {LAYER_OF[own]}) imports {imported}"
+        if LAYER_OF[own] == 1:
+            assert (own, other) == ("dis_mamba", "dis_causal_conv1d"), f"{module} imports {imported}"
+
+
+def test_components_of_a_layer_do_not_import_in_cycles():
+    edges: dict[str, set[str]] = {}
+    for module in MODULES:
+        own = _component(module)
+        if own:
+            targets = {_component(i) for i in _imports(module)} - {None, own}
+            edges.setdefault(own, set()).update(t for t in targets if LAYER_OF[t] == LAYER_OF[own])
+
+    def visit(node, trail):
+        assert node not in trail, f"cycle: {' -> '.join([*trail, node])}"
+        for target in edges.get(node, ()):
+            visit(target, [*trail, node])
+
+    for node in edges:
+        visit(node, [])
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if _component(m)))
+def test_frameworks_stay_in_their_layers(module):
+    layer = LAYER_OF[_component(module)]
+    roots = {i.partition(".")[0] for i in _imports(module)}
+    if layer < 5:
+        allowed = {"omegaconf"} if _component(module) == "zigflow.official" else set()
+        assert not (roots & {"hydra", "omegaconf"}) - allowed, module
+    if layer < 4:
+        assert "accelerate" not in roots, module
+    if module.startswith("scans"):
+        assert "torch" not in roots, module
+    assert "datasets" not in roots, f"{module}: import zigflow.datasets"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_optional_packages_are_imported_at_use(module):
+    roots = {i.partition(".")[0] for i in _imports(module, top_level_only=True)}
+    assert not roots & OPTIONAL, f"{module} imports {roots & OPTIONAL} when it is itself imported"
+
+
+@pytest.mark.parametrize("module", ["train_acc", "sample_acc", "zigflow.cli"])
+def test_entries_import_nothing_heavy(module):
+    for imported in _imports(module, top_level_only=True):
+        assert imported in ENTRY_IMPORTS or imported in ("collections.abc", "zigflow"), (
+            f"{module} imports {imported}"
+        )
+
+
+def test_file_sizes():
+    limits = {"train_acc": 60, "sample_acc": 60, "model_zigma": 600}
+    for module, path in MODULES.items():
+        limit = limits.get(module, 600 if module.startswith("zigflow.models.") else 400)
+        lines = len(path.read_text().splitlines())
+        assert lines <= limit, f"{path.relative_to(ROOT)} has {lines} lines, {limit} allowed"
+
+
+def test_folders_that_must_not_be_packages():
+    assert not (ROOT / "datasets" / "__init__.py").exists(), "it would shadow the Hugging Face library"
+    assert not (ROOT / "config" / "__init__.py").exists()
+    assert not list((ROOT / "config").rglob("*.py"))
+    assert not (ROOT / "zigflow" / "utils").exists()
+
+
+def test_every_package_is_listed_for_the_wheel():
+    import tomllib
+
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    packages = {m for m, p in MODULES.items() if p.name == "__init__.py"} | {
+        "zigflow.datasets",
+        "zigflow.config",
+    }
+    assert packages == listed
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_print_and_no_bare_pickle(module):
+    tree = ast.parse(MODULES[module].read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name == "print":
+                assert module.startswith("zigflow.tools"), f"{module}:{node.lineno} prints"
+            assert name not in ("pickle.load", "pickle.loads", "pickle.dump", "torch.save"), (
+                f"{module}:{node.lineno}"
+            )
+            if name == "torch.load":
+                assert "weights_only=True" in ast.unparse(node), f"{module}:{node.lineno}"

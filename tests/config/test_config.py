@@ -1,0 +1,179 @@
+"""Every YAML composes and validates; every mistake is answered in one line; nothing heavy is imported early."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from scans import list_scans
+from zigflow import plugins
+from zigflow.paths import config_dir
+from zigflow.plugins import compose_config
+from zigflow.settings import Settings, SettingsError
+
+ROOT = Path(__file__).resolve().parents[2]
+GROUPS = sorted(
+    p.name for p in config_dir().iterdir() if p.is_dir() and p.name not in ("accelerate", "hydra")
+)
+CHOICES = [(g, p.stem) for g in GROUPS for p in sorted((config_dir() / g).rglob("*.yaml"))]
+PRESETS = ("experiment", "debug")
+
+
+def plain(overrides=(), name="default"):
+    cfg = compose_config(["run_dir=outputs/test", *overrides], name)
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+def message(overrides, name="default"):
+    """The one line that the command would print."""
+    try:
+        Settings.from_mapping(plain(overrides, name))
+    except Exception as error:
+        line = plugins.explain(error, name)
+        assert line is not None, f"{type(error).__name__} is not explained: {error}"
+        assert "\n" not in line
+        return line
+    pytest.fail(f"{overrides} was accepted")
+
+
+def test_the_default_validates():
+    settings = Settings.from_mapping(plain())
+    assert settings.data.name == "digits"
+    assert settings.max_grad_norm == 2.0
+
+
+def choice_overrides(group, choice):
+    if group in PRESETS:
+        return [f"+{group}={choice}"]
+    video = ["data.video_frames=16"] if choice.startswith("3d_") else []
+    return [f"{group}={choice}", *video]
+
+
+@pytest.mark.parametrize("group, choice", [c for c in CHOICES if c[1] != "from_checkpoint"])
+def test_every_choice_composes_and_validates(group, choice):
+    text = (config_dir() / group / f"{choice}.yaml").read_text()
+    if "for: sample" in text:
+        plain(choice_overrides(group, choice), "sample")
+        return
+    Settings.from_mapping(plain(choice_overrides(group, choice)))
+
+
+@pytest.mark.parametrize("group, choice", CHOICES)
+def test_every_choice_composes_for_sampling(group, choice):
+    plain(choice_overrides(group, choice), "sample")
+
+
+@pytest.mark.parametrize("choice", [c for g, c in CHOICES if g == "model" and c != "from_checkpoint"])
+def test_every_model_builds_and_runs_without_memory(choice):
+    config = plain(choice_overrides("model", choice))["model"]
+    config.pop("name")
+    with torch.device("meta"):
+        model = instantiate(config, _convert_="all")
+        frames = (model.video_frames,) if model.video_frames else ()
+        x = torch.empty(1, *frames, model.in_channels, *model.img_dim)
+        y = torch.zeros(1, dtype=torch.int64) if model.num_classes > 0 else None
+        assert model(x, torch.empty(1), y).shape == x.shape
+
+
+@pytest.mark.parametrize("name", list_scans())
+def test_every_registered_scan_is_a_choice(name):
+    assert plain([f"scan={name}"])["scan"] == {"name": name}
+
+
+def test_presets_and_command_line_take_precedence_in_this_order():
+    assert plain(["+debug=cpu_tiny"])["data"]["train_steps"] == 8
+    assert plain(["+debug=cpu_tiny", "data.train_steps=3"])["data"]["train_steps"] == 3
+
+
+@pytest.mark.parametrize(
+    "overrides, parts",
+    [
+        (["data.bath_size=3"], ["data.bath_size", "data.batch_size"]),
+        (["ckpt_evry=3"], ["ckpt_evry", "ckpt_every"]),
+        (["optim.lrr=1"], ["optim.lrr", "optim.lr"]),
+        (["model=zigzag8_b"], ["model=zigzag8_b", "zigzag8_b1"]),
+        (["scan=hilbrt"], ["scan=hilbrt", "hilbert"]),
+        (["data=digit"], ["data=digit", "digits"]),
+        (["data.batch_size=many"], ["data.batch_size", "integer"]),
+        (["data.batch_size=0"], ["data.batch_size", "at least 1"]),
+        (["data.batch_size=1.5"], ["data.batch_size", "integer"]),
+        (["optim.lr=fast"], ["optim.lr", "number"]),
+        (["optim.lr=-1"], ["optim.lr", "greater than 0"]),
+        (["loop.compile=2"], ["loop.compile", "true or false"]),
+        (["sample_mode=OED"], ["sample_mode", "ODE"]),
+        (["mixed_precision=fp8"], ["mixed_precision", "fp16"]),
+        (["cfg_scale=2", "model.class_dropout_prob=0"], ["cfg_scale", "model.class_dropout_prob"]),
+        (["use_latent=1"], ["use_latent", "digits"]),
+        (["use_wandb=1"], ["use_wandb"]),
+        (["model=3d_sweep2_b2"], ["model.video_frames", "data.video_frames"]) ,
+        (["data.video_frames=4"], ["model.video_frames", "data.video_frames"]),
+        (["ode.num_steps=1"], ["ode.num_steps"]),
+        (["optim.betas=[0.9]"], ["optim.betas", "2"]),
+        (["cfg_interval=[0.9,0.1]"], ["cfg_interval"]),
+        (["likelihood=1", "sample_mode=SDE"], ["likelihood", "ODE"]),
+        (["+nonsense=1"], ["nonsense"]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_answered_in_one_line(overrides, parts):
+    if overrides == ["model=3d_sweep2_b2"]:
+        overrides = ["model=3d_sweep2_b2", "model.video_frames=16"]
+    line = message(overrides)
+    for part in parts:
+        assert part in line, line
+
+
+def test_official_spellings_are_accepted():
+    settings = Settings.from_mapping(
+        plain(["ckpt_every=10_000", "data.sample_fid_n=5_000", "use_latent=0", "sample_debug=0", "note=_"])
+    )
+    assert settings.ckpt_every == 10_000
+    assert settings.use_latent is False
+    assert settings.note == "_"
+
+
+def test_frozen():
+    settings = Settings.from_mapping(plain())
+    with pytest.raises(AttributeError):
+        settings.grad_accum = 2
+    with pytest.raises(SettingsError):
+        Settings.from_mapping({**plain(), "grad_accum": True})
+
+
+@pytest.mark.parametrize("script", ["train_acc.py", "sample_acc.py"])
+@pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])
+def test_help_and_config_do_not_import_torch(script, flags, tmp_path):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{script!r}, *{flags!r}]\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'accelerate', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=_environment()
+    )
+    assert done.returncode == 0, done.stderr
+    assert "digits" in done.stdout or "from_checkpoint" in done.stdout
+
+
+def test_the_command_exits_with_2_and_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_acc.py"), "data.bath_size=3"],
+        cwd=tmp_path, capture_output=True, text=True, env=_environment(),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown key data.bath_size: did you mean data.batch_size?\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def _environment():
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,0 +1,50 @@
+"""The two commands. Composes the configuration, answers a mistake in one line, then hands over."""
+
+import os
+import sys
+from collections.abc import Callable
+
+import hydra
+from omegaconf import DictConfig
+
+from zigflow import paths, plugins
+
+
+def train() -> int:
+    """Console script ``zigflow-train`` and ``train_acc.py``."""
+
+    def work(cfg: DictConfig) -> None:
+        from zigflow.build import train_from_config
+
+        train_from_config(cfg)
+
+    return _run(work, "default")
+
+
+def sample() -> int:
+    """Console script ``zigflow-sample`` and ``sample_acc.py``."""
+
+    def work(cfg: DictConfig) -> None:
+        from zigflow.build import sample_from_config
+
+        sample_from_config(cfg)
+
+    return _run(work, "sample")
+
+
+def _run(work: Callable[[DictConfig], None], config_name: str) -> int:
+    """0 on success, 2 for a mistake in the configuration; other errors keep their traceback."""
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    plugins.prepare()
+    main = hydra.main(version_base="1.3", config_path=str(paths.config_dir()), config_name=config_name)(work)
+    try:
+        plugins.check_command_line(sys.argv[1:], config_name)
+        main()
+    except Exception as error:
+        line = None if full else plugins.explain(error, config_name)
+        if line is None:
+            raise
+        sys.stderr.write(f"error: {line}\n")
+        return 2
+    return 0

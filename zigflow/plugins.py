@@ -1,0 +1,171 @@
+"""What happens before a configuration is composed: resolvers, nodes for registered scans, plug-ins.
+
+Torch-free. Plug-ins are found through two entry-point groups: ``zigflow.scans`` (modules that register
+scan orders, loaded by ``scans`` itself) and ``zigflow.plugins`` (everything else). The YAML folder
+``config/`` of a ``zigflow.plugins`` package joins Hydra's search path without importing the package; its
+modules are imported by ``load_plugins`` after main has begun.
+"""
+
+import difflib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import time
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import scans
+from zigflow import paths
+from zigflow.registry import UnknownNameError
+from zigflow.settings import Settings, SettingsError, unknown_key
+
+log = logging.getLogger(__name__)
+
+GROUP = "zigflow.plugins"
+
+
+class PluginConfigs(SearchPathPlugin):
+    """Appends each plug-in package's ``config/`` folder to Hydra's search path."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for entry in importlib.metadata.entry_points(group=GROUP):
+            folder = _package_folder(entry.value.partition(":")[0])
+            if folder is not None and (folder / "config").is_dir():
+                search_path.append(provider=f"plug-in {entry.name}", path=f"file://{folder / 'config'}")
+
+
+def _package_folder(module: str) -> Path | None:
+    """The folder of a top-level package, found without importing it."""
+    try:
+        spec = importlib.util.find_spec(module.partition(".")[0])
+    except (ImportError, ValueError):
+        return None
+    locations = spec.submodule_search_locations if spec else None
+    return Path(next(iter(locations))) if locations else None
+
+
+def load_plugins() -> list[str]:
+    """Import the modules of the group ``zigflow.plugins``; returns the names of those that loaded.
+
+    A plug-in that fails is reported by name and does not take the others down.
+    """
+    loaded = []
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        try:
+            importlib.import_module(entry.value.partition(":")[0])
+            loaded.append(entry.name)
+        except Exception as error:
+            log.warning("plug-in %s (%s) failed to load: %s", entry.name, entry.value, error)
+    return loaded
+
+
+@functools.cache
+def run_id() -> str:
+    """A name for this run that all its local processes agree on.
+
+    RUN_ID, then SLURM_JOB_ID, then torchrun's id, then the launcher's start time, then now.
+    """
+    given = os.environ.get("RUN_ID") or os.environ.get("SLURM_JOB_ID")
+    elastic = os.environ.get("TORCHELASTIC_RUN_ID")
+    if given:
+        return given
+    if elastic and elastic != "none":
+        return elastic
+    if "LOCAL_RANK" in os.environ:
+        import psutil
+
+        parent = psutil.Process(os.getppid())
+        return time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(parent.create_time())) + f"_{parent.pid}"
+    return time.strftime("%Y-%m-%d_%H-%M-%S") + f"_{os.getpid()}"
+
+
+def prepare() -> None:
+    """Make ``scan=NAME``, the resolvers and the plug-ins' YAML known to Hydra; may be called twice."""
+    for name, resolver in (
+        ("run_id", run_id),
+        ("main_only", lambda value: value if os.environ.get("RANK", "0") == "0" else None),
+        ("rank_suffix", lambda: "" if os.environ.get("RANK", "0") == "0" else f"-{os.environ['RANK']}"),
+    ):
+        if not OmegaConf.has_resolver(name):
+            OmegaConf.register_new_resolver(name, resolver)
+    store = ConfigStore.instance()
+    for name in scans.list_scans():
+        store.store(group="scan", name=name, node={"name": name}, provider="zigflow")
+    if PluginConfigs not in Plugins.instance().discover(SearchPathPlugin):
+        Plugins.instance().register(PluginConfigs)
+
+
+def compose_config(overrides: list[str] | None = None, config_name: str = "default") -> DictConfig:
+    """Compose as the commands do, for tools, tests and notebooks."""
+    prepare()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(paths.config_dir()), version_base="1.3"):
+        return compose(config_name=config_name, overrides=list(overrides or []))
+
+
+def validated(cfg: DictConfig) -> Settings:
+    """The composed configuration as frozen settings.
+
+    Raises:
+        SettingsError: it cannot run, in one line.
+    """
+    return Settings.from_mapping(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+
+
+def check_command_line(arguments: list[str], config_name: str) -> None:
+    """Compose and validate before Hydra makes a run directory; commands with flags are left to Hydra."""
+    if any(argument.startswith("-") for argument in arguments):
+        return
+    cfg = compose_config([f"run_dir={os.devnull}", *arguments], config_name)
+    if config_name == "default":
+        validated(cfg)
+
+
+def _known_keys(config_name: str) -> list[str]:
+    keys: list[str] = []
+
+    def walk(node: DictConfig, prefix: str) -> None:
+        for key in node:
+            keys.append(f"{prefix}{key}")
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+                walk(child, f"{prefix}{key}.")
+
+    walk(compose_config(config_name=config_name), "")
+    return keys
+
+
+def explain(error: BaseException, config_name: str) -> str | None:
+    """One line for a mistake in the configuration; None for any other error."""
+    if isinstance(error, (SettingsError, UnknownNameError)):
+        return _one_line(str(error))
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        close = difflib.get_close_matches(choice, error.options, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        return f"{group}={choice} does not exist: {hint}known: {', '.join(sorted(error.options))}"
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, OmegaConfBaseException) and "not in struct" in str(cause):
+                key = cause.full_key or str(cause.key)
+                return unknown_key(key, _known_keys(config_name))
+            cause = cause.__cause__
+        return _one_line(str(error))
+    return None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(part.strip() for part in text.splitlines() if part.strip())

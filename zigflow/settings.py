@@ -1,0 +1,333 @@
+"""The configuration as frozen, typed values, checked before any device is touched.
+
+``Settings.from_mapping`` reads plain dicts (no omegaconf here). Each message names the key as it is typed
+on the command line, what was given and what is allowed.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class SettingsError(ValueError):
+    """A configuration that cannot run; the message is one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Group ``train``: the flow process, keys of the official layout."""
+
+    path_type: str = "Linear"
+    prediction: str = "velocity"
+    loss_weight: str | None = None
+    sample_eps: float | None = None
+    train_eps: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    """Group ``optim``."""
+
+    name: str = "adamw"
+    lr: float = 1e-4
+    wd: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    exclude_tagged_from_decay: bool = False
+
+    def __post_init__(self):
+        _positive("optim.lr", self.lr)
+        _not_negative("optim.wd", self.wd)
+        _not_negative("optim.warmup_steps", self.warmup_steps)
+        _one_of("optim.schedule", self.schedule, ("constant", "cosine"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OdeSettings:
+    """Group ``ode``; ``num_steps`` counts grid points, a fixed solver makes one step less."""
+
+    sampling_method: str = "dopri5"
+    num_steps: int = 250
+    atol: float = 1e-6
+    rtol: float = 1e-3
+    reverse: bool = False
+    likelihood: bool = False
+
+    def __post_init__(self):
+        _at_least("ode.num_steps", self.num_steps, 2)
+        _positive("ode.atol", self.atol)
+        _positive("ode.rtol", self.rtol)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdeSettings:
+    """Group ``sde``."""
+
+    sampling_method: str = "Euler"
+    num_steps: int = 250
+    diffusion_form: str = "sigma"
+    diffusion_norm: float = 1.0
+    last_step: str | None = "Mean"
+    last_step_size: float = 0.04
+
+    def __post_init__(self):
+        _at_least("sde.num_steps", self.num_steps, 2)
+        _not_negative("sde.last_step_size", self.last_step_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Group ``data``; ``batch_size`` is per process, ``train_steps`` counts optimizer steps."""
+
+    name: str
+    train_steps: int
+    batch_size: int
+    image_size: int
+    num_classes: int = -1
+    channels: int = 3
+    video_frames: int = 0
+    num_workers: int = 0
+    sample_fid_n: int = 5_000
+    sample_fid_every: int = 0
+    sample_fid_bs: int = 128
+    sample_vis_n: int = 16
+    is_video: bool = False
+    limit: int | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
+    heldout: Mapping[str, Any] | None = None
+
+    def __post_init__(self):
+        for key in ("train_steps", "batch_size", "image_size", "channels", "sample_fid_bs"):
+            _at_least(f"data.{key}", getattr(self, key), 1)
+        for key in ("num_workers", "video_frames", "sample_fid_every"):
+            _not_negative(f"data.{key}", getattr(self, key))
+        if self.limit is not None:
+            _at_least("data.limit", self.limit, 1)
+        if "_target_" not in self.source:
+            raise SettingsError(f"data.source of data={self.name} names no class: give data.source._target_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """Group ``loop``: what the official layout has no key for."""
+
+    keep_last: int = 3
+    progress: bool = True
+    compile: bool = False
+    checkpoint_policy: str = "none"
+    ema_half_life: tuple[int, ...] = ()
+    ema_ramp: float = 0.05
+    threads: int | None = None
+    device: str | None = None
+
+    def __post_init__(self):
+        _at_least("loop.keep_last", self.keep_last, 1)
+        _one_of("loop.checkpoint_policy", self.checkpoint_policy, ("none", "block", "selective"))
+        for half_life in self.ema_half_life:
+            _at_least("loop.ema_half_life", half_life, 1)
+        _one_of("loop.device", self.device, (None, "cpu"))
+        if self.threads is not None:
+            _at_least("loop.threads", self.threads, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The whole configuration of a training run."""
+
+    data: DataSettings
+    train: TrainSettings
+    optim: OptimSettings
+    ode: OdeSettings
+    sde: SdeSettings
+    loop: LoopSettings
+    model: Mapping[str, Any]
+    scan: Mapping[str, Any]
+    process: Mapping[str, Any]
+    codec: Mapping[str, Any]
+    text: Mapping[str, Any] | None = None
+    metrics: Mapping[str, Any] | None = None
+    wandb: Mapping[str, Any] | None = None
+    dist: Mapping[str, Any] | None = None
+    ckpt: str | None = None
+    ckpt_every: int = 50_000
+    log_every: int = 100
+    max_grad_norm: float | None = 2.0
+    ema_rate: float | None = 0.9999
+    global_seed: int = 0
+    grad_accum: int = 1
+    is_latent: bool = False
+    use_latent: bool = False
+    use_wandb: bool = False
+    note: str = ""
+    sample_mode: str | None = None
+    likelihood: bool = False
+    num_fid_samples: int = 4_000
+    sample_debug: bool = False
+    sample_dir: str | None = None
+    vae: str = "ema"
+    cfg_scale: float = 1.0
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    mixed_precision: str | None = None
+    run_dir: str
+    resume: str = "auto"
+
+    def __post_init__(self):
+        for key in ("ckpt_every", "log_every", "grad_accum", "num_fid_samples"):
+            _at_least(key, getattr(self, key), 1)
+        if self.max_grad_norm is not None:
+            _positive("max_grad_norm", self.max_grad_norm)
+        if self.ema_rate is not None and not 0 <= self.ema_rate < 1:
+            raise SettingsError(
+                f"ema_rate={self.ema_rate} is not in [0, 1): give a decay such as 0.9999, or null"
+            )
+        _not_negative("global_seed", self.global_seed)
+        _one_of("sample_mode", self.sample_mode, (None, "ODE", "SDE"))
+        _one_of("mixed_precision", self.mixed_precision, (None, "no", "fp16", "bf16"))
+        _one_of("resume", self.resume, ("auto", "never"))
+        _one_of("vae", self.vae, ("ema", "mse"))
+        low, high = self.cfg_interval
+        if not 0 <= low < high <= 1:
+            raise SettingsError(f"cfg_interval={list(self.cfg_interval)} is not 0 <= low < high <= 1")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        model = self.model
+        if "_target_" not in model:
+            raise SettingsError("model names no class: give model._target_, or choose a model=NAME")
+        if self.cfg_scale != 1 and not model.get("class_dropout_prob", 0):
+            raise SettingsError(
+                f"cfg_scale={self.cfg_scale} needs a model with a null class: model.class_dropout_prob is "
+                f"{model.get('class_dropout_prob', 0)}; train with model.class_dropout_prob=0.1, or set cfg_scale=1"
+            )
+        if self.likelihood and self.sample_mode == "SDE":
+            raise SettingsError("likelihood=true needs the ODE: set sample_mode=ODE, not SDE")
+        if self.use_wandb:
+            raise SettingsError("use_wandb=true is not supported by this release: set use_wandb=false")
+        if self.use_latent and not self.is_latent:
+            raise SettingsError(
+                f"use_latent=true needs data with latents, data={self.data.name} holds pixels: set use_latent=false"
+            )
+        frames = model.get("video_frames", 0) or 0
+        if frames != self.data.video_frames:
+            raise SettingsError(
+                f"model.video_frames={frames} and data.video_frames={self.data.video_frames} differ: make them equal"
+            )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "Settings":
+        """Check and freeze a plain configuration.
+
+        Raises:
+            SettingsError: an unknown key, a wrong type or an impossible combination, in one line.
+        """
+        return parse(cls, values, "")
+
+
+def parse(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    """Build the dataclass ``cls`` from a mapping, checking names and types; ``prefix`` is the key's path."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    kwargs = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise SettingsError(unknown_key(prefix + key, [prefix + name for name in fields]))
+        kwargs[key] = convert(prefix + key, value, hints[key])
+    missing = [
+        prefix + f.name
+        for f in fields.values()
+        if f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+        and f.name not in kwargs
+    ]
+    if missing:
+        raise SettingsError(f"{missing[0]} is missing: give {missing[0]}=VALUE")
+    return cls(**kwargs)
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """One line for a key that does not exist, with near matches."""
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.85) or difflib.get_close_matches(
+        key, known, n=1
+    )
+    siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+    hint = (
+        f"did you mean {' or '.join(close)}?"
+        if close
+        else f"known here: {', '.join(sorted(siblings or known))}"
+    )
+    return f"unknown key {key}: {hint}"
+
+
+def convert(key: str, value: Any, hint: Any) -> Any:
+    """``value`` as the annotated type; 0 and 1 pass for booleans, whole floats for integers.
+
+    Raises:
+        SettingsError: the value has another type.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return convert(key, value, next(a for a in args if a is not type(None)))
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise SettingsError(f"{key}={value!r} must be a group of keys")
+        return parse(typing.cast(type, hint), value, f"{key}.")
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise SettingsError(f"{key}={value!r} must be a list such as {key}=[...]")
+        inner = args[0]
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise SettingsError(f"{key}={list(value)} must have {len(args)} entries, got {len(value)}")
+        return tuple(convert(f"{key}[{i}]", v, inner) for i, v in enumerate(value))
+    if hint is bool and isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    if (
+        hint is float
+        and isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    ):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    if (origin or hint) is Mapping and isinstance(value, Mapping):
+        return dict(value)
+    wanted = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(
+        hint, "a group of keys"
+    )
+    raise SettingsError(f"{key}={value!r} must be {wanted}")
+
+
+def _one_of(key: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        names = ["null" if a is None else str(a) for a in allowed]
+        close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise SettingsError(f"{key}={value} is not one of {', '.join(names)}{hint}")
+
+
+def _positive(key: str, value: float) -> None:
+    if not value > 0:
+        raise SettingsError(f"{key}={value} must be greater than 0")
+
+
+def _not_negative(key: str, value: float) -> None:
+    if value < 0:
+        raise SettingsError(f"{key}={value} must not be negative")
+
+
+def _at_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise SettingsError(f"{key}={value} must be at least {least}")

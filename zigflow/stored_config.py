@@ -1,0 +1,77 @@
+"""A sampling command's configuration, completed by what its checkpoint says."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from zigflow import plugins
+from zigflow.settings import SettingsError
+
+_FROM_STORED = ("model", "train", "process", "codec", "scan")
+_MAY_CHANGE = ("train.sample_eps", "process.sample_eps")
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, Mapping):
+        return {prefix.rstrip("."): node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flat(value, f"{prefix}{key}.")
+    return flat
+
+
+def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], ckpt: str) -> dict[str, Any]:
+    """A sampling command's configuration completed by that of the checkpoint.
+
+    Raises:
+        SettingsError: the command says otherwise than the checkpoint; key and both values are named.
+    """
+    merged = {k: v for k, v in given.items() if v is not None or k not in stored}
+    for key in ("is_latent", "use_latent", "max_grad_norm", "ema_rate"):
+        merged[key] = stored.get(key) if given.get(key) is None else given[key]
+    for group in _FROM_STORED:
+        own, asked = dict(stored[group]), dict(given[group] or {})
+        chosen = asked.get("name") not in ("from_checkpoint", "from_model")
+        for key, value in _flat(asked, f"{group}.").items():
+            if value is None or (key == f"{group}.name" and not chosen):
+                continue
+            short = key.removeprefix(f"{group}.")
+            before = _flat(own).get(short)
+            if key in _MAY_CHANGE:
+                own[short] = value
+            elif before != value:
+                raise SettingsError(
+                    f"{key}={value} contradicts the checkpoint {ckpt}, which was trained with {key}={before}: "
+                    "drop the override, or sample from another checkpoint"
+                )
+        merged[group] = own
+    data = dict(given["data"])
+    if data.get("name") == "from_checkpoint":
+        kept = {k: v for k, v in data.items() if v is not None and k != "name"}
+        merged["data"] = {**stored["data"], **kept}
+    if (given.get("metrics") or {}).get("name") == "from_checkpoint":
+        merged["metrics"] = stored.get("metrics")
+    return merged
+
+
+def complete_from_defaults(given: dict[str, Any], ckpt: str) -> dict[str, Any]:
+    """For an official file: model= and data= must be chosen; other groups take their defaults.
+
+    Raises:
+        SettingsError: one of the two is not chosen.
+    """
+    for group in ("model", "data"):
+        if given[group].get("name") == "from_checkpoint":
+            raise SettingsError(
+                f"ckpt={ckpt} is an official file, which does not say how it was trained: give {group}=NAME"
+            )
+    default = OmegaConf.to_container(plugins.compose_config(), resolve=True)
+    merged = {k: (default.get(k) if v is None else v) for k, v in given.items()}
+    for group in ("train", "process", "codec"):
+        if (given[group] or {}).get("name") == "from_checkpoint":
+            kept = {k: v for k, v in given[group].items() if v is not None and k != "name"}
+            merged[group] = {**default[group], **kept}
+    if (given.get("metrics") or {}).get("name") == "from_checkpoint":
+        merged["metrics"] = None
+    return merged

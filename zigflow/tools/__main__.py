@@ -1,0 +1,41 @@
+"""``python -m zigflow.tools COMMAND``: small commands around the two big ones."""
+
+import importlib
+import sys
+
+from zigflow.registry import unknown_name
+
+COMMANDS = {
+    "list": "names that can be typed: models, scans, samplers, kernel backends, configuration groups",
+    "plot-scans": "draw scan orders",
+    "show-config": "print a composed and validated configuration",
+    "make-shards": "write indexed shards from digits, an image folder or idx files",
+    "verify-shards": "check shards byte for byte",
+    "convert-checkpoint": "turn an official .pt file into a checkpoint of ours",
+    "demo-report": "print what a sampled run's results.json says and where its pictures lie",
+    "doctor": "print versions, devices and which kernel backends can run",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Dispatch to ``zigflow.tools.<command>.main``; each command is imported only when it is called."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("usage: python -m zigflow.tools COMMAND [OPTIONS]\n")
+        print("\n".join(f"  {name.ljust(width)}  {text}" for name, text in COMMANDS.items()))
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        print(f"error: {unknown_name('command', name, list(COMMANDS))}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"zigflow.tools.{name.replace('-', '_')}")
+    try:
+        return module.main(rest)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
