@@ -329,6 +329,7 @@ class ZigMa(nn.Module):
 
     def _register_walks(self, device) -> None:
         """Keep the built grid's orders as buffers, so that they follow the model from device to device."""
+        device = torch.empty(0, device=device).device
         walks, self._layer_walks = self._walk_arrays(self.grid)
         self._walk_names: list[dict] = []
         known: dict[bytes, str] = {}

@@ -154,10 +154,10 @@ class ShardSource:
 def _floats(value: np.ndarray, field: str, ranks: tuple[int, ...]) -> torch.Tensor:
     if value.ndim not in ranks:
         raise DecodeError(f"{field} have {' or '.join(map(str, ranks))} dimensions, got shape {value.shape}")
-    tensor = torch.from_numpy(value.astype(np.float32))
-    if not torch.isfinite(tensor).all():
+    numbers = value.astype(np.float32, copy=False)
+    if not np.isfinite(numbers).all():
         raise DecodeError(f"{field} hold values that are not finite")
-    return tensor
+    return torch.from_numpy(numbers)
 
 
 def _choose(

@@ -38,6 +38,6 @@ def factorized_steps(
         if letter == "s":
             steps.append(ScanStep(spatial[next(space) % len(spatial)], "frames"))
         else:
-            turn = 0 * next(time)
+            turn = next(time) % 2
             steps.append(ScanStep(temporal[turn], "pixels", undone_by[turn]))
     return tuple(steps)

@@ -11,9 +11,8 @@ Legend: B samples of a batch; a draw of shape S is (B, *S).
 
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar, Token
 from typing import Any
 
 import numpy as np
@@ -173,18 +172,13 @@ class KeyedDraws:
     def __repr__(self) -> str:
         return f"KeyedDraws(seed={self.seed}, rows={len(self)}, step={self.step}, device={self.ids.device})"
 
-    @contextmanager
-    def active(self) -> Iterator["KeyedDraws"]:
+    def active(self) -> AbstractContextManager["KeyedDraws"]:
         """Make these the draws that :func:`current_draws` returns inside the ``with`` block.
 
         The setting is local to the thread: a checkpointed block that autograd recomputes on a thread of its
         own needs :func:`checkpoint_contexts`.
         """
-        token = _ambient.set(self)
-        try:
-            yield self
-        finally:
-            _ambient.reset(token)
+        return _Active(self)
 
     def uniform(self, purpose: str, shape: tuple[int, ...] = (), *, step: int | None = None) -> Tensor:
         """(B, *shape) float32 in [0, 1): multiples of 2**-24, one 32-bit word each."""
@@ -233,6 +227,21 @@ class KeyedDraws:
         key = _key_words(self.seed, kind, purpose)
         words = torch.stack(philox4x32((block, int(number), ids & _WORD, ids >> 32), key), dim=-1)
         return words.reshape(len(self), blocks * 4)[:, :count]
+
+
+class _Active(AbstractContextManager[KeyedDraws]):
+    # No generator: backward passes over a retained graph enter the context of a checkpoint more than once.
+
+    def __init__(self, draws: KeyedDraws):
+        self._draws = draws
+        self._tokens: list[Token] = []
+
+    def __enter__(self) -> KeyedDraws:
+        self._tokens.append(_ambient.set(self._draws))
+        return self._draws
+
+    def __exit__(self, *_: object) -> None:
+        _ambient.reset(self._tokens.pop())
 
 
 def current_draws() -> KeyedDraws | None:

@@ -74,16 +74,8 @@ def chunked_scan(
                 for cols in blocks.columns():
                     decay, h = blocks.views(rows, span, cols)
                     before = states[rows, i - 1, :, cols] if i > 0 else None
-                    last = _states(
-                        decay,
-                        h,
-                        dt_RTE[..., cols],
-                        dtu_RTE[..., cols],
-                        rate_NE[:, cols],
-                        B[rows, span],
-                        before,
-                        reverse,
-                    )
+                    dt, dtu = dt_RTE[..., cols], dtu_RTE[..., cols]
+                    last = _states(decay, h, dt, dtu, rate_NE[:, cols], B[rows, span], before, reverse)
                     _contract_states(C[rows, span], h, y_RTE[..., cols])
                     if i < len(spans) - 1:
                         states[rows, i, :, cols] = last
@@ -253,10 +245,12 @@ def _states(
     tokens = list(zip(decay.unbind(1), h.unbind(1), strict=True))
     if reverse:
         tokens.reverse()
-    for decay_t, h_t in tokens:
-        carry = h_t if carry is None else h_t.addcmul_(decay_t, carry)
-    assert carry is not None
-    return carry
+    decay_t, h_t = tokens[0]
+    if carry is not None:
+        h_t.addcmul_(decay_t, carry)
+    for decay_t, h_next in tokens[1:]:
+        h_t = h_next.addcmul_(decay_t, h_t)
+    return h_t
 
 
 def _adjoint_states(

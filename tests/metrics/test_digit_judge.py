@@ -9,7 +9,7 @@ import torch
 
 from tests.metrics.conftest import PER_CLASS
 from zigflow.metrics.digit_judge import DigitJudge, DigitThresholds, judge
-from zigflow.metrics.judge_net import JudgeNet, fit_judge_net
+from zigflow.metrics.judge_net import JudgeNet, _AdamW, fit_judge_net
 
 CRITERIA = (
     "classifier_heldout_accuracy",
@@ -229,3 +229,16 @@ def test_bad_references_are_refused(digits):
         DigitJudge(k=0)
     with pytest.raises(ValueError, match="label 10"):
         judge(heldout[0], heldout[1] + 1, train, heldout)
+
+
+def test_the_optimizer_is_adam_with_decoupled_decay():
+    p, want = torch.nn.Parameter(torch.tensor([2.0, -3.0])), np.array([2.0, -3.0])
+    optimizer = _AdamW([p])
+    mean = square = np.zeros(2)
+    for t, rate in enumerate((0.1, 0.2, 0.05), start=1):
+        optimizer.step((p**3).sum(), rate)
+        gradient = 3 * want**2
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        step = (mean / (1 - 0.9**t)) / (np.sqrt(square / (1 - 0.999**t)) + 1e-8)
+        want = want - rate * 1e-2 * want - rate * step
+        assert p.detach().numpy() == pytest.approx(want, rel=1e-5)

@@ -10,7 +10,7 @@ from tests.samplers.problems import Network
 from zigflow.processes import Flow
 from zigflow.samplers import Guided, OdeSampler
 
-X, T, Y = torch.randn(4, 6), torch.full((4,), 0.4), torch.tensor([0, 1, 2, 3])
+X, T, Y = torch.randn(4, 16), torch.full((4,), 0.4), torch.tensor([0, 1, 2, 3])
 
 
 def parts(model):
@@ -69,7 +69,7 @@ def test_adaptive_solvers_keep_samples_apart_under_an_interval():
     """Whether all samples are outside depends on the neighbors, so the batch stays doubled."""
     flow, model = Flow(), Network()
     guided = Guided(model, 2.0, interval=(0.4, 0.6))
-    other = 4 * torch.randn(4, 6)
+    other = 4 * torch.randn(4, 16)
     other[3] = X[1]
     first = OdeSampler("dopri5").sample(flow, guided, X, Y)
     second = OdeSampler("dopri5").sample(flow, guided, other, torch.tensor([4, 4, 4, 1]))

@@ -1,6 +1,7 @@
 """Likelihood: closed forms, traces, probes, bits per dimension."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -43,13 +44,13 @@ def test_vp_likelihood_is_finite_and_near(prediction):
 
 def test_exact_trace_is_the_trace_of_the_jacobian():
     flow, model = Flow(), Network()
-    x1 = torch.randn(2, 6, dtype=torch.float64)
+    x1 = torch.randn(2, 16, dtype=torch.float64)
     result = OdeSampler(**TIGHT).log_likelihood(flow, model, x1, trace="exact")
 
     def encode(x):
         x = x.unsqueeze(0)
-        times = torch.linspace(1, 0, 257, dtype=torch.float64).tolist()
-        for t, t_next in zip(times[:-1], times[1:]):
+        times = torch.linspace(1, 0, 65, dtype=torch.float64).tolist()
+        for t, t_next in pairwise(times):
             h = t_next - t
             a = model(x, torch.tensor([t], dtype=x.dtype))
             b = model(x + h / 2 * a, torch.tensor([t + h / 2], dtype=x.dtype))
@@ -59,15 +60,17 @@ def test_exact_trace_is_the_trace_of_the_jacobian():
         return x[0]
 
     for row in range(2):
-        jacobian = torch.autograd.functional.jacobian(encode, x1[row])
+        x = x1[row].clone().requires_grad_()
+        end = encode(x)
+        jacobian = torch.stack([torch.autograd.grad(value, x, retain_graph=True)[0] for value in end])
         prior = normal_log_density(encode(x1[row])[None], 0.0, 1.0)
         want = prior[0] + torch.linalg.slogdet(jacobian).logabsdet
-        assert_close("change of variables", result.log_density[row], want, of_max=1e-6)
+        assert_close("change of variables", result.log_density[row], want, of_max=1e-5)
 
 
 def test_hutchinson_is_unbiased_and_narrows_with_probes():
     flow, model = Flow(), Network()
-    x1 = torch.randn(1, 6, dtype=torch.float64).expand(400, 6)
+    x1 = torch.randn(1, 16, dtype=torch.float64).expand(400, 16)
     draws = KeyedDraws(0, torch.arange(400))
     sampler = OdeSampler("rk4", 6)
     exact = sampler.log_likelihood(flow, model, x1, trace="exact").log_density
@@ -79,7 +82,7 @@ def test_hutchinson_is_unbiased_and_narrows_with_probes():
 
 def test_probes_are_keyed():
     flow, model = Flow(), Network()
-    x1, ids = torch.randn(4, 6), torch.arange(4)
+    x1, ids = torch.randn(4, 16), torch.arange(4)
     sampler = OdeSampler("rk4", 6, batch_size=4)
     whole = sampler.log_likelihood(flow, model, x1, draws=KeyedDraws(1, ids)).log_density
     again = sampler.log_likelihood(flow, model, x1, draws=KeyedDraws(1, ids)).log_density
@@ -106,7 +109,7 @@ def test_bits_of_quantised_data():
 def test_works_where_autograd_is_off(mode):
     flow, model = Flow(), Network()
     with mode():
-        x1, y = torch.randn(2, 6), torch.tensor([1, 2])
+        x1, y = torch.randn(2, 16), torch.tensor([1, 2])
         inside = OdeSampler("rk4", 4).log_likelihood(flow, model, x1, y, trace="exact")
     outside = OdeSampler("rk4", 4).log_likelihood(flow, model, x1.clone(), y.clone(), trace="exact")
     assert torch.equal(inside.log_density, outside.log_density)
@@ -115,7 +118,7 @@ def test_works_where_autograd_is_off(mode):
 
 def test_errors():
     flow = Flow()
-    x1 = torch.randn(2, 6)
+    x1 = torch.randn(2, 16)
     with pytest.raises(UnknownNameError, match="'hutchinson'"):
         OdeSampler().log_likelihood(flow, Network(), x1, trace="hutchison")
     with pytest.raises(ValueError, match="num_probes"):
@@ -123,4 +126,4 @@ def test_errors():
     with pytest.raises(ValueError, match="one backward pass per element"):
         OdeSampler().log_likelihood(flow, Gaussian(flow), torch.zeros(1, 5000), trace="exact")
     with pytest.raises(ValueError, match="probes have shape"):
-        OdeSampler().log_likelihood(flow, Network(), x1, probe=torch.ones(2, 6))
+        OdeSampler().log_likelihood(flow, Network(), x1, probe=torch.ones(2, 16))

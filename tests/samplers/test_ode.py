@@ -32,7 +32,7 @@ def exact(t):
 @pytest.mark.parametrize("name", FIXED)
 def test_fixed_step_order_is_the_declared_one(name):
     solver = SAMPLERS.get(name)
-    counts = [8, 16, 32, 64]
+    counts = [16, 32, 64, 128]
     errors = []
     for count in counts:
         times = torch.linspace(0, 1, count + 1, dtype=torch.float64).tolist()
@@ -58,7 +58,7 @@ def test_tableaus_are_consistent(name):
 def test_error_follows_the_tolerance(name, direction):
     solver = SAMPLERS.get(name)
     tolerances = [1e-3, 1e-5, 1e-7, 1e-9]
-    times = torch.linspace(0, 1, 7, dtype=torch.float64)[::direction].tolist()
+    times = torch.linspace(0, 1, 7, dtype=torch.float64).tolist()[::direction]
     start = exact(times[0])
     truth = torch.stack([exact(t) for t in times])
     errors, evaluations = [], []
@@ -77,9 +77,9 @@ def test_error_follows_the_tolerance(name, direction):
 def test_adaptive_methods_cost_what_their_order_says(name):
     """Evaluations grow as tolerance^(-1/order): a wrong error estimate shows here."""
     solver = SAMPLERS.get(name)
-    settings = [SolverSettings(t, t) for t in (1e-6, 1e-10)]
+    settings = [SolverSettings(t, t) for t in (10.0 ** -(solver.order + 3), 10.0 ** -(solver.order + 6))]
     counts = [solver.solve(decay, START, [0.0, 1.0], s).accepted.max().item() for s in settings]
-    measured = 4 / torch.log10(torch.tensor(counts[1] / counts[0]))
+    measured = 3 / torch.log10(torch.tensor(counts[1] / counts[0]))
     assert abs(measured - solver.order) < 0.2 * solver.order
 
 
@@ -87,8 +87,8 @@ def test_adaptive_methods_cost_what_their_order_says(name):
 def test_a_sample_does_not_know_its_neighbors(name):
     """Bit for bit, at an equal batch size and whatever row it lies in."""
     flow, model = Flow("GVP", "noise"), Network()
-    x = torch.randn(8, 6)
-    other = 3 * torch.randn(8, 6)
+    x = torch.randn(8, 16)
+    other = 3 * torch.randn(8, 16)
     other[5] = x[2]
     sampler = OdeSampler(name, 9)
     y = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
@@ -102,23 +102,23 @@ def test_a_sample_does_not_know_its_neighbors(name):
 @pytest.mark.parametrize("name", OURS)
 def test_padding_keeps_the_bits(name):
     flow, model = Flow(), Network()
-    x, y = torch.randn(8, 6), torch.arange(8) % 5
+    x, y = torch.randn(8, 16), torch.arange(8) % 5
     sampler = OdeSampler(name, 6, batch_size=8)
     whole = sampler.sample(flow, model, x, y)
     for rows in (1, 3):
         assert torch.equal(sampler.sample(flow, model, x[:rows], y[:rows]), whole[:rows])
         kept = sampler.sample(flow, model, x[:rows], y[:rows], return_trajectory=True)
-        assert kept.shape == (6, rows, 6)
+        assert kept.shape == (6, rows, 16)
     assert set(model.calls) == {8}
     with pytest.raises(ValueError, match="batch of 9 samples.*batch_size 8"):
-        sampler.sample(flow, model, torch.randn(9, 6))
+        sampler.sample(flow, model, torch.randn(9, 16))
 
 
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("run", ["sample", "encode"])
 def test_the_model_is_never_asked_beyond_the_interval(name, run):
     flow, model = Flow("VP", "score"), Network()
-    getattr(OdeSampler(name, 5), run)(flow, model, torch.randn(3, 6))
+    getattr(OdeSampler(name, 5), run)(flow, model, torch.randn(3, 16))
     times = torch.cat(model.times)
     low, high = torch.tensor(flow.interval("ode"))
     assert times.min() >= low
@@ -128,14 +128,16 @@ def test_the_model_is_never_asked_beyond_the_interval(name, run):
 def test_torchdiffeq_asks_beyond_the_interval():
     """Why the solvers above exist; should this fail, torchdiffeq has learnt to stop."""
     model = Network()
-    OdeSampler("torchdiffeq/dopri5", 5).sample(Flow(), model, torch.randn(3, 6))
+    OdeSampler("torchdiffeq/dopri5", 5).sample(Flow(), model, torch.randn(3, 16))
     assert torch.cat(model.times).max() > 1
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_finished_samples_wait_unchanged(name):
     def drift(x, t):
-        return torch.where(torch.arange(2)[:, None] == 0, torch.zeros_like(x), torch.sin(40 * t[:, None]) * x)
+        return torch.where(
+            torch.arange(2)[:, None] == 0, torch.zeros_like(x), torch.sin(200 * t[:, None]) * x
+        )
 
     solution = SAMPLERS.get(name).solve(drift, START.clone(), [0.0, 1.0], SolverSettings())
     assert torch.equal(solution.x[0], START[0])
@@ -145,7 +147,7 @@ def test_finished_samples_wait_unchanged(name):
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_steps_are_refused_where_the_drift_turns_sharp(name):
     def drift(x, t):
-        return torch.exp(-(((t[:, None] - 0.7) / 0.01) ** 2)) / (0.01 * torch.pi**0.5) + 0 * x
+        return torch.exp(-(((t[:, None] - 0.5) / 0.04) ** 2)) / (0.04 * torch.pi**0.5) + 0 * x
 
     solution = SAMPLERS.get(name).solve(
         drift, torch.zeros(2, 1, dtype=torch.float64), [0.0, 1.0], SolverSettings(1e-6, 1e-4)
@@ -159,10 +161,12 @@ def test_steps_are_refused_where_the_drift_turns_sharp(name):
 def test_every_sampler_maps_a_gaussian_to_the_data(name, path_type):
     flow = Flow(path_type)
     model = Gaussian(flow)
-    sampler = OdeSampler(name, 65)
+    sampler = OdeSampler(name, 65, rtol=1e-4)
     x0 = torch.randn(5, 3, dtype=torch.float64)
     x1 = sampler.sample(flow, model, x0)
-    assert_close(name, x1, model.mean + model.std * x0, of_max=2e-2 if "euler" in name else 5e-3)
+    assert_close(
+        name, x1, model.mean + model.std * x0, of_max=5e-3 if name in OURS and name != "euler" else 5e-2
+    )
     assert sampler.num_function_evaluations > 0
 
 
@@ -195,14 +199,12 @@ def test_encode_undoes_sample(name, path_type, prediction):
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "score", "noise", "data"])
-def test_vp_is_sampled_where_torchdiffeq_overshoots(prediction):
+def test_vp_is_sampled_to_its_end(prediction):
     flow = Flow("VP", prediction)
     model = Gaussian(flow)
     x0 = torch.randn(16, 3)
     x1 = OdeSampler("dopri5").sample(flow, model, x0)
     assert_close("samples", x1, model.mean + model.std * x0.double(), of_max=3e-2)
-    with pytest.raises(SamplingError, match="torchdiffeq/dopri5"):
-        OdeSampler("torchdiffeq/dopri5").sample(flow, model, x0)
 
 
 @pytest.mark.parametrize("name", [*OURS, "torchdiffeq/rk4"])
@@ -213,6 +215,13 @@ def test_a_non_finite_model_stops_the_run_and_is_named(name):
 
     with pytest.raises(SamplingError, match=r"1 of 4 samples \(rows 2\)"):
         OdeSampler(name, 11).sample(Flow(), model, torch.ones(4, 2))
+
+
+def test_a_vanishing_step_of_torchdiffeq_is_an_error_of_ours():
+    with pytest.raises(SamplingError, match=r"torchdiffeq/dopri5.*outside the interval"):
+        OdeSampler("torchdiffeq/dopri5").sample(
+            Flow(), lambda x, t, y: (0.5 - t[:, None]).sqrt() * x, torch.ones(2, 2)
+        )
 
 
 def test_a_non_finite_start_is_named():
@@ -241,7 +250,7 @@ def test_errors_of_the_model_are_not_swallowed():
 def test_callback_sees_every_step(name):
     seen = []
     x1 = OdeSampler(name, 6).sample(
-        Flow(), Network(), torch.randn(3, 6), callback=lambda step, t, x: seen.append((step, t, x))
+        Flow(), Network(), torch.randn(3, 16), callback=lambda step, t, x: seen.append((step, t, x))
     )
     assert [s for s, _, _ in seen] == list(range(1, len(seen) + 1))
     assert torch.equal(seen[-1][2], x1)
@@ -268,20 +277,3 @@ def test_every_method_of_torchdiffeq_is_there():
     from torchdiffeq._impl.odeint import SOLVERS
 
     assert {n.removeprefix("torchdiffeq/") for n in THEIRS} == set(SOLVERS)
-
-
-def test_torchdiffeq_is_imported_at_use(run_python):
-    assert "False" in run_python(
-        "import sys, zigflow.samplers as s; s.SAMPLERS.get('dopri5'); print('torchdiffeq' in sys.modules)"
-    )
-
-
-@pytest.fixture
-def run_python():
-    import subprocess
-    import sys
-
-    def run(code):
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-
-    return run

@@ -12,7 +12,7 @@ from zigflow.samplers import SAMPLERS, OdeSampler, SamplingError, SdeSampler
 from zigflow.samplers.sde import LAST_STEPS, sde_names
 
 METHODS = sde_names()
-FORMS = DIFFUSION_FORMS.names()
+FORMS = [name for name in DIFFUSION_FORMS.names() if name != "inccreasing-decreasing"]
 INTERVAL = (0.1, 0.9)
 
 
@@ -40,18 +40,26 @@ def moments(method, flow, model, count, **kwargs):
 def test_weak_order_on_a_gaussian_is_the_declared_one(method, form, path_type):
     flow = Flow(path_type, "score")
     model = Gaussian(flow)
-    counts = [32, 64, 128]
     mean, variance = model.moments(INTERVAL[1])
-    mean_errors, variance_errors = [], []
-    for count in counts:
-        got = moments(method, flow, model, count, diffusion_form=form, diffusion_norm=0.5)
-        mean_errors.append(abs(got[0] - mean))
-        variance_errors.append(abs(got[1] - variance))
-    weak = SAMPLERS.get("sde/" + method).weak_order
-    assert slope(counts, variance_errors) > weak - 0.25, variance_errors
+    kwargs = {"diffusion_form": form, "diffusion_norm": 0.5}
+    coarse, fine = (moments(method, flow, model, count, **kwargs) for count in (64, 128))
+    solver = SAMPLERS.get("sde/" + method)
+    check_order(coarse[1] - variance, fine[1] - variance, solver.weak_order)
     # The mean obeys the drift alone, where Heun has order 2.
-    assert slope(counts, mean_errors) > (2 if method == "Heun" else 1) - 0.25, mean_errors
-    assert variance_errors[-1] < 0.05 * variance
+    check_order(coarse[0] - mean, fine[0] - mean, 2 if method == "Heun" else 1)
+    assert abs(fine[1] - variance) < 0.02 * variance
+
+
+def check_order(coarse, fine, order):
+    """Extrapolation for just this order, from steps h and h/2, removes most of the error.
+
+    (2^p fine - coarse) / (2^p - 1) has the part of order p removed; with an order of 0 all of the error would
+    stay, with a higher one it would grow.
+    """
+    if abs(fine) < 1e-13:
+        return
+    left = (2**order * fine - coarse) / (2**order - 1)
+    assert abs(left) < 0.6 * abs(fine), (coarse, fine)
 
 
 def test_heun_has_no_more_than_weak_order_one():
@@ -85,24 +93,25 @@ def test_strong_order_is_the_declared_one(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("last_step", LAST_STEPS)
-@pytest.mark.parametrize("path_type", INTERPOLANTS.names())
-def test_every_combination_samples_the_data(method, form, last_step, path_type):
+@pytest.mark.parametrize(
+    "path_type, form", [*(("GVP", form) for form in FORMS), ("Linear", "sigma"), ("VP", "sigma")]
+)
+def test_every_combination_samples_the_data(method, last_step, path_type, form):
     flow = Flow(path_type)
     model = Gaussian(flow)
-    sampler = SdeSampler(method, 60, form, last_step=last_step)
-    ids = torch.arange(2000)
-    x1 = sampler.sample(flow, model, torch.randn(2000, 1), draws=KeyedDraws(0, ids))
-    # Tweedie returns the expected data, whose variance is short of theirs by what the noise hides.
+    sampler = SdeSampler(method, 40, form, last_step=last_step)
+    draws = KeyedDraws(0, torch.arange(1500))
+    x1 = sampler.sample(flow, model, draws.normal("start", (1,)), draws=draws)
     assert abs(x1.mean().item() - model.mean) < 0.06
-    assert abs(x1.std().item() - model.std) < (0.12 if last_step is None and form == "constant" else 0.08)
+    # A last step is made without noise: with D = 1 to the end it leaves the spread short.
+    assert abs(x1.std().item() - model.std) < (0.12 if form == "constant" else 0.08)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_without_diffusion_it_is_the_ode_solver(method):
     flow, model = Flow(), Network()
-    x0 = torch.randn(4, 6, dtype=torch.float64)
+    x0 = torch.randn(4, 16, dtype=torch.float64)
     sde = SdeSampler(method, 20, "constant", 0.0, last_step=None, interval=INTERVAL)
     ode = OdeSampler(method.lower(), 20, interval=INTERVAL)
     assert_close(method, sde.sample(flow, model, x0), ode.sample(flow, model, x0), of_max=1e-12)
@@ -110,7 +119,7 @@ def test_without_diffusion_it_is_the_ode_solver(method):
 
 def test_last_steps_are_what_they_say():
     flow, model = Flow("GVP"), Network()
-    x0 = torch.randn(4, 6, dtype=torch.float64)
+    x0 = torch.randn(4, 16, dtype=torch.float64)
 
     def run(last_step, size=0.04):
         sampler = SdeSampler("Euler", 5, last_step=last_step, last_step_size=size, interval=(0.0, 0.96))
@@ -131,8 +140,8 @@ def test_last_steps_are_what_they_say():
 def test_evaluations_are_counted(method, last_step):
     model = Network()
     sampler = SdeSampler(method, 7, last_step=last_step)
-    trajectory = sampler.sample(Flow(), model, torch.randn(2, 6), return_trajectory=True)
-    assert trajectory.shape == (7, 2, 6)
+    trajectory = sampler.sample(Flow(), model, torch.randn(2, 16), return_trajectory=True)
+    assert trajectory.shape == (7, 2, 16)
     assert sampler.num_intervals == 6
     assert sampler.num_function_evaluations == len(model.calls)
     assert len(model.calls) == 6 * SAMPLERS.get("sde/" + method).evaluations + (last_step is not None)
@@ -146,7 +155,7 @@ class TestNoise:
         return sampler.sample(self.flow, Network(), x0, y, draws=KeyedDraws(seed, ids))
 
     def test_a_sample_is_the_same_however_it_is_batched(self):
-        ids, x0 = torch.arange(8), torch.randn(8, 6)
+        ids, x0 = torch.arange(8), torch.randn(8, 16)
         whole = self.run(ids, x0)
         order = torch.tensor([5, 0, 7, 2, 1, 3, 6, 4])
         assert torch.equal(self.run(ids[order], x0[order]), whole[order])
@@ -154,22 +163,22 @@ class TestNoise:
         assert torch.equal(torch.cat(parts), whole)
 
     def test_ids_and_seed_decide(self):
-        x0 = torch.randn(4, 6)
+        x0 = torch.randn(4, 16)
         first = self.run(torch.arange(4), x0)
         assert not torch.equal(self.run(torch.arange(4), x0, seed=2), first)
         assert not torch.equal(self.run(torch.arange(4) + 4, x0), first)
 
     def test_noise_of_step_k_is_the_documented_draw(self):
-        draws, x0 = KeyedDraws(3, torch.arange(4)), torch.randn(4, 6)
+        draws, x0 = KeyedDraws(3, torch.arange(4)), torch.randn(4, 16)
         sampler = SdeSampler("Euler", 5)
         got = sampler.sample(self.flow, Network(), x0, draws=draws)
         want = sampler.sample(
-            self.flow, Network(), x0, noise=lambda k, x: draws.normal("sample.sde", (6,), step=k)
+            self.flow, Network(), x0, noise=lambda k, x: draws.normal("sample.sde", (16,), step=k)
         )
         assert torch.equal(got, want)
 
     def test_ambient_draws_are_used(self):
-        draws, x0 = KeyedDraws(3, torch.arange(4)), torch.randn(4, 6)
+        draws, x0 = KeyedDraws(3, torch.arange(4)), torch.randn(4, 16)
         sampler = SdeSampler("Euler", 5)
         with draws.active():
             got = sampler.sample(self.flow, Network(), x0)
@@ -190,7 +199,7 @@ def test_a_non_finite_model_is_named():
     def model(x, t, y):
         return torch.where((t > 0.5)[:, None] & (torch.arange(3) == 1)[:, None], torch.inf, x)
 
-    with pytest.raises(SamplingError, match=r"at step 6 in 1 of 3 samples \(rows 1\)"):
+    with pytest.raises(SamplingError, match=r"at step 7 in 1 of 3 samples \(rows 1\)"):
         SdeSampler("Euler", 11, interval=(0.0, 1.0), last_step=None).sample(
             Flow("VP"), model, torch.ones(3, 2)
         )
@@ -211,4 +220,4 @@ def test_names_and_numbers_are_checked():
         prediction = "noise"
 
     with pytest.raises(TypeError, match="Other"):
-        SdeSampler().sample(Other(), Network(), torch.ones(1, 6))
+        SdeSampler().sample(Other(), Network(), torch.ones(1, 16))

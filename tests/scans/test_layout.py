@@ -51,9 +51,10 @@ def test_prefix_stays_in_front():
     layout = TokenLayout.prefix(6, 2)
     np.testing.assert_array_equal(layout.source, [6, 7, 0, 1, 2, 3, 4, 5])
     np.testing.assert_array_equal(layout.positions, [2, 3, 4, 5, 6, 7])
-    path = get_scan("zigzag")(2, 3)[0]
+    path = get_scan("zigzag")(2, 3)[4]
+    assert path.inverted() != path
     lifted = layout.lift(path)
-    np.testing.assert_array_equal(lifted.order, [0, 1, 2, 3, 4, 7, 6, 5])
+    np.testing.assert_array_equal(lifted.order, [0, 1, 5, 6, 7, 4, 3, 2])
     x, table = example(layout)
     walked = build(layout, x, table)[lifted.order]
     np.testing.assert_array_equal(walked[:2], table)

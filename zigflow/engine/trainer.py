@@ -299,8 +299,7 @@ class Trainer:
             batch = batch.to(self.device)
             last = index == options.grad_accum - 1
             with nullcontext() if last else self.accelerator.no_sync(self._wrapped), draws.active():
-                with autocast(self.mixed_precision, self.device):
-                    loss_B = self._loss(batch, draws)
+                loss_B = self._loss(batch, draws)
                 (loss_B.float().sum() * weight).backward()
             losses.append(loss_B.detach().float())
         return torch.cat(ids), torch.cat(losses)
@@ -310,7 +309,9 @@ class Trainer:
         t_B = self.process.sample_time(draws.uniform("train.time"))
         x0 = draws.normal("train.noise", tuple(x1.shape[1:])).to(x1)
         y = condition(batch, self.model, draws)
-        return self.process.loss(self._forward, x1, x0, t_B, y)
+        # The codec stays outside: autoencoders overflow in float16.
+        with autocast(self.mixed_precision, self.device):
+            return self.process.loss(self._forward, x1, x0, t_B, y)
 
     def _next(self, data: Iterator[Any]) -> Any:
         started = time.perf_counter()

@@ -112,7 +112,7 @@ def augmented_drift(drift: Drift, shape: torch.Size, probes: Callable[[int], Ten
             divergence: Any = state.new_zeros(state.shape[0])
             for index, vector in enumerate(vectors):
                 more = index + 1 < len(vectors)
-                product = torch.autograd.grad(velocity, x, vector, retain_graph=more)[0]
+                product = torch.autograd.grad((velocity * vector).sum(), x, retain_graph=more)[0]
                 divergence = divergence + (product * vector).flatten(1).sum(1)
         return torch.cat([velocity.detach().flatten(1), divergence.unsqueeze(1)], dim=1)
 
