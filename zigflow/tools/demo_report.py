@@ -27,8 +27,7 @@ def main(argv: list[str]) -> int:
         raise FileNotFoundError(
             f"no samples/*/results.json under {args.run_dir}; run sample_acc.py ckpt={args.run_dir}"
         )
-    content = read_results(found[-1])
-    metrics, protocol = content["metrics"], content["protocol"]
+    metrics, protocol = read_results(found[-1])
     thresholds = protocol.get("thresholds", {})
     for name, (text, sign) in ROWS.items():
         if name in metrics:
