@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from zigflow import plugins
-from zigflow.codec import to_uint8
+from zigflow.codec import IdentityCodec, to_uint8
 from zigflow.data.global_batch import GlobalBatch
 from zigflow.data.loader import evaluation_loader, training_loader
 from zigflow.data.order import DataOrder
@@ -21,6 +22,7 @@ from zigflow.engine.ema import EmaProfile
 from zigflow.engine.log import read_metrics
 from zigflow.engine.optim import Schedule, build_optimizer
 from zigflow.engine.options import TrainOptions
+from zigflow.engine.ranks import Ranks
 from zigflow.engine.run_state import load_model_state, load_weights, versions
 from zigflow.engine.sampling_run import SamplingRun, weights_hash
 from zigflow.engine.trainer import Trainer, make_accelerator
@@ -121,6 +123,8 @@ def train_from_config(cfg: DictConfig) -> Path:
         torch.set_num_threads(settings.loop.threads)
     accelerator = make_accelerator(settings.mixed_precision, cpu=settings.loop.device == "cpu")
     source = build_source(settings)
+    if source is None:
+        raise SettingsError(f"data={settings.data.name} has no source to train on: choose another data=NAME")
     model = build_model(settings)
     _check_fit(settings, model, source)
     size = settings.data.batch_size * settings.grad_accum * accelerator.num_processes
@@ -193,6 +197,57 @@ def _start_from(ckpt: str, model: torch.nn.Module) -> None:
     log.info("starting from the weights of %s", ckpt)
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """A checkpoint brought to life for sampling."""
+
+    settings: Settings
+    model: torch.nn.Module
+    weights: str
+    step: int | None
+    folder: Path
+
+
+def _open_trained(given: dict[str, Any], ckpt: str, wanted: str | None) -> _Trained:
+    """The model of a checkpoint, ours or official, and the configuration completed by it."""
+    if Path(ckpt).suffix in OFFICIAL_SUFFIXES:
+        file = read_official(ckpt, "zigma")
+        settings = Settings.from_mapping(complete_from_defaults(given, ckpt, file.ctor_kwargs))
+        arguments = {k: v for k, v in model_arguments(settings).items() if k != "_target_"}
+        model = load_official("zigma", arguments, file.state_dict)
+        return _Trained(settings, model, "official", file.step, Path("samples") / Path(ckpt).stem)
+    stored = checkpoints.open_checkpoint(ckpt)
+    settings = Settings.from_mapping(complete_from_checkpoint(given, stored.config, ckpt))
+    model = build_model(settings)
+    weights = load_weights(model, stored, wanted)
+    path = Path(stored.path)
+    root = path.parent.parent if path.parent.name == "checkpoints" else path
+    return _Trained(settings, model, weights, stored.step, root / "samples")
+
+
+def _sampling_facts(trained: _Trained, ckpt: str) -> tuple[str, dict[str, Any]]:
+    """The folder's name, and what the samples follow from."""
+    settings = trained.settings
+    chosen = settings.sde if settings.sample_mode == "SDE" else settings.ode
+    solver = chosen.sampling_method.replace("/", "-")
+    step = "" if trained.step is None else f"_{trained.step}"
+    name = (
+        f"{trained.weights}{step}_{settings.sample_mode}_{solver}_{chosen.num_steps}"
+        f"_w{settings.cfg_scale:g}_seed{settings.global_seed}"
+    )
+    return name, {
+        "ckpt": ckpt,
+        "weights": trained.weights,
+        "step": trained.step,
+        "sample_mode": settings.sample_mode,
+        "sampler": asdict(chosen),
+        "guidance": {"scale": settings.cfg_scale, "interval": list(settings.cfg_interval)},
+        "process": dict(settings.process),
+        "codec": dict(settings.codec),
+        "precision": settings.mixed_precision or "no",
+    }
+
+
 def sample_from_config(cfg: DictConfig) -> Path:
     """Sample and judge as configured; returns the folder of samples."""
     given = OmegaConf.to_container(cfg, resolve=True)
@@ -200,58 +255,32 @@ def sample_from_config(cfg: DictConfig) -> Path:
     batch_size = given.pop("offline_sample_local_bs")
     if ckpt is None:
         raise SettingsError("ckpt is missing: give ckpt=RUN_DIR, a checkpoint in it, or an official .pt file")
-    official = Path(ckpt).suffix in OFFICIAL_SUFFIXES
-    stored = None if official else checkpoints.open_checkpoint(ckpt)
-    merged = (
-        complete_from_defaults(given, ckpt)
-        if stored is None
-        else complete_from_checkpoint(given, stored.config, ckpt)
-    )
-    settings = Settings.from_mapping(merged)
     plugins.load_plugins()
+    trained = _open_trained(given, str(ckpt), wanted)
+    settings = trained.settings
     if settings.loop.threads is not None:
         torch.set_num_threads(settings.loop.threads)
     accelerator = make_accelerator(settings.mixed_precision, cpu=settings.loop.device == "cpu")
-
-    if stored is None:
-        arguments = model_arguments(settings)
-        arguments.pop("_target_")
-        model = load_official("zigma", arguments, read_official(ckpt, "zigma").state_dict)
-        weights, step, folder = "official", None, Path("samples") / Path(ckpt).stem
-    else:
-        model = build_model(settings)
-        weights, step = load_weights(model, stored, wanted), stored.step
-        root = next(
-            (p.parent for p in Path(stored.path).parents if p.name == "checkpoints"), Path(stored.path)
-        )
-        folder = root / "samples"
-    model = model.to(accelerator.device).eval()
-    process = _make("process", settings.process)
-    sampler = build_sampler(settings)
-    guidance = {"scale": settings.cfg_scale, "interval": list(settings.cfg_interval)}
-    chosen = settings.sde if settings.sample_mode == "SDE" else settings.ode
-    solver = chosen.sampling_method.replace("/", "-")
-    label = f"{settings.sample_mode}_{solver}_{chosen.num_steps}_w{settings.cfg_scale:g}"
-    name = "_".join(
-        str(part)
-        for part in (weights, "final" if step is None else step, label, f"seed{settings.global_seed}")
-    )
-    folder = Path(settings.sample_dir) if settings.sample_dir else folder / name
-    facts = {
-        "ckpt": str(ckpt), "weights": weights, "step": step, "sample_mode": settings.sample_mode,
-        "sampler": {k: getattr(chosen, k) for k in chosen.__dataclass_fields__}, "guidance": guidance,
-        "process": dict(settings.process), "codec": dict(settings.codec), "precision": settings.mixed_precision or "no",
-    }  # fmt: skip
+    model = trained.model.to(accelerator.device).eval()
+    process, sampler = _make("process", settings.process), build_sampler(settings)
+    name, facts = _sampling_facts(trained, str(ckpt))
+    folder = Path(settings.sample_dir) if settings.sample_dir else trained.folder / name
     if settings.likelihood:
         return _likelihood(settings, model, process, sampler, folder, facts, batch_size, accelerator.device)
 
+    codec = _make("codec", settings.codec)
+    if isinstance(codec, IdentityCodec) and model.in_channels not in (1, 3):
+        raise SettingsError(
+            f"the model makes latents of {model.in_channels} channels and codec={settings.codec['_target_']} does "
+            "not decode them: sample with codec=sd_vae codec.path=FOLDER"
+        )
     frames = (model.video_frames,) if getattr(model, "video_frames", 0) else ()
     count = 4 * batch_size if settings.sample_debug else settings.num_fid_samples
     run = SamplingRun(
         model=model,
         process=process,
         sampler=sampler,
-        codec=_make("codec", settings.codec),
+        codec=codec,
         shape=(*frames, model.in_channels, *model.img_dim),
         num_samples=count,
         batch_size=min(batch_size, count),
@@ -261,6 +290,8 @@ def sample_from_config(cfg: DictConfig) -> Path:
         guide=lambda m: Guided(m, settings.cfg_scale, interval=settings.cfg_interval),
         identity={k: v for k, v in facts.items() if k != "ckpt"},
         device=accelerator.device,
+        ranks=Ranks(accelerator.device if accelerator.device.type == "cuda" else "cpu"),
+        mixed_precision=settings.mixed_precision or "no",
         progress=settings.loop.progress,
     )
     result = run.run()
@@ -289,7 +320,7 @@ def _reference(source: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
 def _judge(settings: Settings, result: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The metric's numbers and protocol; empty without a metric."""
     node = {k: v for k, v in (settings.metrics or {}).items() if k != "name"}
-    if not node.get("_target_"):
+    if not node.get("_target_") or not settings.data.source:
         return {"n": len(result.ids)}, {"metric": None}
     metric = _make("metrics", node)
     heldout = build_source(settings, "heldout")
@@ -321,6 +352,8 @@ def _protocol(settings: Settings, facts: Mapping[str, Any], ids: Any) -> dict[st
 def _likelihood(settings, model, process, sampler, folder, facts, batch_size, device) -> Path:
     """Bits per dimension of held-out data under the model's ODE."""
     source = build_source(settings, "heldout") or build_source(settings)
+    if source is None:
+        raise SettingsError(f"likelihood=true needs data to measure, data={settings.data.name} has none")
     count = min(settings.num_fid_samples, len(source))
     codec = _make("codec", settings.codec)
     bits, ids = [], []

@@ -33,7 +33,10 @@ def sample() -> int:
 
 
 def _run(work: Callable[[DictConfig], None], config_name: str) -> int:
-    """0 on success, 2 for a mistake in the configuration; other errors keep their traceback."""
+    """0 on success, 2 for a mistake in the configuration, 1 for a run that failed.
+
+    Both are told in one line; HYDRA_FULL_ERROR=1 shows the traceback. Foreign errors always keep theirs.
+    """
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     plugins.prepare()
@@ -46,5 +49,5 @@ def _run(work: Callable[[DictConfig], None], config_name: str) -> int:
         if line is None:
             raise
         sys.stderr.write(f"error: {line}\n")
-        return 2
+        return 2 if plugins.is_mistake(error) else 1
     return 0

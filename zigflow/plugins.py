@@ -147,8 +147,13 @@ def _known_keys(config_name: str) -> list[str]:
     return keys
 
 
+def is_mistake(error: BaseException) -> bool:
+    """Whether the configuration is at fault, not the run."""
+    return isinstance(error, (SettingsError, UnknownNameError, HydraException, OmegaConfBaseException))
+
+
 def explain(error: BaseException, config_name: str) -> str | None:
-    """One line for a mistake in the configuration; None for any other error."""
+    """One line for a mistake in the configuration or an error of our own; None for any other."""
     if isinstance(error, (SettingsError, UnknownNameError)):
         return _one_line(str(error))
     if isinstance(error, MissingConfigException) and error.options is not None:
@@ -163,6 +168,9 @@ def explain(error: BaseException, config_name: str) -> str | None:
                 key = cause.full_key or str(cause.key)
                 return unknown_key(key, _known_keys(config_name))
             cause = cause.__cause__
+        return _one_line(str(error))
+    # Errors of our own are written for the user: a run directory in use, a damaged checkpoint, a NaN loss.
+    if type(error).__module__.startswith("zigflow."):
         return _one_line(str(error))
     return None
 

@@ -10,7 +10,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -100,7 +100,7 @@ class DataSettings:
     sample_vis_n: int = 16
     is_video: bool = False
     limit: int | None = None
-    source: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] | None = None
     heldout: Mapping[str, Any] | None = None
 
     def __post_init__(self):
@@ -110,7 +110,7 @@ class DataSettings:
             _not_negative(f"data.{key}", getattr(self, key))
         if self.limit is not None:
             _at_least("data.limit", self.limit, 1)
-        if "_target_" not in self.source:
+        if self.source is not None and "_target_" not in self.source:
             raise SettingsError(f"data.source of data={self.name} names no class: give data.source._target_")
 
 

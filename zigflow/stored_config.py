@@ -9,7 +9,8 @@ from zigflow import plugins
 from zigflow.settings import SettingsError
 
 _FROM_STORED = ("model", "train", "process", "codec", "scan")
-_MAY_CHANGE = ("train.sample_eps", "process.sample_eps")
+# What may differ between training and sampling: numerical margins, and where a file lies on this machine.
+_MAY_CHANGE = ("train.sample_eps", "process.sample_eps", "codec.path", "codec.chunk")
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -55,23 +56,32 @@ def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], c
     return merged
 
 
-def complete_from_defaults(given: dict[str, Any], ckpt: str) -> dict[str, Any]:
-    """For an official file: model= and data= must be chosen; other groups take their defaults.
+def complete_from_defaults(
+    given: dict[str, Any], ckpt: str, ctor_kwargs: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """For an official file: its constructor's keywords where it holds them, defaults for what is not given.
 
     Raises:
-        SettingsError: one of the two is not chosen.
+        SettingsError: neither the file nor the command says which model it is.
     """
-    for group in ("model", "data"):
-        if given[group].get("name") == "from_checkpoint":
+    model = given["model"]
+    if model.get("name") == "from_checkpoint":
+        if not ctor_kwargs:
             raise SettingsError(
-                f"ckpt={ckpt} is an official file, which does not say how it was trained: give {group}=NAME"
+                f"ckpt={ckpt} is an official file that does not say how its model was built: give model=NAME"
             )
-    default = OmegaConf.to_container(plugins.compose_config(), resolve=True)
-    merged = {k: (default.get(k) if v is None else v) for k, v in given.items()}
-    for group in ("train", "process", "codec"):
+        model = {"name": "from_checkpoint", "_target_": "model_zigma.ZigMa", **ctor_kwargs}
+    default = OmegaConf.to_container(plugins.compose_config(["data=none"]), resolve=True)
+    merged = {k: (default.get(k) if v is None else v) for k, v in given.items()} | {"model": model}
+    for group in ("train", "process", "codec", "data"):
         if (given[group] or {}).get("name") == "from_checkpoint":
             kept = {k: v for k, v in given[group].items() if v is not None and k != "name"}
             merged[group] = {**default[group], **kept}
+    if given["data"].get("name") == "from_checkpoint":
+        merged["data"] |= {
+            "video_frames": model.get("video_frames", 0),
+            "num_classes": model.get("num_classes", -1),
+        }
     if (given.get("metrics") or {}).get("name") == "from_checkpoint":
         merged["metrics"] = None
     return merged

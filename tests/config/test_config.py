@@ -30,14 +30,12 @@ def plain(overrides=(), name="default"):
 
 def message(overrides, name="default"):
     """The one line that the command would print."""
-    try:
+    with pytest.raises(Exception) as refused:
         Settings.from_mapping(plain(overrides, name))
-    except Exception as error:
-        line = plugins.explain(error, name)
-        assert line is not None, f"{type(error).__name__} is not explained: {error}"
-        assert "\n" not in line
-        return line
-    pytest.fail(f"{overrides} was accepted")
+    line = plugins.explain(refused.value, name)
+    assert line is not None, f"{refused.type.__name__} is not explained: {refused.value}"
+    assert "\n" not in line
+    return line
 
 
 def test_the_default_validates():

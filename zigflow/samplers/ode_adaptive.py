@@ -89,7 +89,7 @@ class _Run:
 
     def slope(self, x: Tensor, t: Tensor) -> Tensor:
         self.evaluations += 1
-        # t + c h may round past the end, where the model need not be defined.
+        # However t + c h is rounded: beyond the end the model need not be defined.
         low, high = min(self.start, self.end), max(self.start, self.end)
         return self.drift(x, t.clamp(low, high).to(full_time(0.0, x)))
 

@@ -1,0 +1,63 @@
+"""``convert-checkpoint``: an official .pt file becomes a checkpoint of ours."""
+
+import argparse
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from zigflow import plugins
+
+
+def main(argv: list[str]) -> int:
+    """Write RUN_DIR/checkpoints/step-N with safetensors weights and a configuration to sample with."""
+    parser = argparse.ArgumentParser(
+        prog="python -m zigflow.tools convert-checkpoint",
+        description="Read an official .pt file safely and write a checkpoint that sample_acc.py takes.",
+    )
+    parser.add_argument("file", type=Path, help="the official .pt file; its EMA weights are taken")
+    parser.add_argument(
+        "overrides", nargs="*", help="model=NAME (where the file does not say), codec=sd_vae, KEY=VALUE"
+    )
+    parser.add_argument("--family", default="zigma", help="the code base it comes from")
+    parser.add_argument("--output", type=Path, required=True, help="run directory to write")
+    args = parser.parse_args(argv)
+
+    from zigflow.engine import checkpoint as checkpoints
+    from zigflow.engine.ranks import Ranks
+    from zigflow.engine.run_state import model_state, versions
+    from zigflow.official import load_official, read_official
+
+    found = read_official(args.file, args.family)
+    try:
+        cfg = plugins.compose_config(["data=none", "metrics=none", *args.overrides, f"run_dir={args.output}"])
+        config = OmegaConf.to_container(cfg, resolve=True)
+        if not any(o.startswith("model=") for o in args.overrides):
+            if found.ctor_kwargs is None:
+                raise ValueError(f"{args.file} does not say how its model was built: give model=NAME")
+            named = {"name": args.file.stem, "_target_": "model_zigma.ZigMa"}
+            config["model"] = {**named, **found.ctor_kwargs}
+        frames = config["model"].get("video_frames", 0)
+        config["data"] |= {"video_frames": frames, "num_classes": config["model"].get("num_classes", -1)}
+        plugins.Settings.from_mapping(config)
+    except Exception as error:
+        line = plugins.explain(error, "default")
+        if line is None:
+            raise
+        raise ValueError(line) from error
+    kwargs = {k: v for k, v in config["model"].items() if k not in ("name", "_target_")}
+    model = load_official(args.family, kwargs, found.state_dict)
+    step = found.step or 0
+    facts = {
+        "format_version": checkpoints.FORMAT_VERSION,
+        "counters": {"step": step, "images_seen": 0, "skipped": 0},
+        "ema": [],
+        "versions": versions(),
+        "plugins": [],
+        "converted_from": {"family": args.family, "file": args.file.name},
+    }
+    shared = {"model.safetensors": model_state(model), "config.json": config, "trainer.json": facts}
+    folder = args.output / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = checkpoints.save(folder, step, shared=shared, own={}, ranks=Ranks())
+    print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    return 0
