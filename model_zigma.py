@@ -23,6 +23,7 @@ S context tokens, p patch size.
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -157,6 +158,8 @@ class ZigMa(nn.Module):
         has_text, d_context, n_context_token: text tokens (B, S, d_context) through cross-attention.
         drop_path_rate: last block's stochastic depth; blocks 0 and 1 have none.
         ssm_cfg: keywords of the mixer (d_state, d_conv, expand, dt_rank, ..., backend).
+        mixer: a factory called as ``mixer(embed_dim, **ssm_cfg, device=..., dtype=...)`` that replaces the mixer of
+            ``scan_type``: any module from (B, L, D) to (B, L, D); every scan pairs with it.
         rms_norm, norm_epsilon, residual_in_fp32: the norms and the residual stream.
         fused_add_norm, use_jit: accepted for compatibility; they never change a result.
         m_init: the published re-initialization of the linear layers.
@@ -198,6 +201,7 @@ class ZigMa(nn.Module):
         class_dropout_prob: float = 0.0,
         scan: str | None = None,
         scan_seed: int = 0,
+        mixer: Callable[..., nn.Module] | None = None,
         official_temporal_reversal: bool = False,
         official_backward_dt_init: bool = False,
     ):
@@ -251,15 +255,19 @@ class ZigMa(nn.Module):
         elif num_classes > 0:
             self.y_embedder = LabelEmbedder(num_classes, embed_dim, class_dropout_prob, **factory)
 
+        if mixer is not None and self.scan_spec.mixer == "parallel_mamba":
+            raise ValueError(
+                f"mixer= replaces one walk per layer, scan_type={scan_type!r} has several at once"
+            )
         options = dict(ssm_cfg or {})
-        if self.scan_spec.mixer != "mamba":
+        if mixer is None and self.scan_spec.mixer != "mamba":
             options["official_backward_dt_init"] = official_backward_dt_init
         if self.scan_spec.mixer == "parallel_mamba":
             options["num_orders"] = self.scan_spec.num_directions
-        mixer = partial(MIXERS[self.scan_spec.mixer], embed_dim, **options, **factory)
+        build_mixer = partial(mixer or MIXERS[self.scan_spec.mixer], embed_dim, **options, **factory)
         norm = partial(RMSNorm if rms_norm else LayerNorm, embed_dim, eps=norm_epsilon, **factory)
         self.blocks = nn.ModuleList(
-            ZigMaBlock(embed_dim, mixer(), norm(), has_text, tokens if use_pe == 3 else 0, **factory)
+            ZigMaBlock(embed_dim, build_mixer(), norm(), has_text, tokens if use_pe == 3 else 0, **factory)
             for _ in range(depth)
         )
         self.final_layer = FinalLayer(embed_dim, patch_size * patch_size * in_channels, **factory)
@@ -284,6 +292,8 @@ class ZigMa(nn.Module):
                 elif isinstance(module, nn.Embedding):
                     nn.init.normal_(module.weight, std=0.02)
             for block in self.blocks:
+                if not isinstance(block.mixer, tuple(MIXERS.values())):
+                    continue
                 weight = block.mixer.out_proj.weight
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
                 weight /= math.sqrt(self.depth)

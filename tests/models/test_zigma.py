@@ -346,3 +346,28 @@ def test_gradients_reach_every_parameter():
         model = tiny(**case).train()
         _, gradients = _run(model)
         assert set(gradients) == {"x"} | {k for k, p in model.named_parameters() if p.requires_grad}
+
+
+class MeanMixer(torch.nn.Module):
+    """A mixer from outside: every token gets a running mean of those before it."""
+
+    def __init__(self, dim, gain=1.0, device=None, dtype=None):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.full((dim,), gain, device=device, dtype=dtype))
+
+    def forward(self, x_BLD):
+        count = torch.arange(1, x_BLD.shape[1] + 1, dtype=x_BLD.dtype)[:, None]
+        return self.gain * x_BLD.cumsum(1) / count
+
+
+def test_any_mixer_pairs_with_any_scan():
+    x, t = inputs()
+    outs = []
+    for scan_type in ("zigzagN8", "hilbert", "v1"):
+        model = tiny(scan_type=scan_type, mixer=MeanMixer, ssm_cfg={"gain": 2.0}).eval()
+        assert "blocks.0.mixer.gain" in model.state_dict()
+        outs.append(model(x, t))
+    assert (outs[0] - outs[1]).abs().max() > 1e-4
+    assert (outs[1] - outs[2]).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="several at once"):
+        tiny(scan_type="parallelN2", mixer=MeanMixer)
