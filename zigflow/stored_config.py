@@ -47,6 +47,10 @@ def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], c
                     "drop the override, or sample from another checkpoint"
                 )
         merged[group] = own
+    # The stored process was resolved from train.*; a margin changed there means the process too.
+    margin = (given["train"] or {}).get("sample_eps")
+    if margin is not None and "sample_eps" in merged["process"]:
+        merged["process"]["sample_eps"] = margin
     data = dict(given["data"])
     if data.get("name") == "from_checkpoint":
         kept = {k: v for k, v in data.items() if v is not None and k != "name"}
@@ -71,7 +75,7 @@ def complete_from_defaults(
                 f"ckpt={ckpt} is an official file that does not say how its model was built: give model=NAME"
             )
         model = {"name": "from_checkpoint", "_target_": "model_zigma.ZigMa", **ctor_kwargs}
-    default = OmegaConf.to_container(plugins.compose_config(["data=none"]), resolve=True)
+    default = OmegaConf.to_container(plugins.compose_config(["data=none", "run_dir=unused"]), resolve=True)
     merged = {k: (default.get(k) if v is None else v) for k, v in given.items()} | {"model": model}
     for group in ("train", "process", "codec", "data"):
         if (given[group] or {}).get("name") == "from_checkpoint":
