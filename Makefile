@@ -37,7 +37,7 @@ test-slow: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/basedpyright --level error
+	$(VENV)/bin/basedpyright --pythonpath $(PY) --level error
 
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .

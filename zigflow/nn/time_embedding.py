@@ -38,11 +38,12 @@ class TimestepEmbedder(nn.Module):
 
     def reset_parameters(self) -> None:
         """Weights N(0, 0.02)."""
-        for layer in (self.mlp[0], self.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, t_B: Tensor) -> Tensor:
         """(B,) times -> (B, D)."""
         t_B = t_B.to(torch.promote_types(t_B.dtype, torch.float32))
         embedding = sinusoidal_embedding(t_B * self.scale, self.frequency_size)
-        return self.mlp(embedding.to(self.mlp[0].weight.dtype))
+        return self.mlp(embedding.to(self.mlp.get_parameter("0.weight").dtype))
