@@ -24,6 +24,7 @@ S context tokens, p patch size.
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dis_causal_conv1d.dispatch import transform_reason
 from dis_mamba import BiMambaMixer, MambaMixer, ParallelMambaMixer
 from scans import parse_scan_type
 from zigflow.nn import (
@@ -407,10 +409,14 @@ class ZigMa(nn.Module):
             )
 
     def null_condition(self, y):
-        """The condition that stands for "none" in guidance, shaped like ``y``.
+        """The condition that stands for "none" in guidance, built like ``y``.
+
+        Args:
+            y: labels (B,), tokens (B, S, d_context), or a ``Condition``, of which the part that this model reads is
+                replaced (labels by the null class, tokens by zeros) and the rest, the mask included, stays.
 
         Raises:
-            ValueError: the model was built without a null row.
+            ValueError: the model was built without a null row, or a ``Condition`` lacks the part that it reads.
         """
         if self.class_dropout_prob <= 0:
             raise ValueError(
@@ -418,7 +424,11 @@ class ZigMa(nn.Module):
                 "class_dropout_prob > 0 (it adds the null class), or sample with guidance scale 1"
             )
         if isinstance(y, Condition):
-            y = y.tokens if self.has_text else y.labels
+            part = "tokens" if self.has_text else "labels"
+            value = getattr(y, part)
+            if value is None:
+                raise ValueError(f"this model reads {part}, and the Condition has none: give Condition({part}=...)")
+            return replace(y, **{part: self.null_condition(value)})
         return torch.zeros_like(y) if self.has_text else torch.full_like(y, self.num_classes)
 
     def _condition(self, y, batch: int, device: torch.device, t_emb_BD: Tensor):
@@ -453,7 +463,23 @@ class ZigMa(nn.Module):
         if y is None or y.shape != (batch,) or y.is_floating_point():
             given = None if y is None else f"{tuple(y.shape)} {y.dtype}"
             raise ValueError(f"this model reads class labels: y must be integers ({batch},), got {given}")
+        self._check_labels(y)
         return t_emb_BD + self.y_embedder(y, dropped_B), None, None
+
+    def _check_labels(self, y_B: Tensor) -> None:
+        """Name a label that the table has no row for, where looking at the values costs no device transfer."""
+        if torch.compiler.is_compiling() or type(y_B) is not Tensor or y_B.device.type != "cpu":
+            return
+        if transform_reason((y_B,)) is not None:
+            return
+        smallest, largest = int(y_B.min()), int(y_B.max())
+        null = self.class_dropout_prob > 0
+        if smallest < 0 or largest >= self.num_classes + null:
+            hint = f", or {self.num_classes} for no class" if null else ""
+            raise ValueError(
+                f"the labels run from {smallest} to {largest}, this model has num_classes={self.num_classes}: give "
+                f"labels 0..{self.num_classes - 1}{hint}, or build it with num_classes={largest + 1} or more"
+            )
 
     def _positions(self, name: str, grid: tuple[int, int, int]) -> Tensor:
         return interpolate_positions(self.get_parameter(name), self.grid, grid)
@@ -466,6 +492,8 @@ class ZigMa(nn.Module):
                 f"this model reads {wanted} with C={self.in_channels} (video_frames={self.video_frames}), "
                 f"got {tuple(x.shape)}"
             )
+        if x.shape[0] == 0:
+            raise ValueError(f"a batch of 0 samples (x has shape {tuple(x.shape)}); give at least one")
         frames = x.shape[1] if self.video_frames else 1
         grid = (frames, *check_divisible(x.shape[-2], x.shape[-1], self.patch_size))
         x = self.x_embedder(x.flatten(0, -4).to(self.x_embedder.proj.weight.dtype))

@@ -31,7 +31,8 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     Args:
         x: (B, L, D).
         order: (L,) int64, the index of the k-th visited token.
-        inverse: (L,) int64 with ``inverse[order] = arange(L)``; not checked, it would cost a pass per call.
+        inverse: (L,) int64 with ``inverse[order] = arange(L)``; not checked, it would cost a pass per call. It may
+            be ``order`` itself.
 
     Returns:
         (B, L, D).
@@ -60,4 +61,7 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
             raise ValueError(f"permute: {name} is on {index.device}, x on {x.device}: move one of them")
     if transform_reason((x,)) is not None:
         return x.index_select(1, order)
+    if order is inverse:
+        # An order that is its own inverse: torch.compile refuses one tensor as two arguments.
+        inverse = inverse.view_as(inverse)
     return _Permute.apply(x, order, inverse)

@@ -25,7 +25,7 @@ def sample() -> int:
     """Console script ``zigflow-sample`` and ``sample_acc.py``."""
 
     def work(cfg: DictConfig) -> None:
-        from zigflow.build import sample_from_config
+        from zigflow.sample_job import sample_from_config
 
         sample_from_config(cfg)
 
@@ -40,10 +40,21 @@ def _run(work: Callable[[DictConfig], None], config_name: str) -> int:
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     plugins.prepare()
-    main = hydra.main(version_base="1.3", config_path=str(paths.config_dir()), config_name=config_name)(work)
+    raised: list[Exception] = []
+
+    def job(cfg: DictConfig) -> None:
+        # Hydra would print a paragraph of its own before ours.
+        try:
+            work(cfg)
+        except Exception as error:
+            raised.append(error)
+
+    main = hydra.main(version_base="1.3", config_path=str(paths.config_dir()), config_name=config_name)(job)
     try:
         plugins.check_command_line(sys.argv[1:], config_name)
         main()
+        if raised:
+            raise raised[0]
     except Exception as error:
         line = None if full else plugins.explain(error, config_name)
         if line is None:

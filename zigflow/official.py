@@ -25,6 +25,7 @@ class Family:
     build: Callable[..., nn.Module]
     allowed_types: Callable[[], list[Any]]
     optional_keys: Callable[[str], bool] = lambda key: False
+    check: Callable[[Mapping[str, Any], Mapping[str, Any]], None] = lambda ctor_kwargs, ours: None
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,19 @@ def _build_zigma(ctor_kwargs: Mapping[str, Any], ours: Mapping[str, Any]) -> nn.
     from model_zigma import ZigMa
 
     return ZigMa(**{**ctor_kwargs, **ours})
+
+
+def _check_zigma(ctor_kwargs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Refuse weights of random scans: the published model draws its permutations unseeded and saves none of them."""
+    from scans import parse_scan_type
+
+    scan_type = ctor_kwargs.get("scan_type", "v2")
+    if ours.get("scan_seed") is None and parse_scan_type(scan_type).is_seeded:
+        raise ValueError(
+            f"official checkpoints of scan_type={scan_type} do not hold their permutations, which were drawn without a "
+            "seed when the model was built: no order found here is the one that these weights were trained along. "
+            "Give scan_seed= to load them along other random orders all the same, or train anew"
+        )
 
 
 def _zigma_types() -> list[Any]:
@@ -60,6 +74,7 @@ FAMILIES: dict[str, Family] = {
         _build_zigma,
         _zigma_types,
         optional_keys=lambda k: k.startswith("blocks.") and k.endswith(".pos_embed"),
+        check=_check_zigma,
     ),
 }
 
@@ -88,16 +103,19 @@ def load_official(
         family: the published code base ("zigma").
         ctor_kwargs: keywords as the official constructor takes them.
         state_dict: tensors as the official checkpoint holds them; wrapper prefixes are removed.
-        ours: keywords of our own, such as ``official_temporal_reversal=True``.
+        ours: keywords of our own, such as ``official_temporal_reversal=True``; ``scan_seed``, which random scans need,
+            counts only here.
 
     Returns:
         The module in eval mode, float32.
 
     Raises:
         UnknownNameError: the family is not known.
-        ValueError: keys are missing, left over or of another shape; the first ones are named.
+        ValueError: keys are missing, left over or of another shape, the first ones are named; or the checkpoint was
+            trained along random orders, which it does not hold, and ``scan_seed`` is not given.
     """
     known = _family(family)
+    known.check(ctor_kwargs, ours)
     model = known.build(ctor_kwargs, ours).float()
     own = model.state_dict()
     given = {k: v.float() if v.is_floating_point() else v for k, v in strip_wrappers(state_dict).items()}

@@ -20,9 +20,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -91,10 +93,19 @@ def run_id() -> str:
     return time.strftime("%Y-%m-%d_%H-%M-%S") + f"_{os.getpid()}"
 
 
+def job_suffix() -> str:
+    """What tells the jobs of a multirun apart: "/0", "/1", ...; empty for a single run."""
+    if not HydraConfig.initialized():
+        return ""
+    config = HydraConfig.get()
+    return f"/{config.job.num}" if config.mode == RunMode.MULTIRUN else ""
+
+
 def prepare() -> None:
     """Make ``scan=NAME``, the resolvers and the plug-ins' YAML known to Hydra; may be called twice."""
     for name, resolver in (
         ("run_id", run_id),
+        ("job_suffix", job_suffix),
         ("main_only", lambda value: value if os.environ.get("RANK", "0") == "0" else None),
         ("rank_suffix", lambda: "" if os.environ.get("RANK", "0") == "0" else f"-{os.environ['RANK']}"),
     ):
@@ -126,6 +137,8 @@ def validated(cfg: DictConfig) -> Settings:
 
 def check_command_line(arguments: list[str], config_name: str) -> None:
     """Compose and validate before Hydra makes a run directory; commands with flags are left to Hydra."""
+    if {"-m", "--multirun"} & set(arguments) and any(a.startswith("run_dir=") for a in arguments):
+        raise SettingsError("run_dir= with --multirun would put every job into one directory: drop run_dir=")
     if any(argument.startswith("-") for argument in arguments):
         return
     cfg = compose_config([f"run_dir={os.devnull}", *arguments], config_name)

@@ -13,6 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from scans import parse_scan_type
+
+PATH_TYPES = ("Linear", "GVP", "VP")
+PREDICTIONS = ("velocity", "score", "noise", "data")
+ODE_METHODS = ("euler", "midpoint", "heun", "heun2", "heun3", "rk4", "rk4_classic", "dopri5", "bosh3")
+SDE_METHODS = ("Euler", "Heun")
+DIFFUSION_FORMS = (
+    "constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing", "inccreasing-decreasing",
+)  # fmt: skip
+OPTIMIZERS = ("adamw",)
+
 
 class SettingsError(ValueError):
     """A configuration that cannot run; the message is one line."""
@@ -27,6 +38,11 @@ class TrainSettings:
     loss_weight: str | None = None
     sample_eps: float | None = None
     train_eps: float | None = None
+
+    def __post_init__(self):
+        _one_of("train.path_type", self.path_type, PATH_TYPES)
+        _one_of("train.prediction", self.prediction, PREDICTIONS)
+        _one_of("train.loss_weight", self.loss_weight, (None, "velocity", "likelihood"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +59,7 @@ class OptimSettings:
     exclude_tagged_from_decay: bool = False
 
     def __post_init__(self):
+        _one_of("optim.name", self.name, OPTIMIZERS)
         _positive("optim.lr", self.lr)
         _not_negative("optim.wd", self.wd)
         _not_negative("optim.warmup_steps", self.warmup_steps)
@@ -61,6 +78,8 @@ class OdeSettings:
     likelihood: bool = False
 
     def __post_init__(self):
+        if not self.sampling_method.startswith("torchdiffeq/"):
+            _one_of("ode.sampling_method", self.sampling_method, (*ODE_METHODS, "torchdiffeq/NAME"))
         _at_least("ode.num_steps", self.num_steps, 2)
         _positive("ode.atol", self.atol)
         _positive("ode.rtol", self.rtol)
@@ -78,6 +97,9 @@ class SdeSettings:
     last_step_size: float = 0.04
 
     def __post_init__(self):
+        _one_of("sde.sampling_method", self.sampling_method, SDE_METHODS)
+        _one_of("sde.diffusion_form", self.diffusion_form, DIFFUSION_FORMS)
+        _one_of("sde.last_step", self.last_step, (None, "Mean", "Tweedie", "Euler"))
         _at_least("sde.num_steps", self.num_steps, 2)
         _not_negative("sde.last_step_size", self.last_step_size)
 
@@ -206,8 +228,23 @@ class Settings:
                 f"cfg_scale={self.cfg_scale} needs a model with a null class: model.class_dropout_prob is "
                 f"{model.get('class_dropout_prob', 0)}; train with model.class_dropout_prob=0.1, or set cfg_scale=1"
             )
-        if self.likelihood and self.sample_mode == "SDE":
-            raise SettingsError("likelihood=true needs the ODE: set sample_mode=ODE, not SDE")
+        likelihood = self.likelihood or self.ode.likelihood
+        if (likelihood or self.ode.reverse) and self.sample_mode == "SDE":
+            raise SettingsError(
+                "likelihood=true and ode.reverse=true need the ODE: set sample_mode=ODE, not SDE"
+            )
+        if likelihood and self.ode.reverse:
+            raise SettingsError("likelihood=true and ode.reverse=true exclude each other: choose one")
+        if (likelihood or self.ode.reverse) and self.cfg_scale != 1:
+            raise SettingsError(
+                f"cfg_scale={self.cfg_scale} with likelihood=true or ode.reverse=true: guidance has no density of its "
+                "own, set cfg_scale=1"
+            )
+        if "scan_type" in model:
+            try:
+                parse_scan_type(model["scan_type"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise SettingsError(f"model.scan_type={model['scan_type']}: {error}") from error
         if self.use_wandb:
             raise SettingsError("use_wandb=true is not supported by this release: set use_wandb=false")
         if self.use_latent and not self.is_latent:
@@ -262,6 +299,8 @@ def unknown_key(key: str, known: list[str]) -> str:
         if close
         else f"known here: {', '.join(sorted(siblings or known))}"
     )
+    if key.startswith(("model.", "process.", "codec.", "metrics.", "data.source.", "data.heldout.")):
+        hint += f" A keyword of the class that its YAML does not list is given as +{key}=VALUE"
     return f"unknown key {key}: {hint}"
 
 

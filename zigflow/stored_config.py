@@ -53,8 +53,12 @@ def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], c
         merged["process"]["sample_eps"] = margin
     data = dict(given["data"])
     if data.get("name") == "from_checkpoint":
-        kept = {k: v for k, v in data.items() if v is not None and k != "name"}
+        kept = {k: v for k, v in data.items() if v is not None and k not in ("name", "source", "heldout")}
         merged["data"] = {**stored["data"], **kept}
+        for split in ("source", "heldout"):
+            moved = {k: v for k, v in (data[split] or {}).items() if v is not None}
+            if moved and stored["data"].get(split):
+                merged["data"][split] = {**stored["data"][split], **moved}
     if (given.get("metrics") or {}).get("name") == "from_checkpoint":
         merged["metrics"] = stored.get("metrics")
     return merged
@@ -79,7 +83,11 @@ def complete_from_defaults(
     merged = {k: (default.get(k) if v is None else v) for k, v in given.items()} | {"model": model}
     for group in ("train", "process", "codec", "data"):
         if (given[group] or {}).get("name") == "from_checkpoint":
-            kept = {k: v for k, v in given[group].items() if v is not None and k != "name"}
+            kept = {
+                k: v
+                for k, v in given[group].items()
+                if v is not None and not isinstance(v, dict) and k != "name"
+            }
             merged[group] = {**default[group], **kept}
     if given["data"].get("name") == "from_checkpoint":
         merged["data"] |= {

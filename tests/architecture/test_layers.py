@@ -14,7 +14,7 @@ LAYERS = {
     3: ["model_zigma", "zigflow.models", "zigflow.samplers", "zigflow.metrics", "zigflow.datasets", "zigflow.codec",
         "zigflow.text"],
     4: ["zigflow.engine", "zigflow.official"],
-    5: ["zigflow.build", "zigflow.stored_config", "zigflow.plugins", "zigflow.tools"],
+    5: ["zigflow.build", "zigflow.sample_job", "zigflow.stored_config", "zigflow.plugins", "zigflow.tools"],
     6: ["train_acc", "sample_acc", "zigflow.cli"],
 }  # fmt: skip
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

@@ -23,6 +23,22 @@ CHOICES = [(g, p.stem) for g in GROUPS for p in sorted((config_dir() / g).rglob(
 PRESETS = ("experiment", "debug")
 
 
+def test_names_that_settings_check_are_the_registered_ones():
+    """Settings know the names without importing what they stand for."""
+    from zigflow import settings
+    from zigflow.engine.optim import OPTIMIZERS
+    from zigflow.processes.diffusion_forms import DIFFUSION_FORMS
+    from zigflow.processes.interpolants import INTERPOLANTS
+    from zigflow.samplers import SAMPLERS
+
+    names = SAMPLERS.names()
+    assert set(settings.ODE_METHODS) == {n for n in names if not n.startswith(("sde/", "torchdiffeq/"))}
+    assert {f"sde/{n}" for n in settings.SDE_METHODS} == {n for n in names if n.startswith("sde/")}
+    assert set(settings.DIFFUSION_FORMS) == set(DIFFUSION_FORMS.names())
+    assert set(settings.PATH_TYPES) == set(INTERPOLANTS.names())
+    assert set(settings.OPTIMIZERS) == set(OPTIMIZERS.names())
+
+
 def plain(overrides=(), name="default"):
     cfg = compose_config(["run_dir=outputs/test", *overrides], name)
     return OmegaConf.to_container(cfg, resolve=True)
@@ -47,6 +63,8 @@ def test_the_default_validates():
 def choice_overrides(group, choice):
     if group in PRESETS:
         return [f"+{group}={choice}"]
+    if group == "recipe":
+        return [f"data={choice}"]
     video = ["data.video_frames=16"] if choice.startswith("3d_") else []
     return [f"{group}={choice}", *video]
 
@@ -82,6 +100,15 @@ def test_every_registered_scan_is_a_choice(name):
     assert plain([f"scan={name}"])["scan"] == {"name": name}
 
 
+def test_the_recipe_follows_the_data_and_official_defaults_stay():
+    digits = plain()
+    assert digits["optim"]["lr"] == 8e-3
+    other = plain(["data=none"])
+    assert other["optim"] == {**other["optim"], "lr": 1e-4, "schedule": "constant", "betas": [0.9, 0.999]}
+    assert other["ckpt_every"] == 50_000
+    assert plain(["optim.lr=1"])["optim"]["lr"] == 1
+
+
 def test_presets_and_command_line_take_precedence_in_this_order():
     assert plain(["+debug=cpu_tiny"])["data"]["train_steps"] == 8
     assert plain(["+debug=cpu_tiny", "data.train_steps=3"])["data"]["train_steps"] == 3
@@ -113,6 +140,17 @@ def test_presets_and_command_line_take_precedence_in_this_order():
         (["optim.betas=[0.9]"], ["optim.betas", "2"]),
         (["cfg_interval=[0.9,0.1]"], ["cfg_interval"]),
         (["likelihood=1", "sample_mode=SDE"], ["likelihood", "ODE"]),
+        (["likelihood=1", "cfg_scale=2"], ["likelihood", "cfg_scale"]),
+        (["ode.reverse=1", "sample_mode=SDE"], ["ode.reverse", "ODE"]),
+        (["train.path_type=Lineer"], ["train.path_type", "Linear"]),
+        (["train.prediction=x"], ["train.prediction", "velocity"]),
+        (["train.loss_weight=velosity"], ["train.loss_weight", "velocity"]),
+        (["ode.sampling_method=heunn"], ["ode.sampling_method", "heun"]),
+        (["sde.diffusion_form=sigmas"], ["sde.diffusion_form", "sigma"]),
+        (["optim.name=adam"], ["optim.name", "adamw"]),
+        (["model.scan_type=zigzagN9"], ["model.scan_type", "9", "8"]),
+        (["model.scan_type=zigzg"], ["model.scan_type", "zigzag"]),
+        (["model.has_text=true"], ["model.has_text", "+model.has_text"]),
         (["+nonsense=1"], ["nonsense"]),
     ],
 )  # fmt: skip
@@ -169,6 +207,27 @@ def test_the_command_exits_with_2_and_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr == "error: unknown key data.bath_size: did you mean data.batch_size?\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "overrides, code, part",
+    [
+        (["model.embed_dim=abc"], 2, "model"),
+        (["model.use_pe=7"], 2, "use_pe"),
+        (["process.time_law=uniformm"], 2, "uniform"),
+        (["data.image_size=9"], 2, "divisible"),
+    ],
+)
+def test_mistakes_found_while_building_are_one_line_too(overrides, code, part, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_acc.py"), *overrides],
+        cwd=tmp_path, capture_output=True, text=True, env=_environment(),
+    )  # fmt: skip
+    assert done.returncode == code
+    last = done.stderr.strip().splitlines()
+    assert len([line for line in last if line.startswith("error: ")]) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert part in last[-1]
 
 
 def _environment():

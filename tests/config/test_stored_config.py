@@ -64,3 +64,9 @@ def test_an_official_file_takes_defaults_and_its_own_keywords():
     assert merged["process"]["_target_"].endswith("Flow")
     with pytest.raises(SettingsError, match="model=NAME"):
         complete_from_defaults(given, "x.pt")
+
+
+def test_data_that_moved_is_found_by_its_new_root():
+    merged = completed("data.source.root=/elsewhere/train", stored=[])
+    assert merged["data"]["source"] == {**plain()["data"]["source"], "root": "/elsewhere/train"}
+    assert merged["data"]["heldout"] == plain()["data"]["heldout"]

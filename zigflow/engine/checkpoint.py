@@ -55,7 +55,7 @@ _INCOMPLETE, _DELETED = ".incomplete-", ".deleted-"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged, or of another format."""
+    """A checkpoint that is missing, damaged, of another format, or that does not fit what it is loaded into."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import CheckpointError
 from .tensors import assign, full, named_floating
 
 __all__ = ["EmaProfile", "EmaProfiles"]
@@ -117,7 +118,7 @@ class EmaProfiles:
 
         Raises:
             KeyError: no such profile.
-            ValueError: names or shapes differ from the model's floating parameters.
+            CheckpointError: names or shapes differ from the model's floating parameters.
         """
         check_names(f"EMA profile {name!r}", state, self._of(name))
         for key, target in self._of(name).items():
@@ -143,24 +144,23 @@ def check_names(what: str, stored: Mapping[str, Tensor], wanted: Mapping[str, Te
     """Compare names and shapes of stored tensors with those that they are loaded into.
 
     Raises:
-        ValueError: naming what is missing, unexpected or of another shape.
+        CheckpointError: naming the first difference in the model's own sequence (missing, unexpected or of another
+            shape) with both shapes.
     """
-    problems = []
-    if missing := sorted(set(wanted) - set(stored)):
-        problems.append(f"missing {_some(missing)}")
-    if unexpected := sorted(set(stored) - set(wanted)):
-        problems.append(f"unexpected {_some(unexpected)}")
-    shapes = [
-        f"{name} is {tuple(stored[name].shape)}, the model has {tuple(wanted[name].shape)}"
-        for name in sorted(set(stored) & set(wanted))
-        if stored[name].shape != wanted[name].shape
-    ]
-    if shapes:
-        problems.append(_some(shapes))
-    if problems:
-        raise ValueError(f"{what} does not fit the model: {'; '.join(problems)}")
+    names = [*wanted, *(name for name in stored if name not in wanted)]
+    different = [name for name in names if _shape(stored, name) != _shape(wanted, name)]
+    if not different:
+        return
+    first = different[0]
+    there, here = (
+        "missing" if _shape(side, first) is None else str(_shape(side, first)) for side in (stored, wanted)
+    )
+    more = f" ({len(different) - 1} more differ)" if len(different) > 1 else ""
+    raise CheckpointError(
+        f"{what} does not fit the model: {first} is {there} there and {here} in the model{more}; "
+        "build the model with the arguments that the weights were trained with, or choose another checkpoint"
+    )
 
 
-def _some(names: list[str], limit: int = 4) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from zigflow.registry import Registry, unknown_name
 
+from .checkpoint import CheckpointError
 from .tensors import assign, clean_name, full
 
 __all__ = [
@@ -176,7 +177,7 @@ def load_optimizer_state(
     decides them, the learning rate follows from the step.
 
     Raises:
-        ValueError: the stored state belongs to other parameters.
+        CheckpointError: the stored state belongs to other parameters.
     """
     parameters = {
         name: parameter
@@ -186,8 +187,9 @@ def load_optimizer_state(
     stored = {name for group in groups for name in group["parameters"]}
     if stored != set(parameters):
         difference = sorted(stored.symmetric_difference(parameters))[:4]
-        raise ValueError(
-            f"the stored optimizer state belongs to other parameters; differing: {', '.join(difference)}"
+        raise CheckpointError(
+            f"the stored optimizer state belongs to other parameters; differing: {', '.join(difference)}; train the "
+            "same parameters as before, or start a new run_dir from the weights alone"
         )
     on_device = {
         p
@@ -200,7 +202,7 @@ def load_optimizer_state(
         kind, _, name = key.partition("/")
         parameter = parameters.get(name)
         if parameter is None:
-            raise ValueError(f"optimizer state {key!r} belongs to no trainable parameter")
+            raise CheckpointError(f"optimizer state {key!r} belongs to no trainable parameter")
         if value.shape == parameter.shape and kind != "step":
             target = torch.zeros_like(parameter, dtype=value.dtype)
             assign(target, value)

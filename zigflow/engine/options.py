@@ -32,7 +32,8 @@ class TrainOptions:
         keep_last: complete checkpoints kept, besides those on the keep list.
         seed: of every keyed draw.
         mixed_precision: ``no``, ``fp16`` or ``bf16``; None takes what the launcher was told.
-        ema: the profiles; ``ema_halflife`` is what the demo uses, ``rate`` the official constant.
+        ema: the averages of the weights, one :class:`~zigflow.engine.ema.EmaProfile` each: with a ``half_life`` in
+            images, or with the official constant ``rate`` per step. By default one of 500,000 images.
         run_dir: directory of this run.
         resume: ``auto`` continues what the directory holds, ``never`` refuses a directory in use.
         compile: compile the blocks of the model in place.

@@ -155,7 +155,7 @@ def check_same_config(
     Raises:
         RunDirError: naming every contradicting key with both values.
     """
-    old, new = _flat(stored), _flat(given)
+    old, new = flat(stored), flat(given)
     contradictions = []
     for key in sorted(set(old) | set(new)):
         before, now = old.get(key, "(absent)"), new.get(key, "(absent)")
@@ -173,12 +173,13 @@ def check_same_config(
         )
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, under dotted keys; tuples become lists, as JSON has them."""
+    leaves: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{name}.")
+            leaves |= flat(value, f"{name}.")
         else:
-            flat[name] = list(value) if isinstance(value, tuple) else value
-    return flat
+            leaves[name] = list(value) if isinstance(value, tuple) else value
+    return leaves

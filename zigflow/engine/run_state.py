@@ -15,6 +15,7 @@ from .checkpoint import FORMAT_VERSION, Checkpoint, CheckpointError
 from .ema import EmaProfiles, check_names
 from .optim import load_optimizer_state, optimizer_state
 from .precision import LossScaler
+from .run_dir import flat
 from .tensors import assign, clean_name, full
 
 __all__ = ["Counters", "RunState", "load_weights", "model_state", "versions"]
@@ -53,7 +54,8 @@ class RunState:
 
     Args:
         model: the unwrapped model.
-        data: what fixes the meaning of a position in the data: seed, global batch, samples in an epoch.
+        data: what fixes the meaning of a position in the data: seed, global batch, samples in an epoch, and under
+            ``identity`` whatever plain facts tell one data set and order from another, or None.
         facts: what is only recorded: run id, plug-ins, precision, world size.
     """
 
@@ -62,7 +64,7 @@ class RunState:
     ema: EmaProfiles
     scaler: LossScaler
     counters: Counters
-    data: Mapping[str, int | None]
+    data: Mapping[str, Any]
     facts: Mapping[str, Any]
     config: Mapping[str, Any]
     device: torch.device
@@ -105,19 +107,20 @@ class RunState:
         """Continue from a checkpoint; the torch generators are restored apart, just before the first step.
 
         Raises:
-            CheckpointError: the data position has another meaning here, or the scan orders differ.
-            ValueError: names or shapes of weights, averages or optimizer state do not fit.
+            CheckpointError: the data position has another meaning here, the scan orders differ, or names or shapes of
+                weights, averages or optimizer state do not fit.
         """
         stored = checkpoint.trainer
+        check_data_identity(checkpoint, self.data.get("identity"))
         for key, value in self.data.items():
             before = stored["data"].get(key)
-            if before != value:
+            if key != "identity" and before != value:
                 raise CheckpointError(
                     f"{checkpoint.path} was written with {key}={before}, this run has {key}={value}: "
                     f"its samples would come in another order; use {key}={before}, or start a new run_dir"
                 )
         check_scan_state(self.model, checkpoint)
-        load_model_state(self.model, checkpoint.tensors("model"))
+        load_model_state(self.model, checkpoint.tensors("model"), f"the model of {checkpoint.path}")
         for name in self.ema.names():
             if name not in checkpoint.ema_names:
                 known = ", ".join(checkpoint.ema_names) or "none"
@@ -132,6 +135,27 @@ class RunState:
         self.scaler.load_state_dict(stored["scaler"])
         for key, value in stored["counters"].items():
             setattr(self.counters, key, value)
+
+
+def check_data_identity(checkpoint: Checkpoint, now: Mapping[str, Any] | None) -> None:
+    """Compare the stored identity of the data with this run's; checkpoints without one are accepted.
+
+    Raises:
+        CheckpointError: they differ; the differing facts are named with both values.
+    """
+    before = checkpoint.trainer["data"].get("identity")
+    if before is None:
+        return
+    old, new = flat(before), flat(now or {})
+    different = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    if different:
+        changes = (
+            f"{key} was {old.get(key, '(absent)')!r}, is {new.get(key, '(absent)')!r}" for key in different
+        )
+        raise CheckpointError(
+            f"{checkpoint.path} was trained on other data or in another order: {'; '.join(changes)}; resume with the "
+            "data as it was (its folder may move), or start a new run_dir"
+        )
 
 
 def versions() -> dict[str, str]:
@@ -155,14 +179,17 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return {clean_name(name): full(value) for name, value in model.state_dict().items()}
 
 
-def load_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_model_state(model: nn.Module, state: Mapping[str, Tensor], what: str = "the stored model") -> None:
     """Copy a stored state dict into the model.
 
+    Args:
+        what: names the state in an error.
+
     Raises:
-        ValueError: names or shapes differ.
+        CheckpointError: names or shapes differ; the first one is named with both shapes.
     """
     targets = {clean_name(name): value for name, value in model.state_dict().items()}
-    check_names("the stored model", state, targets)
+    check_names(what, state, targets)
     for name, target in targets.items():
         assign(target, state[name])
 
@@ -200,8 +227,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: str | None =
         What was loaded, ``"model"`` or ``"ema_<profile>"``.
 
     Raises:
-        CheckpointError: there is no such profile, or the scan orders differ.
-        ValueError: the stored weights do not fit the model.
+        CheckpointError: there is no such profile, the scan orders differ, or the stored weights do not fit the model.
     """
     listed = [profile["name"] for profile in checkpoint.trainer["ema"]]
     chosen = weights if weights is not None else (listed[0] if listed else "model")
@@ -210,12 +236,12 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: str | None =
             f"{checkpoint.path} has no weights {chosen!r}; known: {', '.join(['model', *listed])}"
         )
     check_scan_state(model, checkpoint)
-    load_model_state(model, checkpoint.tensors("model"))
+    load_model_state(model, checkpoint.tensors("model"), f"the model of {checkpoint.path}")
     if chosen == "model":
         return chosen
     averages = checkpoint.tensors(f"ema_{chosen}")
     targets = {clean_name(n): p for n, p in model.named_parameters() if p.dtype.is_floating_point}
-    check_names(f"EMA profile {chosen!r}", averages, targets)
+    check_names(f"EMA profile {chosen!r} of {checkpoint.path}", averages, targets)
     for name, target in targets.items():
         assign(target, averages[name])
     return f"ema_{chosen}"

@@ -48,7 +48,7 @@ class SamplingResult:
     Attributes:
         images: (N, C, H, W) uint8; a video's frames stand side by side.
         ids: (N,) int64 sample numbers.
-        labels: (N,) int64, or None for an unconditional model.
+        labels: (N,) int64, or None for a model without class labels.
         identity: what the samples follow from.
         function_evaluations: of the last batch that was computed, None when all were there.
     """
@@ -79,11 +79,13 @@ class SamplingRun:
         codec: ``decode(x1)`` to pixels in [-1, 1].
         shape: of one x0, (C,h,w) or (T,C,h,w).
         num_samples: sample numbers 0..num_samples-1.
-        batch_size: the fixed batch; the last one is filled up with samples that are thrown away.
+        batch_size: the fixed batch, larger than ``num_samples`` or not; the last one is filled up with samples that
+            are thrown away.
         seed: of the noise.
         folder: made when missing.
         num_classes: sample i has the label ``i % num_classes``; 0 for an unconditional model.
-        label_of: another plan, (B,) sample numbers -> (B,) labels (or any condition of the model).
+        label_of: another plan, (B,) sample numbers -> (B,) labels (or any condition of the model, which the result
+            does not repeat).
         guide: makes the guided model from the plain one, for instance ``lambda m: Guided(m, scale)``.
         identity: plain facts that the images depend on and that this class cannot see: sampler and its
             settings, guidance, process, codec, checkpoint.
@@ -154,6 +156,9 @@ class SamplingRun:
     def run(self) -> SamplingResult:
         """Compute what is missing; every process of the run calls this together.
 
+        Returns:
+            The samples of this process; all processes are done by then, so that one of them may ``collect()``.
+
         Raises:
             SamplingFolderError: the folder holds samples of another run.
             Exception: whatever the model, the sampler or the codec raises; nothing is replaced or skipped.
@@ -168,15 +173,42 @@ class SamplingRun:
         with self.ranks.together("sampling"):
             for batch in tqdm(own, unit="batch", disable=hidden if self.ranks.is_main else True):
                 images |= self._batch(batch)
+        return self._result(images)
+
+    def collect(self) -> SamplingResult:
+        """All samples, read back from the folder: for the main process, once every process is through ``run()``.
+
+        Returns:
+            Samples 0..num_samples-1, whoever computed them.
+
+        Raises:
+            SamplingFolderError: a file is missing or damaged; the first one is named.
+        """
+        images = {index: self._read(index) for index in range(self.num_samples)}
+        missing = [index for index, image in images.items() if image is None]
+        if missing:
+            raise SamplingFolderError(
+                f"{len(missing)} of {self.num_samples} samples are missing or damaged, the first is "
+                f"{self.path(missing[0])}; call run() in every process first, it computes them"
+            )
+        return self._result({index: image for index, image in images.items() if image is not None})
+
+    def _result(self, images: dict[int, np.ndarray]) -> SamplingResult:
         ids = np.array(sorted(images), dtype=np.int64)
-        labels = self.labels(torch.from_numpy(ids)) if len(ids) else None
         return SamplingResult(
             images=np.stack([images[i] for i in ids]) if len(ids) else np.zeros((0, 0, 0, 0), np.uint8),
             ids=ids,
-            labels=labels.cpu().numpy() if isinstance(labels, Tensor) else None,
+            labels=self._class_labels(ids),
             identity=self.identity,
             function_evaluations=self._evaluations,
         )
+
+    def _class_labels(self, ids: np.ndarray) -> np.ndarray | None:
+        # One sample first: the texts of all samples at once would be far larger than their images.
+        first = self.labels(torch.from_numpy(ids[:1])) if len(ids) else None
+        if not isinstance(first, Tensor) or first.ndim != 1 or first.is_floating_point():
+            return None
+        return self.labels(torch.from_numpy(ids)).cpu().numpy()
 
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -193,8 +225,8 @@ class SamplingRun:
                     f"{k}: there {found.get(k)!r}, now {wanted.get(k)!r}" for k in different[:4]
                 )
                 raise SamplingFolderError(
-                    f"{self.folder} holds samples of another run ({detail}); choose another folder, "
-                    "or remove its files"
+                    f"{self.folder} holds samples of another run ({detail}); give another folder, "
+                    "sample_dir=PATH, or remove its files"
                 )
         durable.replace_json(file, wanted)
 

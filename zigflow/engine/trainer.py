@@ -5,6 +5,7 @@ hooks. Every random draw is keyed by the sample's position, so a step depends on
 seed alone: a run that is cut and resumed equals one that never stopped.
 """
 
+import json
 import logging
 import math
 import time
@@ -97,12 +98,15 @@ class Trainer:
         config: the resolved configuration, plain and JSON-able; stored in every checkpoint and compared with
             the stored one on resume.
         epoch_size: samples in an epoch, recorded; a resume with another size is refused.
+        data_identity: plain JSON values that tell data set and order from another (its fingerprint, the order's
+            identity), recorded; a resume with other values is refused.
         accelerator: by default one made for ``options.mixed_precision``.
         hooks: called as ``hook(trainer, record)`` after every step, on every rank.
         plugins: names of the plug-ins in use, recorded.
         draws: ``draws(seed, ids)`` makes the keyed draws of a batch.
 
     Raises:
+        TypeError: ``data_identity`` is not made of JSON values.
         ValueError: the model cannot do what ``options`` ask of it.
     """
 
@@ -118,6 +122,7 @@ class Trainer:
         schedule: Schedule | None = None,
         config: Mapping[str, Any] | None = None,
         epoch_size: int | None = None,
+        data_identity: Mapping[str, Any] | None = None,
         accelerator: Accelerator | None = None,
         hooks: Sequence[Callable[["Trainer", StepRecord], None]] = (),
         plugins: Sequence[str] = (),
@@ -140,6 +145,8 @@ class Trainer:
         self._draws = draws
         self._plugins = list(plugins)
         self._epoch_size = epoch_size
+        # As JSON gives it back: what is compared on resume has been through a file.
+        self._data_identity = json.loads(json.dumps(data_identity))
         self._stop = False
 
         prepare_blocks(model, options.checkpoint_policy, options.compile)
@@ -359,6 +366,7 @@ class Trainer:
             "seed": self.options.seed,
             "global_batch": self.global_batch,
             "epoch_size": self._epoch_size,
+            "identity": self._data_identity,
         }
         return RunState(
             self.model, self.optimizer, self.ema, self.scaler, self.counters, data, facts, self.config, self.device
