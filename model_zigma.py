@@ -427,7 +427,9 @@ class ZigMa(nn.Module):
             part = "tokens" if self.has_text else "labels"
             value = getattr(y, part)
             if value is None:
-                raise ValueError(f"this model reads {part}, and the Condition has none: give Condition({part}=...)")
+                raise ValueError(
+                    f"this model reads {part}, and the Condition has none: give Condition({part}=...)"
+                )
             return replace(y, **{part: self.null_condition(value)})
         return torch.zeros_like(y) if self.has_text else torch.full_like(y, self.num_classes)
 

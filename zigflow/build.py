@@ -182,6 +182,7 @@ def train_from_config(cfg: DictConfig) -> Path:
         schedule=Schedule(optim.schedule, warmup=optim.warmup_steps, total=settings.data.train_steps),
         config=plain,
         epoch_size=len(source),
+        data_identity={"fingerprint": source.fingerprint, "order": order.identity()},
         accelerator=accelerator,
         plugins=plugin_names,
     )

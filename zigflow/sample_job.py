@@ -51,7 +51,8 @@ def _open_trained(given: dict[str, Any], ckpt: str, wanted: str | None) -> _Trai
         file = read_official(ckpt, "zigma")
         settings = Settings.from_mapping(complete_from_defaults(given, ckpt, file.ctor_kwargs))
         arguments = {k: v for k, v in model_arguments(settings).items() if k != "_target_"}
-        model = load_official("zigma", arguments, file.state_dict)
+        seed = {k: arguments.pop(k) for k in ("scan_seed",) if k in arguments}
+        model = load_official("zigma", arguments, file.state_dict, **seed)
         return _Trained(settings, model, "official", file.step, Path("samples") / Path(ckpt).stem)
     stored = checkpoints.open_checkpoint(ckpt)
     settings = Settings.from_mapping(complete_from_checkpoint(given, stored.config, ckpt))

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -73,6 +75,12 @@ def workplace(tmp_path_factory):
     """A folder with the digits and a tiny trained run where the README has its demo run."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copy(OFFICIAL, folder / "churches256_0280000.pt")
+    rng = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (folder / "photos" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 255, (40, 36, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "photos" / name / f"{i}.png")
     run("python train_acc.py +debug=cpu_tiny run_dir=outputs/demo", folder)
     return folder
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.assertions import assert_close
 from tests.engine.toys import TinyModel
+from zigflow.engine.checkpoint import CheckpointError
 from zigflow.engine.ema import EmaProfile, EmaProfiles
 
 
@@ -108,10 +109,12 @@ def test_state_goes_round_and_copies_into_a_model():
     fresh.copy_to(other, "r")
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="missing frozen"):
+    with pytest.raises(CheckpointError, match=r"frozen is missing there and \(3,\) in the model;"):
         fresh.load_state_dict("r", {k: v for k, v in ema.state_dict("r").items() if k != "frozen"})
-    with pytest.raises(ValueError, match="enter.weight is"):
+    with pytest.raises(CheckpointError, match=r"enter\.weight is \(2,\) there and \(8, 17\) in the model"):
         fresh.load_state_dict("r", ema.state_dict("r") | {"enter.weight": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"other is \(2,\) there and missing in the model"):
+        fresh.load_state_dict("r", ema.state_dict("r") | {"other": torch.zeros(2)})
     with pytest.raises(KeyError, match="known: r"):
         fresh.state_dict("s")
 

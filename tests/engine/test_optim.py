@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests.engine.toys import TinyModel, assert_same_bits
+from zigflow.engine.checkpoint import CheckpointError
 from zigflow.engine.optim import OPTIMIZERS, Schedule, build_optimizer, load_optimizer_state, optimizer_state
 from zigflow.registry import UnknownNameError
 
@@ -50,7 +51,7 @@ def test_foreign_state_is_refused():
     model = TinyModel()
     tensors, groups = optimizer_state(model, stepped(model, build_optimizer("adamw", model)))
     model.frozen.requires_grad_(True)
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(CheckpointError, match="frozen"):
         load_optimizer_state(model, build_optimizer("adamw", model), tensors, groups)
 
 

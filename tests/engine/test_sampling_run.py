@@ -69,6 +69,49 @@ def test_more_samples_change_none_of_the_first(tmp_path):
     assert np.array_equal(few, many[:5])
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_fewer_samples_than_a_batch_are_those_of_a_larger_request(tmp_path, count):
+    sampler = EulerToy()
+    few = make_run(tmp_path, num_samples=count, sampler=sampler).run()
+    assert sampler.batches == [[0, 1, 2, 3]], "computed in the batch that was given"
+    assert len(files(tmp_path)) == count
+    many = make_run(tmp_path, num_samples=11).run()
+    assert many.images.shape == (11, *SHAPE)
+    whole = make_run(tmp_path / "whole", num_samples=11).run().images
+    assert np.array_equal(few.images, whole[:count])
+    assert np.array_equal(many.images, whole)
+
+
+def test_the_main_process_collects_what_all_have_computed(tmp_path):
+    whole = make_run(tmp_path / "whole").run()
+    main, other = (make_run(tmp_path / "split", ranks=FakeRanks(rank, 2)) for rank in range(2))
+    own = main.run()
+    assert own.ids.tolist() == [0, 1, 2, 3, 8, 9]
+    with pytest.raises(SamplingFolderError, match=r"4 of 10 samples .*000004\.png; call run\(\)"):
+        main.collect()
+    other.run()
+    result = main.collect()
+    assert np.array_equal(result.images, whole.images)
+    assert result.images.dtype == np.uint8
+    assert result.ids.tolist() == list(range(10))
+    assert result.labels.tolist() == whole.labels.tolist()
+    assert result.identity == whole.identity
+    assert result.function_evaluations == 4
+    main.path(7).write_bytes(b"half a file")
+    with pytest.raises(SamplingFolderError, match=r"1 of 10 samples .*000007\.png"):
+        main.collect()
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 5), (3, 2, 5)])
+def test_collected_colors_and_sides_stay_in_place(tmp_path, shape):
+    class Noise(EulerToy):
+        def sample(self, process, model, x0, y=None, draws=None):
+            return x0.clamp(-1, 1)
+
+    run = make_run(tmp_path, shape=shape, sampler=Noise())
+    assert np.array_equal(run.run().images, run.collect().images)
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_any_split_over_processes_gives_the_same_files(tmp_path, size):
     whole = make_run(tmp_path / "whole")
@@ -122,7 +165,7 @@ def test_a_cut_run_continues(tmp_path):
 def test_a_folder_of_another_run_is_refused(tmp_path, change, named):
     make_run(tmp_path).run()
     before = files(tmp_path)
-    with pytest.raises(SamplingFolderError, match=named):
+    with pytest.raises(SamplingFolderError, match=f"{named}.*sample_dir="):
         make_run(tmp_path, **change).run()
     assert files(tmp_path) == before
 
@@ -187,6 +230,14 @@ def test_conditions_guidance_and_prior(tmp_path):
     result = make_run(tmp_path / "b", sampler=Spy(), num_classes=0).run()
     assert seen["y"] is None
     assert result.labels is None
+    asked = []
+
+    def texts(ids):
+        asked.append(len(ids))
+        return torch.zeros(len(ids), 2, 3)
+
+    assert make_run(tmp_path / "c", sampler=Spy(), label_of=texts).run().labels is None, "texts are no labels"
+    assert max(asked) == 4, "the texts of all samples are never in memory together"
 
 
 def test_the_identity_is_plain_json(tmp_path):

@@ -181,7 +181,9 @@ def test_what_a_checkpoint_holds(tmp_path):
     assert found.config == {"model": {"width": 8}}
     assert found.trainer["counters"]["step"] == 3
     assert found.trainer["counters"]["images_seen"] == 12
-    assert found.trainer["data"] == {"seed": 0, "global_batch": 4, "epoch_size": 10, "g": 12, "epoch": 1}
+    assert found.trainer["data"] == {
+        "seed": 0, "global_batch": 4, "epoch_size": 10, "identity": None, "g": 12, "epoch": 1,
+    }  # fmt: skip
     assert found.trainer["run_id"] == RunDir(tmp_path).run_id
     assert found.trainer["plugins"] == ["peano"]
     assert {"torch", "numpy", "zigflow", "python"} <= set(found.trainer["versions"])
@@ -216,8 +218,21 @@ def test_ema_weights_load_into_a_fresh_model(tmp_path):
         assert all(torch.equal(state[name], want[name]) for name in want)
     with pytest.raises(CheckpointError, match="model, short, official"):
         load_weights(TinyModel(), found, "longer")
-    with pytest.raises(ValueError, match=r"blocks\.0\.bias is \(8,\), the model has \(9,\)"):
+    with pytest.raises(CheckpointError) as error:
         load_weights(TinyModel(width=9), found)
+    message = str(error.value)
+    assert "table.weight is (3, 8) there and (3, 9) in the model (7 more differ)" in message
+    assert str(found.path) in message
+    assert "build the model with" in message
+    assert "\n" not in message
+    deeper = TinyModel()
+    deeper.blocks.append(torch.nn.Linear(8, 8))
+    with pytest.raises(
+        CheckpointError, match=r"blocks\.2\.weight is missing there and \(8, 8\) in the model"
+    ):
+        load_weights(deeper, found)
+    with pytest.raises(CheckpointError, match=r"table\.weight is \(3, 8\) there"):
+        make_trainer(tmp_path, steps=4, model=TinyModel(width=9)).fit()
 
 
 class Scanned(TinyModel):
@@ -303,6 +318,40 @@ def test_data_of_another_meaning_is_refused(tmp_path, change):
     make_trainer(tmp_path, steps=1, epoch_size=10).fit()
     with pytest.raises(CheckpointError, match="would come in another order"):
         make_trainer(tmp_path, steps=2, **({"epoch_size": 10} | change)).fit()
+
+
+IDENTITY = {"fingerprint": "aaa", "order": {"seed": 0, "shuffle": True, "sizes": (3, 4)}}
+
+
+@pytest.mark.parametrize(
+    "now, named",
+    [
+        (IDENTITY | {"fingerprint": "bbb"}, "fingerprint was 'aaa', is 'bbb'"),
+        (
+            {"fingerprint": "aaa", "order": {"seed": 0, "shuffle": False, "sizes": (3, 4)}},
+            r"order\.shuffle was True, is False",
+        ),
+        (None, r"fingerprint was 'aaa', is '\(absent\)'"),
+    ],
+)
+def test_other_data_or_another_order_is_refused(tmp_path, now, named):
+    make_trainer(tmp_path, steps=1, data_identity=IDENTITY).fit()
+    with pytest.raises(CheckpointError, match=f"other data or in another order: .*{named}"):
+        make_trainer(tmp_path, steps=2, data_identity=now).fit()
+
+
+def test_the_same_data_in_a_moved_folder_and_a_checkpoint_without_identity_resume(tmp_path):
+    config = {"data": {"root": "/old"}}
+    make_trainer(tmp_path / "a", steps=1, data_identity=IDENTITY, config=config).fit()
+    stored = checkpoint.open_checkpoint(tmp_path / "a").trainer["data"]["identity"]
+    assert stored["order"] == {"seed": 0, "shuffle": True, "sizes": [3, 4]}
+    moved = make_trainer(tmp_path / "a", steps=2, data_identity=IDENTITY, config={"data": {"root": "/new"}})
+    assert moved.fit().step == 2
+    make_trainer(tmp_path / "b", steps=1).fit()
+    assert make_trainer(tmp_path / "b", steps=2, data_identity=IDENTITY).fit().step == 2
+    assert checkpoint.open_checkpoint(tmp_path / "b").trainer["data"]["identity"]["fingerprint"] == "aaa"
+    with pytest.raises(TypeError, match="JSON"):
+        make_trainer(tmp_path / "c", data_identity={"fingerprint": object()})
 
 
 def test_a_damaged_checkpoint_is_not_passed_over_in_silence(tmp_path):

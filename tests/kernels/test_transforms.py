@@ -171,3 +171,20 @@ def test_permute_under_every_transform():
     compiled = torch.compile(lambda v: permute(v, order, inverse), fullgraph=True, backend="aot_eager")
     (grad,) = torch.autograd.grad((compiled(x) * t).sum(), x)
     assert torch.equal(grad, t[:, inverse])
+
+
+@pytest.mark.parametrize("way", ["closure", "argument", "two arguments"])
+def test_permute_compiles_with_an_order_that_is_its_own_inverse(way):
+    order = torch.arange(L).flip(0)
+    x, t = torch.randn(2, 3, L, D, dtype=torch.float64)
+    x.requires_grad_()
+    torch._dynamo.reset()
+    function, arguments = {
+        "closure": (lambda v: permute(v, order, order), (x,)),
+        "argument": (lambda v, o: permute(v, o, o), (x, order)),
+        "two arguments": (permute, (x, order, order)),
+    }[way]
+    out = torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
+    assert torch.equal(out, x[:, order])
+    (grad,) = torch.autograd.grad((out * t).sum(), x)
+    assert torch.equal(grad, t[:, order])

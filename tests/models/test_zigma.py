@@ -264,6 +264,25 @@ def test_null_condition_and_the_row_it_needs():
     assert torch.equal(dropping(x, t), dropping(x, t, null))
 
 
+def test_null_condition_of_a_condition_keeps_the_rest():
+    labels, tokens = torch.tensor([0, 2]), torch.randn(2, 5, 6)
+    mask, pooled = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool), torch.randn(2, 4)
+    given = Condition(labels=labels, tokens=tokens, mask=mask, pooled=pooled)
+    null = tiny(num_classes=3, class_dropout_prob=0.1).null_condition(given)
+    assert null.labels.tolist() == [3, 3]
+    assert null.tokens is tokens
+    assert null.mask is mask
+    text = tiny(has_text=True, d_context=6, class_dropout_prob=0.1)
+    null = text.null_condition(given)
+    assert null.tokens.shape == tokens.shape
+    assert not null.tokens.any()
+    assert null.mask is mask
+    assert null.pooled is pooled
+    assert null.labels is labels
+    with pytest.raises(ValueError, match=r"Condition\(tokens=\.\.\.\)"):
+        text.null_condition(Condition(labels=labels))
+
+
 def test_condition_objects_masks_and_features():
     model = tiny(has_text=True, d_context=6).eval()
     x, t = inputs()
@@ -339,6 +358,41 @@ def test_wrong_input_is_explained():
     ):
         with pytest.raises(ValueError, match=message):
             model(*bad)
+
+
+@pytest.mark.parametrize("dropping", [False, True])
+def test_labels_without_a_row_are_named(dropping):
+    model = tiny(num_classes=3, class_dropout_prob=0.1 if dropping else 0.0).eval()
+    x, t = inputs()
+    last = 3 if dropping else 2
+    assert torch.isfinite(model(x, t, torch.tensor([0, last]))).all()
+    for bad in ([0, last + 5], [-1, 0]):
+        with pytest.raises(ValueError, match=rf"{min(bad)} to {max(bad)}.*num_classes=3.*labels 0\.\.2"):
+            model(x, t, torch.tensor(bad))
+    y = torch.tensor([0, 2])
+    want = model(x, t, y)
+    assert_close("jvp", torch.func.jvp(lambda v: model(v, t, y), (x,), (x,))[0], want)
+    one = torch.func.vmap(lambda v, s, k: model(v[None], s[None], k[None])[0])
+    assert_close("vmap", one(x, t, y), want)
+
+
+def test_a_batch_of_no_samples_is_explained():
+    for frames in (0, 3):
+        model = tiny(scan_type="v1", video_frames=frames)
+        x, t = inputs(batch=0, frames=frames)
+        with pytest.raises(ValueError, match="a batch of 0 samples"):
+            model(x, t)
+
+
+def test_official_weights_of_random_scans_need_a_seed_of_ours():
+    source = tiny(scan_type="randomN3", scan_seed=5)
+    arguments = {**TINY, "scan_type": "randomN3"}
+    for given in (arguments, {**arguments, "scan_seed": 5}):
+        with pytest.raises(ValueError, match=r"randomN3 do not hold their permutations.*scan_seed="):
+            load_official("zigma", given, source.state_dict())
+    loaded = load_official("zigma", arguments, source.state_dict(), scan_seed=5)
+    x, t = inputs()
+    assert torch.equal(loaded(x, t), source.eval()(x, t))
 
 
 def test_gradients_reach_every_parameter():

@@ -38,9 +38,7 @@ def check_model(fixture: Fixture, case: str) -> None:
     model.x_embedder.register_forward_hook(
         keep(patch_embed=lambda args, out: out.reshape(x.shape[0], -1, out.shape[-1]))
     )
-    model.blocks[0].register_forward_hook(
-        keep(block0_in=lambda args, out: args[0] + args[1])
-    )
+    model.blocks[0].register_forward_hook(keep(block0_in=lambda args, out: args[0] + args[1]))
     model.blocks[0].register_forward_hook(
         keep(block0_x=lambda args, out: out[0], block0_residual=lambda args, out: out[1])
     )

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from model_zigma import ZigMa
 from tests.assertions import assert_close
 from tests.samplers.problems import Network
+from zigflow.nn import Condition as ModelCondition
 from zigflow.processes import Flow
 from zigflow.samplers import Guided, OdeSampler
 
@@ -125,6 +127,36 @@ def test_conditions_of_any_build(wrap):
 
     got = Guided(Model(), 2.0)(X, T, wrap(Y))
     assert_close("guided", got, 2 * X * Y[:, None])
+
+
+@pytest.mark.parametrize("reads", ["labels", "tokens"])
+def test_the_real_model_is_guided_on_condition_objects(reads):
+    """A condition object of labels, or of tokens with a mask, gives what plain labels or two plain calls give."""
+    options = {"num_classes": 4} if reads == "labels" else {"has_text": True, "d_context": 6}
+    model = ZigMa(
+        in_channels=2,
+        embed_dim=16,
+        depth=2,
+        img_dim=4,
+        scan_type="zigzagN2",
+        class_dropout_prob=0.1,
+        **options,
+    ).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.abs().max() == 0:
+                p.normal_(std=0.2)
+        model.y_embedder.get_parameter("embedding_table.weight" if reads == "labels" else "weight").normal_()
+    x, tokens = torch.randn(4, 2, 4, 4), torch.randn(4, 5, 6)
+    mask = torch.arange(5) < torch.tensor([1, 3, 5, 5])[:, None]
+    if reads == "labels":
+        given, plain, null = ModelCondition(labels=Y, mask=mask), Y, torch.full((4,), 4)
+    else:
+        given = plain = ModelCondition(tokens=tokens, mask=mask)
+        null = ModelCondition(tokens=torch.zeros_like(tokens), mask=mask)
+    cond, uncond = model(x, T, plain), model(x, T, null)
+    assert (cond - uncond).abs().max() > 1e-3
+    assert_close("guided", Guided(model, 2.0)(x, T, given), 2 * cond - uncond)
 
 
 def test_conditions_that_cannot_be_joined_are_refused():

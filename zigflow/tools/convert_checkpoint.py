@@ -20,11 +20,11 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--family", default="zigma", help="the code base it comes from")
     parser.add_argument("--output", type=Path, required=True, help="run directory to write")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
 
     from zigflow.engine import checkpoint as checkpoints
     from zigflow.engine.ranks import Ranks
-    from zigflow.engine.run_state import model_state, versions
+    from zigflow.engine.run_state import model_state, scan_state, versions
     from zigflow.official import load_official, read_official
 
     found = read_official(args.file, args.family)
@@ -45,17 +45,23 @@ def main(argv: list[str]) -> int:
             raise
         raise ValueError(line) from error
     kwargs = {k: v for k, v in config["model"].items() if k not in ("name", "_target_")}
-    model = load_official(args.family, kwargs, found.state_dict)
+    # A random scan's orders are not in an official file; a seed given here is a statement, not a keyword of theirs.
+    seed = {k: kwargs.pop(k) for k in ("scan_seed",) if k in kwargs}
+    model = load_official(args.family, kwargs, found.state_dict, **seed)
     step = found.step or 0
     facts = {
         "format_version": checkpoints.FORMAT_VERSION,
         "counters": {"step": step, "images_seen": 0, "skipped": 0},
+        "data": {},
         "ema": [],
         "versions": versions(),
         "plugins": [],
         "converted_from": {"family": args.family, "file": args.file.name},
     }
+    paths = scan_state(model)
     shared = {"model.safetensors": model_state(model), "config.json": config, "trainer.json": facts}
+    if paths:
+        shared["paths.safetensors"] = paths
     folder = args.output / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     path = checkpoints.save(folder, step, shared=shared, own={}, ranks=Ranks())
