@@ -245,6 +245,11 @@ class Settings:
                 parse_scan_type(model["scan_type"])
             except (ValueError, TypeError, KeyError) as error:
                 raise SettingsError(f"model.scan_type={model['scan_type']}: {error}") from error
+        if self.optim.schedule == "cosine" and self.optim.warmup_steps >= self.data.train_steps:
+            raise SettingsError(
+                f"optim.warmup_steps={self.optim.warmup_steps} leaves nothing of data.train_steps="
+                f"{self.data.train_steps} for optim.schedule=cosine: lower optim.warmup_steps"
+            )
         if self.use_wandb:
             raise SettingsError("use_wandb=true is not supported by this release: set use_wandb=false")
         if self.use_latent and not self.is_latent:

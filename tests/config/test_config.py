@@ -147,6 +147,7 @@ def test_presets_and_command_line_take_precedence_in_this_order():
         (["train.loss_weight=velosity"], ["train.loss_weight", "velocity"]),
         (["ode.sampling_method=heunn"], ["ode.sampling_method", "heun"]),
         (["sde.diffusion_form=sigmas"], ["sde.diffusion_form", "sigma"]),
+        (["data.train_steps=20"], ["optim.warmup_steps=50", "data.train_steps=20"]),
         (["optim.name=adam"], ["optim.name", "adamw"]),
         (["model.scan_type=zigzagN9"], ["model.scan_type", "9", "8"]),
         (["model.scan_type=zigzg"], ["model.scan_type", "zigzag"]),
