@@ -8,7 +8,9 @@ kernels that do nothing but gather, and buffers. Prints JSON.
 
 import argparse
 import json
+import platform
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -61,9 +63,10 @@ def main():
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     report = {
+        "command": " ".join(sys.argv),
+        "hardware": f"CPU, {platform.machine()}",
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "shape": vars(args) | {"output": None},
+        "shape": {"width": args.width, "side": args.side, "batch": args.batch},
     }
     for name, scan in (("raster", "v1"), ("zigzag", "zigzagN8")):
         model = ZigMa(in_channels=4, embed_dim=args.width, depth=2, img_dim=args.side, scan_type=scan)
