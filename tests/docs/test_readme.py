@@ -88,7 +88,7 @@ def workplace(tmp_path_factory):
 def run(command, folder, expected=0):
     words = shlex.split(command)
     if words[0] == "accelerate":
-        words = [sys.executable, "-m", "accelerate.commands.launch", *words[1:]]
+        words = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
     elif words[0] == "python":
         words = [sys.executable, *words[1:]]
     words = [str(ROOT / w) if w in ("train_acc.py", "sample_acc.py") else w for w in words]
