@@ -140,7 +140,8 @@ def train_from_config(cfg: DictConfig) -> Path:
             f"data={settings.data.name} has {len(source)} samples, fewer than one global batch of {size}: "
             f"lower data.batch_size or grad_accum"
         )
-    if settings.ckpt is not None:
+    # A run that continues has weights of its own.
+    if settings.ckpt is not None and not checkpoints.list_complete(Path(settings.run_dir) / "checkpoints"):
         _start_from(settings.ckpt, model, plain)
     order = DataOrder(source.shard_sizes, settings.global_seed)
     batch = GlobalBatch(size, accelerator.num_processes, accelerator.process_index, settings.grad_accum)

@@ -6,20 +6,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from zigflow import plugins
+from zigflow.engine.run_dir import flat
 from zigflow.settings import SettingsError
 
 _FROM_STORED = ("model", "train", "process", "codec", "scan")
 # What may differ between training and sampling: numerical margins, and where a file lies on this machine.
 _MAY_CHANGE = ("train.sample_eps", "process.sample_eps", "codec.path", "codec.chunk")
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, Mapping):
-        return {prefix.rstrip("."): node}
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flat(value, f"{prefix}{key}.")
-    return flat
 
 
 def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], ckpt: str) -> dict[str, Any]:
@@ -34,11 +26,11 @@ def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], c
     for group in _FROM_STORED:
         own, asked = dict(stored[group]), dict(given[group] or {})
         chosen = asked.get("name") not in ("from_checkpoint", "from_model")
-        for key, value in _flat(asked, f"{group}.").items():
+        for key, value in flat(asked, f"{group}.").items():
             if value is None or (key == f"{group}.name" and not chosen):
                 continue
             short = key.removeprefix(f"{group}.")
-            before = _flat(own).get(short)
+            before = flat(own).get(short)
             if key in _MAY_CHANGE:
                 own[short] = value
             elif before != value:
