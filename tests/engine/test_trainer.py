@@ -11,14 +11,14 @@ from tests.assertions import assert_close
 from tests.engine.test_checkpoint import assert_nothing_pickled
 from tests.engine.toys import CLASSES, Loader, TinyModel, ToyProcess, assert_same_bits, make_trainer, snapshot
 from zigflow.engine import checkpoint, durable
-from zigflow.engine import trainer as trainer_module
+from zigflow.engine import step as step_module
 from zigflow.engine.checkpoint import CheckpointError
 from zigflow.engine.log import read_metrics
 from zigflow.engine.optim import Schedule
 from zigflow.engine.precision import LossScaler, TooManyOverflowsError
 from zigflow.engine.run_dir import RunDir, RunDirError
 from zigflow.engine.run_state import load_weights
-from zigflow.engine.trainer import NonFiniteError
+from zigflow.engine.step import NonFiniteError
 
 
 def test_one_step_is_accumulate_unscale_clip_step_average(tmp_path, monkeypatch):
@@ -39,8 +39,8 @@ def test_one_step_is_accumulate_unscale_clip_step_average(tmp_path, monkeypatch)
     spy(trainer.process, "loss", "loss")
     spy(torch.Tensor, "backward", "backward")
     spy(trainer.scaler, "unscale", "unscale")
-    spy(trainer_module, "gradient_norm", "norm")
-    spy(trainer_module, "clip_gradients", "clip")
+    spy(step_module, "gradient_norm", "norm")
+    spy(step_module, "clip_gradients", "clip")
     spy(trainer.optimizer, "step", "step")
     spy(trainer.ema, "update", "ema")
     trainer.fit()
@@ -413,11 +413,13 @@ def test_bf16_runs_and_keeps_float32_weights_and_loss(tmp_path):
 
 
 def fp16(tmp_path, steps, poison=(), **changes):
-    trainer = make_trainer(tmp_path, steps=steps, mixed_precision="fp16", log_every=1, **changes)
+    process = ToyProcess(dict.fromkeys(poison, 1e36))
+    trainer = make_trainer(
+        tmp_path, steps=steps, mixed_precision="fp16", log_every=1, process=process, **changes
+    )
     # A scale at which the toy's own gradients fit float16; those of the poisoned samples do not, while their
     # loss is finite.
-    trainer.scaler = LossScaler(True, scale=1024.0, max_skips=trainer.options.max_skips)
-    trainer.process = ToyProcess(dict.fromkeys(poison, 1e36))
+    trainer.scaler.scale = 1024.0
     return trainer
 
 
@@ -462,7 +464,7 @@ def test_scaled_gradients_equal_plain_ones(tmp_path):
     norms = {}
     for name, scaled in (("plain", False), ("scaled", True)):
         trainer = make_trainer(tmp_path / name, steps=3)
-        trainer.scaler = LossScaler(scaled)
+        trainer.scaler.enabled, trainer.scaler.scale = scaled, 65536.0 if scaled else 1.0
         trainer.hooks = (lambda t, r, name=name: norms.setdefault(name, []).append((r.grad_norm, r.loss)),)
         trainer.fit()
     assert norms["plain"] == norms["scaled"]

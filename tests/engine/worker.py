@@ -26,7 +26,7 @@ from zigflow.engine.optim import adamw, load_optimizer_state, optimizer_state
 from zigflow.engine.precision import clip_gradients, gradient_norm
 from zigflow.engine.ranks import OtherRankError, Ranks
 from zigflow.engine.run_state import load_model_state, model_state
-from zigflow.engine.trainer import NonFiniteError
+from zigflow.engine.step import NonFiniteError
 
 LOCAL = 4
 

@@ -7,11 +7,9 @@ seed alone: a run that is cut and resumed equals one that never stopped.
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,55 +20,20 @@ from torch.optim import Optimizer
 from zigflow.keyed import KeyedDraws, keyed_seed
 
 from . import checkpoint as checkpoints
-from .batches import condition, prepare_blocks
+from .batches import prepare_blocks
 from .ema import EmaProfiles
 from .log import MetricsFile, Progress
 from .optim import Schedule
 from .options import TrainOptions
-from .precision import LossScaler, autocast, clip_gradients, gradient_norm
-from .ranks import OtherRankError, Ranks
+from .precision import LossScaler
+from .ranks import Ranks
 from .run_dir import RunDir, check_same_config
 from .run_state import Counters, RunState, set_random_state
+from .step import OptimizerStep, StepRecord
 
-__all__ = ["NonFiniteError", "StepRecord", "Trainer", "make_accelerator"]
+__all__ = ["Trainer", "make_accelerator"]
 
 log = logging.getLogger(__name__)
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient is NaN or infinite. The weights of that step were not taken."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one optimizer step was.
-
-    Attributes:
-        step: its number, from 1.
-        loss: mean over the samples of this process.
-        grad_norm: of the unscaled gradient before clipping.
-        lr: of the first parameter group.
-    """
-
-    step: int
-    images_seen: int
-    loss: float
-    grad_norm: float
-    lr: float
-
-
-class _Forward:
-    """Calls go through the wrapper that synchronizes gradients, attributes come from the model itself."""
-
-    def __init__(self, model: nn.Module, wrapped: Callable[..., Any]):
-        self._model = model
-        self._wrapped = wrapped
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._wrapped(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
 
 
 def make_accelerator(mixed_precision: str | None = "no", *, cpu: bool = False) -> Accelerator:
@@ -142,7 +105,6 @@ class Trainer:
         self.hooks = tuple(hooks)
         self.counters = Counters()
         self.global_batch = options.batch_size * options.grad_accum * self.ranks.size
-        self._draws = draws
         self._plugins = list(plugins)
         self._epoch_size = epoch_size
         # As JSON gives it back: what is compared on resume has been through a file.
@@ -150,13 +112,15 @@ class Trainer:
         self._stop = False
 
         prepare_blocks(model, options.checkpoint_policy, options.compile)
-        self._wrapped = self.accelerator.prepare(model)
-        self._forward = _Forward(model, self._wrapped)
+        wrapped = self.accelerator.prepare(model)
         self.optimizer = optimizer(model)
-        self._base_lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self._trained = [p for p in model.parameters() if p.requires_grad]
         self.ema = EmaProfiles(model, options.ema)
         self.scaler = LossScaler(self.mixed_precision == "fp16", max_skips=options.max_skips)
+        self._step = OptimizerStep(
+            model=model, wrapped=wrapped, no_sync=self.accelerator.no_sync, process=process, codec=self.codec,
+            optimizer=self.optimizer, schedule=self.schedule, ema=self.ema, scaler=self.scaler, counters=self.counters,
+            options=options, mixed_precision=self.mixed_precision, ranks=self.ranks, device=self.device, draws=draws,
+        )  # fmt: skip
         self._saved_step: int | None = None
         self._waited = 0.0
         self._clock = (time.perf_counter(), 0)
@@ -213,7 +177,7 @@ class Trainer:
         self.model.train()
         try:
             while counters.step < options.train_steps:
-                record = self._step(data)
+                record = self._step(self._batches(data))
                 if record is not None:
                     self._after_step(record, run_dir, metrics, progress)
                 if self.ranks.any(self._stop):
@@ -248,8 +212,11 @@ class Trainer:
             if self.ranks.is_main:
                 metrics.write(
                     {
-                        **asdict(record),
+                        "step": record.step,
+                        "images_seen": record.images_seen,
                         "loss": loss_sum / loss_steps,
+                        "grad_norm": record.grad_norm,
+                        "lr": record.lr,
                         "skipped": counters.skipped,
                         "images_per_second": speed,
                         "data_wait": self._waited / elapsed,
@@ -262,97 +229,22 @@ class Trainer:
         if record.step % options.ckpt_every == 0:
             self.save(run_dir)
 
-    def _step(self, data: Iterator[Any]) -> StepRecord | None:
-        """One optimizer step; None when fp16 overflowed and it was skipped."""
-        counters = self.counters
-        self.optimizer.zero_grad(set_to_none=True)
-        ids, losses = self._accumulate(data)
-        self.scaler.unscale(self._trained)
-        norm = gradient_norm(self._trained)
-        # One transfer for all that the host decides on.
-        host = torch.cat([losses, norm.reshape(1).to(losses)]).cpu()
-        losses, grad_norm = host[:-1], float(host[-1])
-        self._check_finite(ids, losses, grad_norm)
-        if not self.scaler.accepts(grad_norm):
-            counters.skipped += 1
-            log.info(
-                "gradient overflow after step %d: skipped, loss scale %g", counters.step, self.scaler.scale
-            )
-            return None
-        if self.options.max_grad_norm is not None:
-            clip_gradients(self._trained, self.options.max_grad_norm, norm)
-        factor = self.schedule.factor(counters.step, counters.images_seen, self.global_batch)
-        for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = base * factor
-        self.optimizer.step()
-        self.ema.update(counters.images_seen, self.global_batch)
-        counters.step += 1
-        counters.images_seen += self.global_batch
-        loss = float(losses.double().mean())
-        counters.loss_sum += loss
-        counters.loss_steps += 1
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        return StepRecord(counters.step, counters.images_seen, loss, grad_norm, lr)
-
-    def _accumulate(self, data: Iterator[Any]) -> tuple[Tensor, Tensor]:
-        """Gradients of the mean loss over the micro-batches; ids and losses of their samples."""
-        options = self.options
-        weight = self.scaler.scale / (options.batch_size * options.grad_accum)
-        ids, losses = [], []
-        for index in range(options.grad_accum):
-            batch = self._next(data)
-            ids.append(batch.ids.cpu())
-            draws = self._draws(options.seed, batch.ids.cpu()).to(self.device)
-            batch = batch.to(self.device)
-            last = index == options.grad_accum - 1
-            with nullcontext() if last else self.accelerator.no_sync(self._wrapped), draws.active():
-                loss_B = self._loss(batch, draws)
-                (loss_B.float().sum() * weight).backward()
-            losses.append(loss_B.detach().float())
-        return torch.cat(ids), torch.cat(losses)
-
-    def _loss(self, batch: Any, draws: Any) -> Tensor:
-        x1 = self.codec.encode(batch)
-        t_B = self.process.sample_time(draws.uniform("train.time"))
-        x0 = draws.normal("train.noise", tuple(x1.shape[1:])).to(x1)
-        y = condition(batch, self.model, draws)
-        # The codec stays outside: autoencoders overflow in float16.
-        with autocast(self.mixed_precision, self.device):
-            return self.process.loss(self._forward, x1, x0, t_B, y)
-
-    def _next(self, data: Iterator[Any]) -> Any:
-        started = time.perf_counter()
-        batch = next(data, None)
-        self._waited += time.perf_counter() - started
-        if batch is None:
-            raise RuntimeError(
-                f"the data ended after step {self.counters.step}; a loader must yield without end"
-            )
-        if len(batch.ids) != self.options.batch_size:
-            raise RuntimeError(
-                f"a micro-batch of {len(batch.ids)} samples came after step {self.counters.step}, "
-                f"batch_size is {self.options.batch_size}; the loader must drop or fill partial batches"
-            )
-        return batch
-
-    def _check_finite(self, ids: Tensor, losses: Tensor, grad_norm: float) -> None:
-        bad = ids[~torch.isfinite(losses)].tolist()
-        # A gradient overflow is fp16's ordinary business, which the scaler answers.
-        bad_norm = not self.scaler.enabled and not math.isfinite(grad_norm)
-        bad_losses, bad_norms = self.ranks.sum([float(bool(bad)), float(bad_norm)])
-        step = self.counters.step + 1
-        if bad:
-            shown = ", ".join(map(str, bad[:16])) + (" ..." if len(bad) > 16 else "")
-            raise NonFiniteError(
-                f"step {step}: the loss is not finite for samples {shown}; no step was taken"
-            )
-        if bad_losses:
-            raise OtherRankError(f"step {step}: the loss is not finite on another process; see its output")
-        if bad_norms:
-            raise NonFiniteError(
-                f"step {step}: the gradient norm is {grad_norm} with finite losses, this process's samples "
-                f"{int(ids[0])} to {int(ids[-1])}; no step was taken"
-            )
+    def _batches(self, data: Iterator[Any]) -> Iterator[Any]:
+        """The data's micro-batches, checked, the wait for them counted."""
+        while True:
+            started = time.perf_counter()
+            batch = next(data, None)
+            self._waited += time.perf_counter() - started
+            if batch is None:
+                raise RuntimeError(
+                    f"the data ended after step {self.counters.step}; a loader must yield without end"
+                )
+            if len(batch.ids) != self.options.batch_size:
+                raise RuntimeError(
+                    f"a micro-batch of {len(batch.ids)} samples came after step {self.counters.step}, "
+                    f"batch_size is {self.options.batch_size}; the loader must drop or fill partial batches"
+                )
+            yield batch
 
     def _state(self, run_dir: RunDir) -> RunState:
         facts = {
