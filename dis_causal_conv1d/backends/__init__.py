@@ -5,5 +5,6 @@ from dis_causal_conv1d.dispatch import Dispatcher
 from .call import ConvCall
 from .reference import ReferenceConv
 from .torch_shift import TorchConv
+from .triton_conv import TritonConv
 
-CONV: Dispatcher[ConvCall] = Dispatcher("causal_conv1d", [TorchConv(), ReferenceConv()])
+CONV: Dispatcher[ConvCall] = Dispatcher("causal_conv1d", [TritonConv(), TorchConv(), ReferenceConv()])

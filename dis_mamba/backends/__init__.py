@@ -5,5 +5,6 @@ from dis_causal_conv1d.dispatch import Dispatcher
 from .call import ScanCall
 from .reference import ReferenceScan
 from .torch_chunked import TorchScan
+from .triton_scan import TritonScan
 
-SCAN: Dispatcher[ScanCall] = Dispatcher("selective_scan", [TorchScan(), ReferenceScan()])
+SCAN: Dispatcher[ScanCall] = Dispatcher("selective_scan", [TritonScan(), TorchScan(), ReferenceScan()])

@@ -133,7 +133,9 @@ def test_frameworks_stay_in_their_layers(module):
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_optional_packages_are_imported_at_use(module):
     roots = {i.partition(".")[0] for i in _imports(module, top_level_only=True)}
-    assert not roots & OPTIONAL, f"{module} imports {roots & OPTIONAL} when it is itself imported"
+    # Triton compiles module-level functions alone, so its kernels have modules of their own, imported at use.
+    allowed = {"triton"} if module.endswith(".triton_kernels") else set()
+    assert not (roots & OPTIONAL) - allowed, f"{module} imports {roots & OPTIONAL} when it is itself imported"
 
 
 @pytest.mark.parametrize("module", ["train_acc", "sample_acc", "zigflow.cli"])
