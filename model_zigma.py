@@ -313,6 +313,10 @@ class ZigMa(nn.Module):
             raise unknown_name("checkpoint policy", policy, list(CHECKPOINT_POLICIES))
         self.checkpoint_policy = policy
 
+    def shard_units(self) -> list[nn.Module]:
+        """What may be sharded apart; with use_pe=3 nothing, since the model reads the blocks' tables itself."""
+        return [] if self.use_pe == 3 else list(self.blocks)
+
     def compile_blocks(self, **options) -> None:
         """Compile each block in place; keys of the state dict stay as they are."""
         for block in self.blocks:

@@ -1,5 +1,6 @@
 """The one place where a configuration becomes objects; everything below it takes plain arguments."""
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +17,14 @@ from zigflow.data.order import DataOrder
 from zigflow.data.subset import Subset
 from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine.ema import EmaProfile
+from zigflow.engine.launch import check_same, launched_precision, make_accelerator
 from zigflow.engine.log import read_metrics
 from zigflow.engine.optim import Schedule, build_optimizer
 from zigflow.engine.options import TrainOptions
+from zigflow.engine.ranks import Ranks
 from zigflow.engine.run_dir import check_same_config
 from zigflow.engine.run_state import load_model_state, load_weights
-from zigflow.engine.trainer import Trainer, make_accelerator
+from zigflow.engine.trainer import Trainer
 from zigflow.metrics.pictures import save_loss_curve
 from zigflow.official import read_official
 from zigflow.samplers import OdeSampler, SdeSampler
@@ -119,6 +122,8 @@ def _check_fit(settings: Settings, model: Any, source: Any) -> None:
 def train_from_config(cfg: DictConfig) -> Path:
     """Train as configured; returns the run directory."""
     plain = OmegaConf.to_container(cfg, resolve=True)
+    # As it was given: machines may keep their data in different places.
+    configuration = json.dumps({**plain, "run_dir": None}, sort_keys=True, default=str)
     for split in ("source", "heldout"):
         node = plain["data"][split]
         if node and node.get("root"):
@@ -126,9 +131,13 @@ def train_from_config(cfg: DictConfig) -> Path:
             node["root"] = str(Path(node["root"]).resolve())
     settings = Settings.from_mapping(plain)
     plugin_names = plugins.load_plugins()
+    accelerator = make_accelerator(cpu=settings.loop.device == "cpu")
+    # After accelerate, which counts the threads of several CPU processes itself.
     if settings.loop.threads is not None:
         torch.set_num_threads(settings.loop.threads)
-    accelerator = make_accelerator(settings.mixed_precision, cpu=settings.loop.device == "cpu")
+    ranks = Ranks(accelerator.device if accelerator.device.type == "cuda" else "cpu")
+    check_same(ranks, "run_dir", str(Path(settings.run_dir).resolve()), "give run_dir=FOLDER, or export RUN_ID=NAME")
+    check_same(ranks, "configuration", configuration, "give each of them the same arguments")
     source = build_source(settings)
     if source is None:
         raise SettingsError(f"data={settings.data.name} has no source to train on: choose another data=NAME")
@@ -173,11 +182,12 @@ def train_from_config(cfg: DictConfig) -> Path:
             ckpt_every=settings.ckpt_every,
             keep_last=settings.loop.keep_last,
             seed=settings.global_seed,
-            mixed_precision=settings.mixed_precision,
+            mixed_precision=settings.mixed_precision or launched_precision(),
             ema=_ema_profiles(settings),
             resume=settings.resume,
             compile=settings.loop.compile,
             checkpoint_policy=settings.loop.checkpoint_policy,
+            shard=settings.loop.shard,
             progress=settings.loop.progress,
         ),
         schedule=Schedule(optim.schedule, warmup=optim.warmup_steps, total=settings.data.train_steps),

@@ -17,10 +17,12 @@ import time
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -30,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import scans
 from zigflow import paths
+from zigflow.engine import launch
 from zigflow.registry import UnknownNameError
 from zigflow.settings import Settings, SettingsError, unknown_key
 
@@ -78,6 +81,9 @@ def run_id() -> str:
     """A name for this run that all its local processes agree on.
 
     RUN_ID, then SLURM_JOB_ID, then torchrun's id, then the launcher's start time, then now.
+
+    Raises:
+        LaunchError: the processes are on several machines, and nothing names the run for all of them.
     """
     given = os.environ.get("RUN_ID") or os.environ.get("SLURM_JOB_ID")
     elastic = os.environ.get("TORCHELASTIC_RUN_ID")
@@ -85,6 +91,10 @@ def run_id() -> str:
         return given
     if elastic and elastic != "none":
         return elastic
+    if launch.machines() > 1:
+        raise launch.LaunchError(
+            f"{launch.machines()} machines need one name for the run: export RUN_ID=NAME on each of them, or give run_dir=FOLDER"
+        )
     if "LOCAL_RANK" in os.environ:
         import psutil
 
@@ -95,10 +105,12 @@ def run_id() -> str:
 
 def job_suffix() -> str:
     """What tells the jobs of a multirun apart: "/0", "/1", ...; empty for a single run."""
-    if not HydraConfig.initialized():
-        return ""
-    config = HydraConfig.get()
-    return f"/{config.job.num}" if config.mode == RunMode.MULTIRUN else ""
+    return f"/{HydraConfig.get().job.num}" if is_sweep() else ""
+
+
+def is_sweep() -> bool:
+    """Whether this is a job of a multirun."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def prepare() -> None:
@@ -136,14 +148,45 @@ def validated(cfg: DictConfig) -> Settings:
 
 
 def check_command_line(arguments: list[str], config_name: str) -> None:
-    """Compose and validate before Hydra makes a run directory; commands with flags are left to Hydra."""
-    if {"-m", "--multirun"} & set(arguments) and any(a.startswith("run_dir=") for a in arguments):
-        raise SettingsError("run_dir= with --multirun would put every job into one directory: drop run_dir=")
-    if any(argument.startswith("-") for argument in arguments):
+    """Check the launch, then compose and validate before Hydra makes a run directory.
+
+    Every job of a sweep is checked before the first one starts. Commands with other flags are left to Hydra.
+
+    Raises:
+        SettingsError: a mistake, in one line; a HydraException for one that Hydra finds.
+    """
+    processes = launch.check_environment()
+    sweep = any(a in ("-m", "--multirun") or a == "hydra.mode=MULTIRUN" for a in arguments)
+    overrides = [a for a in arguments if a not in ("-m", "--multirun")]
+    named = any(a.startswith("run_dir=") for a in arguments)
+    if sweep:
+        if processes > 1 or "RANK" in os.environ:
+            raise SettingsError(
+                "--multirun inside a launched process would run the whole sweep in each of them: start the sweep with "
+                "plain `python`, which runs one process per job, or launch one run per choice from a shell loop"
+            )
+        if named:
+            raise SettingsError("run_dir= with --multirun would put every job into one directory: drop run_dir=")
+        # The launcher's own processes, which resolve it again, must agree on the sweep's name.
+        os.environ["RUN_ID"] = run_id()
+    elif not named:
+        run_id()
+    if any(argument.startswith("-") for argument in overrides):
         return
-    cfg = compose_config([f"run_dir={os.devnull}", *arguments], config_name)
-    if config_name == "default":
-        validated(cfg)
+    for job in _jobs(overrides) if sweep else [overrides]:
+        cfg = compose_config([f"run_dir={os.devnull}", *job], config_name)
+        if config_name == "default":
+            validated(cfg)
+
+
+def _jobs(overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job that Hydra's own sweeper would make; those of another sweeper are not known here."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    if any(o.key_or_group == "hydra/sweeper" for o in parsed):
+        return []
+    settings = [o.input_line for o in parsed if o.key_or_group.startswith("hydra")]
+    swept = [o for o in parsed if not o.key_or_group.startswith("hydra")]
+    return [[*settings, *job] for job in BasicSweeper.split_arguments(swept, None)[0]]
 
 
 def _known_keys(config_name: str) -> list[str]:

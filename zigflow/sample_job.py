@@ -17,12 +17,12 @@ from zigflow.build import OFFICIAL_SUFFIXES, build_model, build_sampler, build_s
 from zigflow.codec import IdentityCodec, to_uint8
 from zigflow.data.loader import evaluation_loader
 from zigflow.engine import checkpoint as checkpoints
+from zigflow.engine.launch import make_accelerator
 from zigflow.engine.measure import bits_per_dim, encode_data
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.run_state import load_weights, versions
 from zigflow.engine.sampling_run import SamplingRun, weights_hash
 from zigflow.engine.tensors import save_tensors
-from zigflow.engine.trainer import make_accelerator
 from zigflow.metrics.base import SampleIds
 from zigflow.metrics.pictures import save_sample_grid
 from zigflow.metrics.results import write_results
@@ -102,9 +102,10 @@ def sample_from_config(cfg: DictConfig) -> Path:
     plugins.load_plugins()
     trained = _open_trained(given, str(ckpt), wanted)
     settings = trained.settings
+    accelerator = make_accelerator(cpu=settings.loop.device == "cpu")
+    # After accelerate, which counts the threads of several CPU processes itself.
     if settings.loop.threads is not None:
         torch.set_num_threads(settings.loop.threads)
-    accelerator = make_accelerator(settings.mixed_precision, cpu=settings.loop.device == "cpu")
     model = trained.model.to(accelerator.device).eval()
     process, sampler = make("process", settings.process), build_sampler(settings)
     name, facts = _sampling_facts(trained, str(ckpt), batch_size)

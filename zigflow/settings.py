@@ -144,6 +144,7 @@ class LoopSettings:
     progress: bool = True
     compile: bool = False
     checkpoint_policy: str = "none"
+    shard: bool = False
     ema_half_life: tuple[int, ...] = ()
     ema_ramp: float = 0.05
     threads: int | None = None

@@ -39,6 +39,7 @@ class TrainOptions:
         compile: compile the blocks of the model in place.
         checkpoint_policy: activations kept for the backward pass: ``none`` (all), ``block`` (block inputs
             only) or ``selective`` (block inputs and scan states).
+        shard: several processes keep a part of every parameter each instead of a copy.
         max_skips: fp16 overflows in a row that stop the run.
         progress: progress bar on the main process; None shows one on a terminal only.
 
@@ -61,6 +62,7 @@ class TrainOptions:
     resume: str = "auto"
     compile: bool = False
     checkpoint_policy: str = "none"
+    shard: bool = False
     max_skips: int = 50
     progress: bool | None = None
 

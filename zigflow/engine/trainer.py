@@ -22,6 +22,7 @@ from zigflow.keyed import KeyedDraws, keyed_seed
 from . import checkpoint as checkpoints
 from .batches import prepare_blocks
 from .ema import EmaProfiles
+from .launch import launched_precision, make_accelerator
 from .log import MetricsFile, Progress
 from .optim import Schedule
 from .options import TrainOptions
@@ -29,20 +30,12 @@ from .precision import LossScaler
 from .ranks import Ranks
 from .run_dir import RunDir, check_same_config
 from .run_state import Counters, RunState, set_random_state
+from .sharding import place
 from .step import OptimizerStep, StepRecord
 
-__all__ = ["Trainer", "make_accelerator"]
+__all__ = ["Trainer"]
 
 log = logging.getLogger(__name__)
-
-
-def make_accelerator(mixed_precision: str | None = "no", *, cpu: bool = False) -> Accelerator:
-    """An Accelerator that launches, places and wraps.
-
-    Autocast and loss scaling are ours (:mod:`zigflow.engine.precision`), so accelerate is told ``no``; with
-    ``mixed_precision=None`` it reads what the launcher was told, and the trainer takes that over.
-    """
-    return Accelerator(cpu=cpu, mixed_precision=None if mixed_precision is None else "no")
 
 
 class Trainer:
@@ -63,7 +56,7 @@ class Trainer:
         epoch_size: samples in an epoch, recorded; a resume with another size is refused.
         data_identity: plain JSON values that tell data set and order from another (its fingerprint, the order's
             identity), recorded; a resume with other values is refused.
-        accelerator: by default one made for ``options.mixed_precision``.
+        accelerator: by default one made by :func:`~zigflow.engine.launch.make_accelerator`.
         hooks: called as ``hook(trainer, record)`` after every step, on every rank.
         plugins: names of the plug-ins in use, recorded.
         draws: ``draws(seed, ids)`` makes the keyed draws of a batch.
@@ -92,8 +85,8 @@ class Trainer:
         draws: Callable[[int, Tensor], Any] = KeyedDraws,
     ):
         self.options = options
-        self.accelerator = accelerator or make_accelerator(options.mixed_precision)
-        self.mixed_precision = options.mixed_precision or self.accelerator.mixed_precision
+        self.accelerator = accelerator or make_accelerator()
+        self.mixed_precision = options.mixed_precision or launched_precision()
         self.device = self.accelerator.device
         self.ranks = Ranks(self.device if self.device.type == "cuda" else "cpu")
         self.model = model
@@ -112,12 +105,12 @@ class Trainer:
         self._stop = False
 
         prepare_blocks(model, options.checkpoint_policy, options.compile)
-        wrapped = self.accelerator.prepare(model)
+        wrapped, no_sync = place(model, self.accelerator, sharded=options.shard)
         self.optimizer = optimizer(model)
         self.ema = EmaProfiles(model, options.ema)
         self.scaler = LossScaler(self.mixed_precision == "fp16", max_skips=options.max_skips)
         self._step = OptimizerStep(
-            model=model, wrapped=wrapped, no_sync=self.accelerator.no_sync, process=process, codec=self.codec,
+            model=model, wrapped=wrapped, no_sync=no_sync, process=process, codec=self.codec,
             optimizer=self.optimizer, schedule=self.schedule, ema=self.ema, scaler=self.scaler, counters=self.counters,
             options=options, mixed_precision=self.mixed_precision, ranks=self.ranks, device=self.device, draws=draws,
         )  # fmt: skip
