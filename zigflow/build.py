@@ -136,7 +136,9 @@ def train_from_config(cfg: DictConfig) -> Path:
     if settings.loop.threads is not None:
         torch.set_num_threads(settings.loop.threads)
     ranks = Ranks(accelerator.device if accelerator.device.type == "cuda" else "cpu")
-    check_same(ranks, "run_dir", str(Path(settings.run_dir).resolve()), "give run_dir=FOLDER, or export RUN_ID=NAME")
+    check_same(
+        ranks, "run_dir", str(Path(settings.run_dir).resolve()), "give run_dir=FOLDER, or export RUN_ID=NAME"
+    )
     check_same(ranks, "configuration", configuration, "give each of them the same arguments")
     source = build_source(settings)
     if source is None:

@@ -93,7 +93,8 @@ def run_id() -> str:
         return elastic
     if launch.machines() > 1:
         raise launch.LaunchError(
-            f"{launch.machines()} machines need one name for the run: export RUN_ID=NAME on each of them, or give run_dir=FOLDER"
+            f"{launch.machines()} machines need one name for the run: export RUN_ID=NAME on each of them, or give "
+            "run_dir=FOLDER"
         )
     if "LOCAL_RANK" in os.environ:
         import psutil
@@ -166,7 +167,9 @@ def check_command_line(arguments: list[str], config_name: str) -> None:
                 "plain `python`, which runs one process per job, or launch one run per choice from a shell loop"
             )
         if named:
-            raise SettingsError("run_dir= with --multirun would put every job into one directory: drop run_dir=")
+            raise SettingsError(
+                "run_dir= with --multirun would put every job into one directory: drop run_dir="
+            )
         # The launcher's own processes, which resolve it again, must agree on the sweep's name.
         os.environ["RUN_ID"] = run_id()
     elif not named:

@@ -35,9 +35,7 @@ _COUNTS = {
     "PMI_SIZE": "mpirun",
     "MV2_COMM_WORLD_SIZE": "mpirun",
 }
-_REMEDY = (
-    "start them with `accelerate launch --config_file config/accelerate/FILE.yaml` or `torchrun --nproc_per_node N`"
-)
+_REMEDY = "use `accelerate launch --config_file config/accelerate/FILE.yaml` or `torchrun --nproc_per_node N`"
 
 
 class LaunchError(SettingsError):
@@ -62,7 +60,7 @@ def check_environment(environ: Mapping[str, str] | None = None) -> int:
         if told:
             raise LaunchError(
                 f"{' and '.join(told)} set without WORLD_SIZE: each process would train alone (`accelerate launch "
-                f"--cpu --num_processes 2` does this). For several processes, {_REMEDY}; for one, unset {' '.join(told)}"
+                f"--cpu --num_processes 2` does this). For several processes {_REMEDY}; for one unset {' '.join(told)}"
             )
         for name, launcher in _COUNTS.items():
             if environ.get(name, "1") != "1":
@@ -179,8 +177,8 @@ def check_same(ranks: "Ranks", what: str, value: str, remedy: str) -> None:
     Raises:
         LaunchError: on every process, when any differs.
     """
-    # 48 bits, so that sums over the processes are exact in float64.
-    number = float(int.from_bytes(hashlib.sha256(value.encode()).digest()[:6], "big"))
+    # 40 bits, so that sums over 8,192 processes are exact in float64.
+    number = float(int.from_bytes(hashlib.sha256(value.encode()).digest()[:5], "big"))
     total = ranks.sum([number])[0]
     if ranks.any(number * ranks.size != total):
         shown = f" (here {value})" if len(value) < 200 else ""

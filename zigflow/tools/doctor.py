@@ -1,52 +1,224 @@
-"""``doctor``: what this machine has, for a bug report."""
+"""``doctor``: what this machine has, what is missing, and what stands in the way of a run; for a bug report too."""
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
+import re
 import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+_VARIABLES = (
+    "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "RUN_ID", "SLURM_JOB_ID",
+    "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
+    "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION",
+)  # fmt: skip
+_CPU_FLAGS = {
+    "avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "asimd", "bf16", "sve"
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
-    """Print versions, devices and kernel backends with the reason why one cannot run."""
-    argparse.ArgumentParser(
-        prog="python -m zigflow.tools doctor", description="Report on this machine."
-    ).parse_args(argv)
-    import torch
+    """Print the report; 1 when something of it is a problem."""
+    parser = argparse.ArgumentParser(
+        prog="python -m zigflow.tools doctor", description="Report on this machine and what a run would meet."
+    )
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    args = parser.parse_args(argv)
+    found = report()
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        for section, content in found.items():
+            if section != "problems":
+                print(f"{section}:")
+                _show(content)
+        print("problems:" if found["problems"] else "no problems found")
+        _show(found["problems"])
+    return 1 if found["problems"] else 0
 
-    import dis_causal_conv1d
-    import dis_mamba
+
+def _show(content: Any) -> None:
+    if isinstance(content, list):
+        content = {f"{i + 1}.": text for i, text in enumerate(content)}
+    width = max((len(key) for key in content), default=0)
+    for key, value in content.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items()) or "none"
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value)) or "none"
+        print(f"  {key.ljust(width)}  {value}")
+
+
+def report() -> dict[str, Any]:
+    """Everything that is printed, as plain JSON values; ``problems`` lists what should be mended."""
+    problems: list[str] = []
+    return {
+        "machine": _machine(),
+        "torch": _torch(),
+        "backends": _backends(problems),
+        "packages": _packages(problems),
+        "plugins": _plugins(problems),
+        "launch": _launch(problems),
+        "problems": problems,
+    }
+
+
+def _machine() -> dict[str, Any]:
     from zigflow import __version__
     from zigflow.paths import config_dir
 
-    print(f"zigflow {__version__}, python {platform.python_version()} on {platform.platform()}")
-    for name in (
-        "torch",
-        "numpy",
-        "accelerate",
-        "hydra-core",
-        "omegaconf",
-        "safetensors",
-        "torchdiffeq",
-        "triton",
-    ):
-        try:
-            print(f"  {name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"  {name} is not installed")
-    print(
-        f"  cores {os.cpu_count()}, threads of torch {torch.get_num_threads()}, C compiler {shutil.which('cc')}"
-    )
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            print(f"  GPU {index}: {torch.cuda.get_device_name(index)}")
-    else:
-        print("  no CUDA device: everything runs on the CPU")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.M)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, flags=re.M)
+    return {
+        "zigflow": __version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "system": platform.platform(),
+        "processor": model[1] if model else platform.processor() or platform.machine(),
+        "processor features": sorted(_CPU_FLAGS & set(flags[1].split())) if flags else [],
+        "cores": f"{os.cpu_count()}, {usable} of them for this process",
+        "memory": _memory(),
+        "C++ compiler": shutil.which("c++")
+        or shutil.which("g++")
+        or "none (loop.compile on a CPU needs one)",
+        "free disk here": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB",
+        "configuration": str(config_dir()),
+    }
+
+
+def _memory() -> str:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return "unknown"
+    return f"{total / 2**30:.1f} GiB"
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+    from torch import distributed
+
+    devices = {}
+    device = torch.accelerator.current_accelerator(check_available=True)
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        facts = torch.cuda.get_device_properties(index)
+        devices[f"GPU {index}"] = (
+            f"{facts.name}, compute capability {facts.major}.{facts.minor}, {facts.total_memory / 2**30:.0f} GiB"
+        )
+    if not devices:
+        devices["accelerator"] = "none: everything runs on the CPU" if device is None else device.type
+    together = [
+        name for name in ("nccl", "gloo", "mpi") if distributed.is_available() and _has(distributed, name)
+    ]
+    return {
+        "version": str(torch.__version__),
+        "built for": f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU",
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "collectives": together,
+        **devices,
+    }
+
+
+def _has(distributed: Any, name: str) -> bool:
+    return getattr(distributed, f"is_{name}_available")()
+
+
+def _backends(problems: list[str]) -> dict[str, str]:
+    import dis_causal_conv1d
+    import dis_mamba
+
+    found = {}
     for op, backends in (
         ("selective_scan", dis_mamba.available_backends()),
         ("causal_conv1d", dis_causal_conv1d.available_backends()),
     ):
-        for backend, reason in backends.items():
-            print(f"  {op} backend {backend}: {'can run' if reason is None else reason}")
-    print(f"  configuration: {config_dir()}")
-    return 0
+        for name, reason in backends.items():
+            found[f"{op}/{name}"] = "can run" if reason is None else f"cannot run: {reason}"
+        if all(backends.values()):
+            problems.append(f"no backend of {op} can run on this machine")
+    return found
+
+
+def requirements() -> dict[str, list[Requirement]]:
+    """What each extra installs, under "" what the package itself needs; read from a checkout, else from the package."""
+    project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    if project.is_file():
+        import tomllib
+
+        table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        lines = {"": table["dependencies"], **table["optional-dependencies"]}
+        found = {extra: [Requirement(line) for line in lines[extra]] for extra in lines}
+    else:
+        found: dict[str, list[Requirement]] = {}
+        for line in importlib.metadata.requires("zigflow") or []:
+            requirement = Requirement(line)
+            extra = re.search(r"extra == [\"']([\w-]+)[\"']", str(requirement.marker or ""))
+            found.setdefault(extra[1] if extra else "", []).append(requirement)
+    return {extra: [r for r in needs if r.name != "zigflow"] for extra, needs in found.items()}
+
+
+def _packages(problems: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for extra, needs in requirements().items():
+        remedy = f"pip install 'zigflow[{extra}]'" if extra else "pip install zigflow"
+        for need in needs:
+            try:
+                version = importlib.metadata.version(need.name)
+            except importlib.metadata.PackageNotFoundError:
+                state = f"missing: {remedy}"
+            else:
+                fits = need.specifier.contains(version, prereleases=True)
+                state = version if fits else f"{version}, but {need.specifier} is needed: {remedy}"
+            if need.name not in found:
+                found[need.name] = state
+            if not extra and state.endswith(remedy):
+                problems.append(f"{need.name} {state}")
+    return found
+
+
+def _plugins(problems: list[str]) -> dict[str, str]:
+    from zigflow.tools.list import names
+
+    found = names("plugins")
+    problems += [
+        f"plug-in {name}: {state}" for name, state in found.items() if state.endswith("failed to load")
+    ]
+    return found
+
+
+def _launch(problems: list[str]) -> dict[str, Any]:
+    """What a training process started from this shell would believe about its launch."""
+    from zigflow.engine import launch
+
+    try:
+        size = launch.check_environment()
+        machines = launch.machines()
+        state = f"{size} process(es) on {machines} machine(s)"
+        if machines > 1 and not (os.environ.get("RUN_ID") or os.environ.get("SLURM_JOB_ID")):
+            problems.append(f"{machines} machines and no RUN_ID: export RUN_ID=NAME on each of them")
+    except launch.LaunchError as error:
+        state = str(error)
+        problems.append(state)
+    told = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    return {
+        "a run started here": state,
+        "variables": told,
+        "accelerate's own defaults": _accelerate_defaults(),
+    }
+
+
+def _accelerate_defaults() -> str:
+    from accelerate.commands.config.config_args import default_config_file
+
+    if not Path(default_config_file).is_file():
+        return "none"
+    return f"{default_config_file}: `accelerate launch` without --config_file obeys it"
