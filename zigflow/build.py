@@ -27,6 +27,7 @@ from zigflow.engine.run_state import load_model_state, load_weights
 from zigflow.engine.trainer import Trainer
 from zigflow.metrics.pictures import save_loss_curve
 from zigflow.official import read_official
+from zigflow.preflight import check_training
 from zigflow.samplers import OdeSampler, SdeSampler
 from zigflow.settings import Settings, SettingsError
 
@@ -53,11 +54,17 @@ def build_model(settings: Settings) -> torch.nn.Module:
 def build_source(settings: Settings, split: str = "source"):
     """The data source of ``data.source`` or ``data.heldout``, cut to ``data.limit`` samples if that is set."""
     node = getattr(settings.data, split)
-    if not node:
+    if not node or ("root" in node and node["root"] is None):
         return None
     source = make(f"data.{split}", node)
     limit = settings.data.limit
     return source if limit is None or split != "source" else Subset(source, limit)
+
+
+def build_codec(settings: Settings, device: Any) -> Any:
+    """The codec, its autoencoder where it has one on ``device``."""
+    codec = make("codec", settings.codec)
+    return codec.to(device) if hasattr(codec, "to") else codec
 
 
 def build_sampler(settings: Settings):
@@ -92,19 +99,27 @@ def _ema_profiles(settings: Settings) -> tuple[EmaProfile, ...]:
     )
 
 
-def _check_fit(settings: Settings, model: Any, source: Any) -> None:
+def _check_fit(settings: Settings, model: Any, source: Any, codec: Any) -> None:
     """Refuse data that the model cannot read, before the first step."""
     frames = (model.video_frames,) if getattr(model, "video_frames", 0) else ()
     wanted = (*frames, model.in_channels, *model.img_dim)
-    if tuple(source.image_shape) != wanted:
-        raise SettingsError(
-            f"data={settings.data.name} has samples of shape {tuple(source.image_shape)}, "
-            f"model={settings.model.get('name')} reads {wanted}: choose fitting data.image_size, data.channels, model"
-        )
     sample = source[0]
-    if settings.use_latent and "latents" not in sample:
+    if settings.is_latent and "latents" not in sample:
         raise SettingsError(
-            f"use_latent=true, but the samples of data={settings.data.name} hold {sorted(sample)} only"
+            f"is_latent=true, but the samples of data={settings.data.name} hold {sorted(sample)} only"
+        )
+    if settings.is_latent and "pixels" in sample:
+        raise SettingsError(
+            f"the samples of data={settings.data.name} hold pixels and latents: read one of them, with "
+            "data.source.fields or data.source.rename"
+        )
+    given = tuple(source.image_shape)
+    if settings.use_latent and "latents" not in sample:
+        given = tuple(codec.latent_shape(given))
+    if given != wanted:
+        raise SettingsError(
+            f"data={settings.data.name} has samples of shape {given}, "
+            f"model={settings.model.get('name')} reads {wanted}: choose fitting data.image_size, data.channels, model"
         )
     if getattr(model, "has_text", False) and "tokens" not in sample:
         raise SettingsError(
@@ -130,6 +145,7 @@ def train_from_config(cfg: DictConfig) -> Path:
             # The checkpoint is sampled and judged from other working directories.
             node["root"] = str(Path(node["root"]).resolve())
     settings = Settings.from_mapping(plain)
+    check_training(settings)
     plugin_names = plugins.load_plugins()
     accelerator = make_accelerator(cpu=settings.loop.device == "cpu")
     # After accelerate, which counts the threads of several CPU processes itself.
@@ -140,11 +156,9 @@ def train_from_config(cfg: DictConfig) -> Path:
         ranks, "run_dir", str(Path(settings.run_dir).resolve()), "give run_dir=FOLDER, or export RUN_ID=NAME"
     )
     check_same(ranks, "configuration", configuration, "give each of them the same arguments")
-    source = build_source(settings)
-    if source is None:
-        raise SettingsError(f"data={settings.data.name} has no source to train on: choose another data=NAME")
+    source, codec = build_source(settings), make("codec", settings.codec)
     model = build_model(settings)
-    _check_fit(settings, model, source)
+    _check_fit(settings, model, source, codec)
     size = settings.data.batch_size * settings.grad_accum * accelerator.num_processes
     if len(source) < size:
         raise SettingsError(
@@ -171,7 +185,7 @@ def train_from_config(cfg: DictConfig) -> Path:
     trainer = Trainer(
         model=model,
         process=make("process", settings.process),
-        codec=make("codec", settings.codec),
+        codec=codec,
         loader_factory=loader,
         optimizer=optimizer,
         options=TrainOptions(

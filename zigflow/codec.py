@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zigflow.keyed import current_draws
+from zigflow.latents import LatentSize
 
 __all__ = ["AutoencoderKLCodec", "Codec", "IdentityCodec", "to_uint8"]
 
@@ -78,7 +79,8 @@ class AutoencoderKLCodec:
     Stored latents are unscaled, as ZigMa's shards hold them, and only need the scale; pixels are encoded.
 
     Args:
-        path: local directory of a diffusers ``AutoencoderKL``; nothing is downloaded.
+        path: local directory of a diffusers ``AutoencoderKL``; nothing is downloaded. None serves training on stored
+            latents, which needs no autoencoder, and nothing else.
         scale: x1 = scale * latents; 0.18215 for the SD-1 autoencoders.
         posterior: ``sample`` draws the latent with the ambient keyed draws (torch's generator without any),
             ``mode`` takes its mean.
@@ -86,30 +88,47 @@ class AutoencoderKLCodec:
 
     Raises:
         ImportError: diffusers is missing; the extra to install is named.
-        ValueError: an unknown ``posterior`` or a ``scale`` that is not positive.
+        ValueError: an unknown ``posterior``, a ``scale`` that is not positive, or a folder without an autoencoder.
     """
 
-    def __init__(self, path: str, *, scale: float = 0.18215, posterior: str = "sample", chunk: int = 16):
+    def __init__(
+        self, path: str | None = None, *, scale: float = 0.18215, posterior: str = "sample", chunk: int = 16
+    ):
         if posterior not in ("sample", "mode"):
             raise ValueError(f"posterior must be 'sample' or 'mode', got {posterior!r}")
         if not scale > 0:
             raise ValueError(f"scale must be positive, got {scale!r}")
-        try:
-            from diffusers import AutoencoderKL
-        except ImportError as error:
-            raise ImportError(
-                "the autoencoder codec needs diffusers: pip install 'zigflow[codec]'"
-            ) from error
         self.scale = scale
         self.posterior = posterior
         self.chunk = chunk
-        vae: Any = AutoencoderKL.from_pretrained(path, local_files_only=True)
-        self._vae = vae.eval().requires_grad_(False)
+        self._vae = None if path is None else _load(path)
 
     def to(self, device: torch.device | str) -> "AutoencoderKLCodec":
         """Move the autoencoder; in place."""
-        self._vae.to(device)
+        if self._vae is not None:
+            self._vae.to(device)
         return self
+
+    def latent_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the latents of an image (C,H,W) or a video (T,C,H,W).
+
+        Raises:
+            ValueError: height or width is not divisible by the autoencoder's factor.
+        """
+        config = None if self._vae is None else self._vae.config
+        size = (
+            LatentSize()
+            if config is None
+            else LatentSize(config.latent_channels, 2 ** (len(config.block_out_channels) - 1))
+        )
+        return size.shape(image_shape)
+
+    def _autoencoder(self, what: str) -> Any:
+        if self._vae is None:
+            raise ValueError(
+                f"{what} needs the autoencoder: give codec.path=FOLDER, the folder of a diffusers AutoencoderKL"
+            )
+        return self._vae
 
     @torch.no_grad()
     def encode(self, batch: Any) -> Tensor:
@@ -120,8 +139,9 @@ class AutoencoderKLCodec:
             raise ValueError(
                 "the batch has neither pixels nor latents; give the data source an image or latent key"
             )
+        vae = self._autoencoder("encoding pixels")
         pixels, lead = _fold(batch.pixels)
-        posteriors = [self._vae.encode(part).latent_dist for part in pixels.split(self.chunk)]
+        posteriors = [vae.encode(part).latent_dist for part in pixels.split(self.chunk)]
         latents = torch.cat([p.mean for p in posteriors])
         latents = latents.reshape(*lead, *latents.shape[1:])
         if self.posterior == "sample":
@@ -134,9 +154,19 @@ class AutoencoderKLCodec:
 
     @torch.no_grad()
     def decode(self, x_BChw: Tensor) -> Tensor:
+        vae = self._autoencoder("decoding latents")
         latents, lead = _fold(x_BChw / self.scale)
-        pixels = torch.cat([self._vae.decode(part).sample for part in latents.split(self.chunk)])
+        pixels = torch.cat([vae.decode(part).sample for part in latents.split(self.chunk)])
         return pixels.reshape(*lead, *pixels.shape[1:])
+
+
+def _load(path: str) -> Any:
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ImportError("the autoencoder codec needs diffusers: pip install 'zigflow[codec]'") from error
+    vae: Any = AutoencoderKL.from_pretrained(path, local_files_only=True)
+    return vae.eval().requires_grad_(False)
 
 
 def _fold(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -6,6 +6,7 @@ scan orders, loaded by ``scans`` itself) and ``zigflow.plugins`` (everything els
 modules are imported by ``load_plugins`` after main has begun.
 """
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -14,6 +15,7 @@ import importlib.util
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -22,6 +24,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
@@ -33,12 +36,15 @@ from omegaconf.errors import OmegaConfBaseException
 import scans
 from zigflow import paths
 from zigflow.engine import launch
+from zigflow.preflight import check_training
 from zigflow.registry import UnknownNameError
 from zigflow.settings import Settings, SettingsError, unknown_key
 
 log = logging.getLogger(__name__)
 
 GROUP = "zigflow.plugins"
+# Groups whose choice is the data's own where nothing is typed and a file of its name exists.
+FOLLOW_DATA = ("codec", "metrics")
 
 
 class PluginConfigs(SearchPathPlugin):
@@ -134,9 +140,45 @@ def prepare() -> None:
 def compose_config(overrides: list[str] | None = None, config_name: str = "default") -> DictConfig:
     """Compose as the commands do, for tools, tests and notebooks."""
     prepare()
+    check_choices(list(overrides or []))
+    with _hydra():
+        return compose(config_name=config_name, overrides=list(overrides or []))
+
+
+@contextlib.contextmanager
+def _hydra() -> Iterator[GlobalHydra]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(paths.config_dir()), version_base="1.3"):
-        return compose(config_name=config_name, overrides=list(overrides or []))
+        yield GlobalHydra.instance()
+
+
+def group_choices(group: str) -> list[str]:
+    """The names that ``group=`` takes, those of plug-ins included."""
+    prepare()
+    with _hydra() as hydra:
+        return sorted(hydra.config_loader().get_group_options(group, results_filter=ObjectType.CONFIG))
+
+
+def check_choices(arguments: list[str]) -> None:
+    """Refuse a choice that does not exist in a group that follows ``data=``: Hydra passes over it in silence.
+
+    Raises:
+        SettingsError: the group, the choice and near matches.
+    """
+    for argument in arguments:
+        group, _, choices = argument.partition("=")
+        if group not in FOLLOW_DATA or not choices:
+            continue
+        known = group_choices(group)
+        for choice in choices.split(","):
+            if choice not in known:
+                raise SettingsError(_no_such_choice(group, choice, known))
+
+
+def _no_such_choice(group: str, choice: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(choice, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{group}={choice} does not exist: {hint}known: {', '.join(sorted(known))}"
 
 
 def validated(cfg: DictConfig) -> Settings:
@@ -174,12 +216,13 @@ def check_command_line(arguments: list[str], config_name: str) -> None:
         os.environ["RUN_ID"] = run_id()
     elif not named:
         run_id()
+    check_choices(overrides)
     if any(argument.startswith("-") for argument in overrides):
         return
     for job in _jobs(overrides) if sweep else [overrides]:
         cfg = compose_config([f"run_dir={os.devnull}", *job], config_name)
         if config_name == "default":
-            validated(cfg)
+            check_training(validated(cfg))
 
 
 def _jobs(overrides: list[str]) -> list[list[str]]:
@@ -217,9 +260,7 @@ def explain(error: BaseException, config_name: str) -> str | None:
         return _one_line(str(error))
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        close = difflib.get_close_matches(choice, error.options, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        return f"{group}={choice} does not exist: {hint}known: {', '.join(sorted(error.options))}"
+        return _no_such_choice(group, choice, list(error.options))
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         cause: BaseException | None = error
         while cause is not None:

@@ -13,7 +13,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from zigflow import plugins
-from zigflow.build import OFFICIAL_SUFFIXES, build_model, build_sampler, build_source, make, model_arguments
+from zigflow.build import (
+    OFFICIAL_SUFFIXES,
+    build_codec,
+    build_model,
+    build_sampler,
+    build_source,
+    make,
+    model_arguments,
+)
 from zigflow.codec import IdentityCodec, to_uint8
 from zigflow.data.loader import evaluation_loader
 from zigflow.engine import checkpoint as checkpoints
@@ -27,6 +35,7 @@ from zigflow.metrics.base import SampleIds
 from zigflow.metrics.pictures import save_sample_grid
 from zigflow.metrics.results import write_results
 from zigflow.official import load_official, read_official
+from zigflow.preflight import check_decoding
 from zigflow.samplers import Guided
 from zigflow.settings import Settings, SettingsError, convert
 from zigflow.stored_config import complete_from_checkpoint, complete_from_defaults
@@ -50,17 +59,25 @@ def _open_trained(given: dict[str, Any], ckpt: str, wanted: str | None) -> _Trai
     if Path(ckpt).suffix in OFFICIAL_SUFFIXES:
         file = read_official(ckpt, "zigma")
         settings = Settings.from_mapping(complete_from_defaults(given, ckpt, file.ctor_kwargs))
+        _check_before_building(settings)
         arguments = {k: v for k, v in model_arguments(settings).items() if k != "_target_"}
         seed = {k: arguments.pop(k) for k in ("scan_seed",) if k in arguments}
         model = load_official("zigma", arguments, file.state_dict, **seed)
         return _Trained(settings, model, "official", file.step, Path("samples") / Path(ckpt).stem)
     stored = checkpoints.open_checkpoint(ckpt)
     settings = Settings.from_mapping(complete_from_checkpoint(given, stored.config, ckpt))
+    _check_before_building(settings)
     model = build_model(settings)
     weights = load_weights(model, stored, wanted)
     path = Path(stored.path)
     root = path.parent.parent if path.parent.name == "checkpoints" else path
     return _Trained(settings, model, weights, stored.step, root / "samples")
+
+
+def _check_before_building(settings: Settings) -> None:
+    """Encoding stored latents and measuring their likelihood need no autoencoder, pictures do."""
+    if not (settings.likelihood or settings.ode.likelihood or settings.ode.reverse):
+        check_decoding(settings)
 
 
 def _sampling_facts(trained: _Trained, ckpt: str, batch_size: int) -> tuple[str, dict[str, Any]]:
@@ -117,7 +134,7 @@ def sample_from_config(cfg: DictConfig) -> Path:
         ranks.barrier()
         return folder
 
-    codec = make("codec", settings.codec)
+    codec = build_codec(settings, accelerator.device)
     if isinstance(codec, IdentityCodec) and model.in_channels not in (1, 3):
         raise SettingsError(
             f"the model makes latents of {model.in_channels} channels and codec={settings.codec['_target_']} does "
@@ -228,7 +245,7 @@ def measure_data(settings, model, process, sampler, folder, facts, batch_size, d
     source = build_source(settings, "heldout") or build_source(settings)
     if source is None:
         raise SettingsError(f"there is no data to measure: data={settings.data.name} has none")
-    codec = make("codec", settings.codec)
+    codec = build_codec(settings, device)
     common = {
         "seed": settings.global_seed, "count": settings.num_fid_samples, "batch_size": batch_size, "device": device
     }  # fmt: skip

@@ -120,7 +120,13 @@ class DataSettings:
     sample_fid_every: int = 0
     sample_fid_bs: int = 128
     sample_vis_n: int = 16
-    is_video: bool = False
+    is_video: bool | None = None
+    is_latent: bool = False
+    has_text: bool = False
+    d_context: int = 0
+    n_context_token: int = 0
+    tar_base: str | None = None
+    prepare: str = ""
     limit: int | None = None
     source: Mapping[str, Any] | None = None
     heldout: Mapping[str, Any] | None = None
@@ -132,6 +138,10 @@ class DataSettings:
             _not_negative(f"data.{key}", getattr(self, key))
         if self.limit is not None:
             _at_least("data.limit", self.limit, 1)
+        if self.is_video is not None and self.is_video != (self.video_frames > 0):
+            raise SettingsError(
+                f"data.is_video={self.is_video} contradicts data.video_frames={self.video_frames}: drop data.is_video"
+            )
         if self.source is not None and "_target_" not in self.source:
             raise SettingsError(f"data.source of data={self.name} names no class: give data.source._target_")
 
@@ -253,9 +263,10 @@ class Settings:
             )
         if self.use_wandb:
             raise SettingsError("use_wandb=true is not supported by this release: set use_wandb=false")
-        if self.use_latent and not self.is_latent:
+        if self.use_latent and not self.is_latent and is_identity(self.codec):
             raise SettingsError(
-                f"use_latent=true needs data with latents, data={self.data.name} holds pixels: set use_latent=false"
+                f"use_latent=true, but data={self.data.name} holds pixels and codec=pixels does not encode them: give "
+                "codec=sd_vae codec.path=FOLDER, or set use_latent=false"
             )
         frames = model.get("video_frames", 0) or 0
         if frames != self.data.video_frames:
@@ -271,6 +282,11 @@ class Settings:
             SettingsError: an unknown key, a wrong type or an impossible combination, in one line.
         """
         return parse(cls, values, "")
+
+
+def is_identity(codec: Mapping[str, Any]) -> bool:
+    """Whether a codec's node leaves values as they are, up to a scale."""
+    return str(codec.get("_target_", "")).endswith(".IdentityCodec")
 
 
 def parse(cls: type, values: Mapping[str, Any], prefix: str) -> Any:

@@ -49,6 +49,8 @@ def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], c
         merged["data"] = {**stored["data"], **kept}
         for split in ("source", "heldout"):
             moved = {k: v for k, v in (data[split] or {}).items() if v is not None}
+            if split == "source" and data.get("tar_base") is not None:
+                moved.setdefault("root", data["tar_base"])
             if moved and stored["data"].get(split):
                 merged["data"][split] = {**stored["data"][split], **moved}
     if (given.get("metrics") or {}).get("name") == "from_checkpoint":
@@ -71,7 +73,9 @@ def complete_from_defaults(
                 f"ckpt={ckpt} is an official file that does not say how its model was built: give model=NAME"
             )
         model = {"name": "from_checkpoint", "_target_": "model_zigma.ZigMa", **ctor_kwargs}
-    default = OmegaConf.to_container(plugins.compose_config(["data=none", "run_dir=unused"]), resolve=True)
+    # What follows from data that are not named, such as model.num_classes, is left to the constructor.
+    model = {k: v for k, v in model.items() if v is not None}
+    default = _defaults_beside(given["data"])
     merged = {k: (default.get(k) if v is None else v) for k, v in given.items()} | {"model": model}
     for group in ("train", "process", "codec", "data"):
         if (given[group] or {}).get("name") == "from_checkpoint":
@@ -89,3 +93,12 @@ def complete_from_defaults(
     if (given.get("metrics") or {}).get("name") == "from_checkpoint":
         merged["metrics"] = None
     return merged
+
+
+def _defaults_beside(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The training defaults that go with ``data=``: its codec, and whether it holds latents."""
+    name = data.get("name")
+    choice = "none" if name == "from_checkpoint" or name not in plugins.group_choices("data") else name
+    cfg = plugins.compose_config([f"data={choice}", "run_dir=unused"])
+    found: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    return found

@@ -10,11 +10,12 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     1: ["scans", "dis_causal_conv1d", "dis_mamba"],
     2: ["zigflow.nn", "zigflow.processes", "zigflow.data", "zigflow.settings", "zigflow.registry", "zigflow.paths",
-        "zigflow.keyed", "zigflow._version"],
+        "zigflow.keyed", "zigflow._version", "zigflow.latents"],
     3: ["model_zigma", "zigflow.models", "zigflow.samplers", "zigflow.metrics", "zigflow.datasets", "zigflow.codec",
         "zigflow.text"],
     4: ["zigflow.engine", "zigflow.official"],
-    5: ["zigflow.build", "zigflow.sample_job", "zigflow.stored_config", "zigflow.plugins", "zigflow.tools"],
+    5: ["zigflow.build", "zigflow.sample_job", "zigflow.stored_config", "zigflow.plugins", "zigflow.tools",
+        "zigflow.preflight"],
     6: ["train_acc", "sample_acc", "zigflow.cli"],
 }  # fmt: skip
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

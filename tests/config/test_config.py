@@ -66,6 +66,8 @@ def choice_overrides(group, choice):
     if group == "recipe":
         return [f"data={choice}"]
     video = ["data.video_frames=16"] if choice.startswith("3d_") else []
+    if group == "data" and "is_video: true" in (config_dir() / group / f"{choice}.yaml").read_text():
+        video = ["model=3d_sweep2_b2"]
     return [f"{group}={choice}", *video]
 
 
@@ -109,6 +111,20 @@ def test_the_recipe_follows_the_data_and_official_defaults_stay():
     assert plain(["optim.lr=1"])["optim"]["lr"] == 1
 
 
+def test_codec_and_metrics_follow_the_data_unless_they_are_named():
+    assert plain()["metrics"]["_target_"].endswith("DigitJudge")
+    assert plain(["data=synthetic"])["metrics"]["_target_"] is None
+    latents = plain(["data=celebamm256_uncond"])
+    assert latents["codec"] == {
+        "_target_": "zigflow.codec.AutoencoderKLCodec",
+        "path": None,
+        "scale": 0.18215,
+    }
+    assert (latents["is_latent"], latents["use_latent"]) == (True, True)
+    assert plain(["data=celebamm256_uncond", "codec=pixels"])["codec"] == plain()["codec"]
+    assert plain(["codec=sd_vae"])["codec"] == latents["codec"]
+
+
 def test_presets_and_command_line_take_precedence_in_this_order():
     assert plain(["+debug=cpu_tiny"])["data"]["train_steps"] == 8
     assert plain(["+debug=cpu_tiny", "data.train_steps=3"])["data"]["train_steps"] == 3
@@ -123,6 +139,9 @@ def test_presets_and_command_line_take_precedence_in_this_order():
         (["model=zigzag8_b"], ["model=zigzag8_b", "zigzag8_b1"]),
         (["scan=hilbrt"], ["scan=hilbrt", "hilbert"]),
         (["data=digit"], ["data=digit", "digits"]),
+        (["codec=sd_va"], ["codec=sd_va", "sd_vae"]),
+        (["metrics=digit"], ["metrics=digit", "digits"]),
+        (["+data.is_video=true"], ["data.is_video", "data.video_frames=0"]),
         (["data.batch_size=many"], ["data.batch_size", "integer"]),
         (["data.batch_size=0"], ["data.batch_size", "at least 1"]),
         (["data.batch_size=1.5"], ["data.batch_size", "integer"]),
