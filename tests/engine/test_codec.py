@@ -80,6 +80,19 @@ def test_stored_latents_get_the_scale_once(diffusers):
     )
 
 
+def test_without_an_autoencoder_stored_latents_are_all_there_is():
+    codec = AutoencoderKLCodec().to("cpu")
+    latents = torch.randn(2, 4, 4, 4)
+    assert torch.equal(codec.encode(batch(latents=latents)), latents * 0.18215)
+    assert codec.latent_shape((3, 16, 24)) == (4, 2, 3)
+    assert codec.latent_shape((5, 3, 16, 24)) == (5, 4, 2, 3)
+    for call in (lambda: codec.encode(batch(torch.zeros(1, 3, 8, 8))), lambda: codec.decode(latents)):
+        with pytest.raises(ValueError, match=r"codec\.path=FOLDER"):
+            call()
+    with pytest.raises(ValueError, match="divisible by 8"):
+        codec.latent_shape((3, 12, 8))
+
+
 def test_encode_and_decode_undo_the_scale(diffusers):
     codec = AutoencoderKLCodec("anywhere", posterior="mode", chunk=2)
     pixels = torch.randn(5, 3, 2, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
