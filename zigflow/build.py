@@ -140,7 +140,7 @@ def train_from_config(cfg: DictConfig) -> Path:
     # As it was given: machines may keep their data in different places.
     configuration = json.dumps({**plain, "run_dir": None}, sort_keys=True, default=str)
     for split in ("source", "heldout"):
-        node = plain["data"][split]
+        node = plain["data"].get(split)
         if node and node.get("root"):
             # The checkpoint is sampled and judged from other working directories.
             node["root"] = str(Path(node["root"]).resolve())

@@ -55,17 +55,42 @@ scan_type: columns_down
 num_classes: 10
 """
 
+DATA_YAML = """
+name: data_from_a_plugin
+train_steps: 4
+batch_size: 4
+image_size: 8
+channels: 1
+num_classes: 10
+source:
+  _target_: zigflow.datasets.synthetic.ShapesSource
+  num_samples: 16
+  size: ${data.image_size}
+  channels: ${data.channels}
+  num_classes: ${data.num_classes}
+"""
+
+RECIPE_YAML = """
+# @package _global_
+optim:
+  lr: 3e-3
+"""
+
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plugin")
     source = folder / "package"
     (source / "columns_down").mkdir(parents=True)
-    (source / "columns_down_plugin" / "config" / "model").mkdir(parents=True)
+    config = source / "columns_down_plugin" / "config"
+    for group in ("model", "data", "recipe"):
+        (config / group).mkdir(parents=True)
     (source / "pyproject.toml").write_text(PYPROJECT)
     (source / "columns_down" / "__init__.py").write_text(SCAN)
     (source / "columns_down_plugin" / "__init__.py").write_text("LOADED = True\n")
-    (source / "columns_down_plugin" / "config" / "model" / "from_a_plugin.yaml").write_text(MODEL_YAML)
+    (config / "model" / "from_a_plugin.yaml").write_text(MODEL_YAML)
+    (config / "data" / "data_from_a_plugin.yaml").write_text(DATA_YAML)
+    (config / "recipe" / "data_from_a_plugin.yaml").write_text(RECIPE_YAML)
     python = empty_environment(folder / "venv")
     install(python, build_wheel(ROOT, folder / "ours"))
     install(python, build_wheel(source, folder / "theirs"))
@@ -89,6 +114,21 @@ def test_the_scan_is_listed_drawn_and_a_choice(python, tmp_path):
     help_text = run(python.parent / "zigflow-train", "--help", cwd=tmp_path).stdout
     assert "columns_down" in help_text
     assert "from_a_plugin" in help_text
+    assert "data_from_a_plugin" in help_text
+
+
+def test_data_of_a_plugin_are_trained_on_by_their_own_recipe(python, tmp_path):
+    options = ("data=data_from_a_plugin", "model=from_a_plugin", "loop.progress=false", "run_dir=c")
+    run(python.parent / "zigflow-train", *options, cwd=tmp_path)
+    stored = json.loads(next(tmp_path.glob("c/checkpoints/step-0000004/config.json")).read_text())
+    assert stored["data"]["name"] == "data_from_a_plugin"
+    assert stored["optim"]["lr"] == 3e-3
+    # No codec and no metrics of that name: pixels, and samples that are not judged.
+    assert stored["codec"] == {"_target_": "zigflow.codec.IdentityCodec"}
+    assert stored["metrics"] == {"_target_": None}
+    mistake = run(python.parent / "zigflow-train", "data=data_from_a_plugn", cwd=tmp_path, check=False)
+    assert mistake.returncode == 2
+    assert "did you mean data_from_a_plugin" in mistake.stderr
 
 
 def test_a_run_with_the_scan_and_the_plugin_model(python, tmp_path):
