@@ -1,4 +1,4 @@
-"""A key that can be typed does something: it is read by the code or by another YAML, or stands below with its reason."""
+"""A key that can be typed does something: code or another YAML reads it, or it stands below with its reason."""
 
 import ast
 import dataclasses
