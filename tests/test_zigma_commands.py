@@ -275,7 +275,9 @@ def test_each_data_set_trains_and_samples_at_its_true_shape(data, shards, autoen
     assert [image.shape for image in found] == [(8 * height, 8 * width * (frames or [1])[0], 3)] * 2
     if data == "churches256":
         # The density of stored latents needs no autoencoder.
-        measured = json.loads((sample(f"ckpt={tmp_path / 'run'}", "likelihood=1") / "likelihood.json").read_text())
+        measured = json.loads(
+            (sample(f"ckpt={tmp_path / 'run'}", "likelihood=1") / "likelihood.json").read_text()
+        )
         assert np.isfinite(measured["metrics"]["bits_per_dim"])
 
 

@@ -110,9 +110,7 @@ def affordable(command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c.startswith("python") and "churches" not in c]
-)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python") and "churches" not in c])
 def test_command_runs(command, workplace):
     expected = 2 if "bath_size" in command else 0
     done = run(affordable(command), workplace, expected)
