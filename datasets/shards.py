@@ -6,33 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, Limits, decode, to_pixels
+from zigflow.data.decode import DEFAULT_LIMITS, Limits
+from zigflow.data.fields import DEFAULT_RENAME, FIELDS, FieldDecoder
 from zigflow.data.shards import ShardReader
-from zigflow.data.tar import ShardError
-from zigflow.registry import unknown_name
-
-FIELDS = ("pixels", "latents", "labels", "tokens", "captions")
-DEFAULT_RENAME = {
-    "image.png": "pixels",
-    "image.jpg": "pixels",
-    "image.jpeg": "pixels",
-    "png": "pixels",
-    "jpg": "pixels",
-    "jpeg": "pixels",
-    "frames.npy": "pixels",
-    "img_feature256.npy": "latents",
-    "img_feature512.npy": "latents",
-    "frame_feature256.npy": "latents",
-    "latent.npy": "latents",
-    "latent_hr.npy": "latents",
-    "cls_id.cls": "labels",
-    "cls": "labels",
-    "caption.json": "captions",
-    "txt": "captions",
-    "caption_feature.npy": "tokens",
-}
+from zigflow.data.streaming import StreamSource
+from zigflow.data.tar import BudgetError, ShardError
 
 
 class ShardSource:
@@ -40,14 +19,18 @@ class ShardSource:
 
     Args:
         root: the folder.
-        rename: file suffix -> field of the batch (pixels, latents, labels, tokens, captions); of several suffixes
-            for one field the first that a sample has is taken. None: the usual names, one per field.
+        rename: file suffix -> field of the batch (pixels, latents, labels, tokens, captions), or as ZigMa writes it,
+            batch key -> file suffix; of several suffixes for one field the first that a sample has is taken. None:
+            the usual names, one per field.
         fields: the fields to read; None reads all that the first sample has.
         channels: 1 or 3, for encoded images.
         image_size: pixels of the shorter side after a center crop, or (height, width); None keeps the size.
         num_classes: number of labels; None takes it from the index, 0 where that does not say.
         cache_dir: where the index of a folder that is not ours is kept; None keeps it beside the tars.
         limits: budgets of one member.
+        max_skipped: problems of the tars that may be passed over when they are indexed; and how many samples may be
+            unreadable before the one that fixes the shapes.
+        stream: keywords of ``data.order=streaming``, which this class does not use.
 
     Raises:
         ValueError: ``rename`` or ``fields`` name unknown fields, or the first sample does not have them.
@@ -65,25 +48,48 @@ class ShardSource:
         num_classes: int | None = None,
         cache_dir: str | Path | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        max_skipped: int = 0,
+        stream: Mapping[str, Any] | None = None,
     ):
-        for field in [*(rename or {}).values(), *(fields or ())]:
-            if field not in FIELDS:
-                raise unknown_name("batch field", field, list(FIELDS))
-        self.reader = ShardReader(root, cache_dir)
-        self.channels, self.limits = channels, limits
-        self.image_size = _pair(image_size)
-        first = [entry.suffix for entry in self.reader.sample(0, 0).entries]
-        self.suffixes = _choose(dict(rename) if rename is not None else None, fields, first)
-        self.shard_sizes = self.reader.sizes
+        self.reader = ShardReader(root, cache_dir, max_skipped)
         meta = self.reader.index.meta
         self.class_names = tuple(meta.get("class_names", ()))
         self.num_classes = int(meta.get("num_classes", 0)) if num_classes is None else num_classes
-        if "labels" not in self.suffixes:
+        suffixes = [entry.suffix for entry in self.reader.sample(*self.reader.split_index(0)).entries]
+        self.decoder = FieldDecoder(
+            suffixes,
+            rename,
+            fields,
+            channels=channels,
+            image_size=image_size,
+            num_classes=self.num_classes,
+            limits=limits,
+        )
+        self.suffixes, self.limits = self.decoder.suffixes, limits
+        self.shard_sizes = self.reader.sizes
+        if "labels" not in self.suffixes or self.num_classes < 0:
             self.num_classes = 0
-        options = f"{self.reader.fingerprint} {sorted(self.suffixes.items())} {channels} {self.image_size}"
-        self.fingerprint = hashlib.sha256(options.encode()).hexdigest()[:32]
-        self.image_shape: tuple[int, ...] | None = None
-        self.image_shape = tuple(_image(self[0]).shape)
+        self.fingerprint = hashlib.sha256(
+            f"{self.reader.fingerprint} {self.decoder.identity}".encode()
+        ).hexdigest()[:32]
+        self.first = self._first(max_skipped)
+        self.image_shape = self.decoder.fix_shapes(self.first)
+
+    @classmethod
+    def stream(cls, root: str | Path | Sequence[str], rename=None, **options: Any) -> StreamSource:
+        """The same samples in one pass after another instead of by number; what ``data.order=streaming`` builds."""
+        options.pop("cache_dir", None)
+        return StreamSource(root, rename, **options.pop("stream", None) or {}, **options)
+
+    def _first(self, max_skipped: int) -> dict[str, Any]:
+        for index in range(min(max_skipped, len(self) - 1)):
+            try:
+                return self[index]
+            except BudgetError:
+                raise
+            except ShardError:
+                continue
+        return self[min(max_skipped, len(self) - 1)]
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -96,111 +102,14 @@ class ShardSource:
             ShardError: a member is missing, damaged, over budget, or has another shape than the first sample's.
         """
         shard, member = self.reader.split_index(index)
-        present = {entry.suffix for entry in self.reader.sample(shard, member).entries}
-        chosen: dict[str, str] = {}
-        for field, suffixes in self.suffixes.items():
-            found = [suffix for suffix in suffixes if suffix in present]
-            if not found:
-                raise self.reader.error(
-                    shard, member, " or ".join(suffixes), f"missing ({field}); there are {sorted(present)}"
-                )
-            chosen[field] = found[0]
-        key, data = self.reader.read(shard, member, set(chosen.values()))
-        sample: dict[str, Any] = {"key": key}
-        for field, suffix in chosen.items():
-            try:
-                sample[field] = self._field(field, decode(suffix, data[suffix], self.limits))
-            except (DecodeError, TypeError, ValueError) as error:
-                raise self.reader.error(shard, member, suffix, str(error)) from error
-        return sample
 
-    def _field(self, field: str, value: Any) -> Any:
-        if field == "labels":
-            if not isinstance(value, int) or (self.num_classes and value >= self.num_classes):
-                raise DecodeError(f"label {value!r} is outside 0..{self.num_classes - 1}")
-            return value
-        if field == "captions":
-            texts = [value] if isinstance(value, str) else value
-            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-                raise DecodeError("captions are a text or a list of texts")
-            return tuple(texts)
-        if not isinstance(value, np.ndarray):
-            raise DecodeError(f"{field} need an image or an npy array")
-        if field == "tokens":
-            return _floats(value, field, (2, 3))
-        if field == "latents":
-            tensor = _floats(value, field, (3, 4))
-        else:
-            tensor = self._pixels(value)
-        leads = "pixels" if "pixels" in self.suffixes else "latents"
-        if field == leads and self.image_shape is not None and tuple(tensor.shape) != self.image_shape:
-            raise DecodeError(
-                f"shape {tuple(tensor.shape)}, the first sample has {self.image_shape}"
-                + ("" if self.image_size else ": give image_size to crop and resize")
-            )
-        return tensor
+        def read(suffixes: set[str]) -> Mapping[str, bytes]:
+            return self.reader.read(shard, member, suffixes, self.limits.max_bytes)[1]
 
-    def _pixels(self, value: np.ndarray) -> torch.Tensor:
-        if value.dtype != np.uint8:
-            raise DecodeError(f"pixels are stored as 8-bit values, these are {value.dtype}")
-        if value.ndim == 2 or (value.ndim == 3 and value.shape[2] == 3):
-            return to_pixels(value, self.channels, self.image_size)
-        if value.ndim == 4:
-            frames = [to_pixels(np.moveaxis(frame, 0, -1), self.channels, self.image_size) for frame in value]
-            return torch.stack(frames)
-        raise DecodeError(f"pixels are an image or (T, C, H, W), these are {value.shape}")
+        def error(suffix: str, message: str) -> ShardError:
+            return self.reader.error(shard, member, suffix, message)
 
-
-def _floats(value: np.ndarray, field: str, ranks: tuple[int, ...]) -> torch.Tensor:
-    if value.ndim not in ranks:
-        raise DecodeError(f"{field} have {' or '.join(map(str, ranks))} dimensions, got shape {value.shape}")
-    numbers = value.astype(np.float32, copy=False)
-    if not np.isfinite(numbers).all():
-        raise DecodeError(f"{field} hold values that are not finite")
-    return torch.from_numpy(numbers)
-
-
-def _choose(
-    rename: dict[str, str] | None, fields: Sequence[str] | None, first: list[str]
-) -> dict[str, tuple[str, ...]]:
-    """Field -> suffixes that may deliver it, for the fields wanted."""
-    table: dict[str, list[str]] = {}
-    for suffix, field in (DEFAULT_RENAME if rename is None else rename).items():
-        table.setdefault(field, []).append(suffix.lower())
-    out: dict[str, tuple[str, ...]] = {}
-    for field, suffixes in table.items():
-        present = [suffix for suffix in suffixes if suffix in first]
-        if (fields is not None and field not in fields) or (rename is None and not present):
-            continue
-        if rename is None and len(present) > 1:
-            raise ValueError(
-                f"{field} can come from {' or '.join(present)}: say which with rename={{suffix: {field!r}}}"
-            )
-        if not present:
-            raise ValueError(
-                f"the first sample has no {' or '.join(suffixes)} ({field}); it has {sorted(first)}"
-            )
-        out[field] = tuple(suffixes if rename is not None else present)
-    missing = sorted(set(fields or ()) - set(out))
-    if missing or not {"pixels", "latents"} & set(out):
-        raise ValueError(
-            f"{', '.join(missing) or 'pixels or latents'} cannot be found among the suffixes {sorted(first)}: "
-            "give rename={suffix: field}"
-        )
-    return out
-
-
-def _pair(size: int | Sequence[int] | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
-        raise ValueError(f"image_size must be at least 1, got {size}")
-    return int(height), int(width)
-
-
-def _image(sample: Mapping[str, Any]) -> torch.Tensor:
-    return sample["pixels"] if "pixels" in sample else sample["latents"]
+        return self.decoder(self.reader.sample(shard, member), read, error)
 
 
 def example(folder: Path) -> ShardSource:

@@ -2,18 +2,20 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from zigflow import plugins
 from zigflow.data.global_batch import GlobalBatch
 from zigflow.data.loader import training_loader
 from zigflow.data.order import DataOrder
+from zigflow.data.skipped import SkippedSamples
+from zigflow.data.streaming import StreamSource, check_readers, streaming_loader
 from zigflow.data.subset import Subset
 from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine.ema import EmaProfile
@@ -56,6 +58,11 @@ def build_source(settings: Settings, split: str = "source"):
     node = getattr(settings.data, split)
     if not node or ("root" in node and node["root"] is None):
         return None
+    if split == "source" and settings.data.order == "streaming":
+        raise SettingsError(
+            f"data={settings.data.name} has data.order=streaming: its samples have no numbers, and only training can "
+            "read them; give data.heldout, or download the shards and set data.order=indexed"
+        )
     source = make(f"data.{split}", node)
     limit = settings.data.limit
     return source if limit is None or split != "source" else Subset(source, limit)
@@ -65,6 +72,17 @@ def build_codec(settings: Settings, device: Any) -> Any:
     """The codec, its autoencoder where it has one on ``device``."""
     codec = make("codec", settings.codec)
     return codec.to(device) if hasattr(codec, "to") else codec
+
+
+def _build_stream(settings: Settings, node: Mapping[str, Any]) -> StreamSource:
+    """What the source's class makes of the same keywords for one pass after another: its method ``stream``."""
+    target = str(node["_target_"])
+    if not hasattr(get_class(target), "stream"):
+        raise SettingsError(
+            f"data.order=streaming: {target} of data={settings.data.name} cannot be streamed, shards can "
+            "(zigflow.datasets.shards.ShardSource); use data.order=indexed"
+        )
+    return make("data.source", {**node, "_target_": f"{target}.stream"})
 
 
 def build_sampler(settings: Settings):
@@ -103,7 +121,8 @@ def _check_fit(settings: Settings, model: Any, source: Any, codec: Any) -> None:
     """Refuse data that the model cannot read, before the first step."""
     frames = (model.video_frames,) if getattr(model, "video_frames", 0) else ()
     wanted = (*frames, model.in_channels, *model.img_dim)
-    sample = source[0]
+    # The first readable one, where the source knows which that is.
+    sample = getattr(source, "first", None) or source[0]
     if settings.is_latent and "latents" not in sample:
         raise SettingsError(
             f"is_latent=true, but the samples of data={settings.data.name} hold {sorted(sample)} only"
@@ -134,6 +153,29 @@ def _check_fit(settings: Settings, model: Any, source: Any, codec: Any) -> None:
         )
 
 
+def _absolute(root: Any) -> Any:
+    """A folder or pattern of files as an absolute path; URLs and lists stay."""
+    local = isinstance(root, (str, Path)) and "://" not in str(root) and not str(root).startswith("pipe:")
+    return str(Path(root).resolve()) if local else root
+
+
+def _skip_hook(skipped: SkippedSamples, log_every: int) -> Callable[[Any, Any], None]:
+    """After a logged step, all processes add up what they skipped and stop together beyond the budget."""
+    logged = 0
+
+    def hook(trainer: Any, record: Any) -> None:
+        nonlocal logged
+        if record.step % log_every:
+            return
+        total = int(trainer.ranks.sum([float(len(skipped.messages))])[0])
+        if total != logged:
+            log.warning("%d unreadable samples were replaced so far, over all processes", total)
+            logged = total
+        skipped.check(total)
+
+    return hook
+
+
 def train_from_config(cfg: DictConfig) -> Path:
     """Train as configured; returns the run directory."""
     plain = OmegaConf.to_container(cfg, resolve=True)
@@ -143,7 +185,7 @@ def train_from_config(cfg: DictConfig) -> Path:
         node = plain["data"].get(split)
         if node and node.get("root"):
             # The checkpoint is sampled and judged from other working directories.
-            node["root"] = str(Path(node["root"]).resolve())
+            node["root"] = _absolute(node["root"])
     settings = Settings.from_mapping(plain)
     check_training(settings)
     plugin_names = plugins.load_plugins()
@@ -156,11 +198,21 @@ def train_from_config(cfg: DictConfig) -> Path:
         ranks, "run_dir", str(Path(settings.run_dir).resolve()), "give run_dir=FOLDER, or export RUN_ID=NAME"
     )
     check_same(ranks, "configuration", configuration, "give each of them the same arguments")
-    source, codec = build_source(settings), make("codec", settings.codec)
+    node = settings.data.source
+    stream = settings.data.order == "streaming" and node
+    source = _build_stream(settings, node) if stream else build_source(settings)
+    if source is None:
+        raise SettingsError(f"data={settings.data.name} has no source to train on: choose another data=NAME")
+    codec = make("codec", settings.codec)
     model = build_model(settings)
     _check_fit(settings, model, source, codec)
     size = settings.data.batch_size * settings.grad_accum * accelerator.num_processes
-    if len(source) < size:
+    if isinstance(source, StreamSource):
+        try:
+            check_readers(source, accelerator.num_processes, settings.data.num_workers)
+        except ValueError as error:
+            raise SettingsError(f"data={settings.data.name}: {error}") from error
+    elif len(source) < size:
         raise SettingsError(
             f"data={settings.data.name} has {len(source)} samples, fewer than one global batch of {size}: "
             f"lower data.batch_size or grad_accum"
@@ -168,11 +220,26 @@ def train_from_config(cfg: DictConfig) -> Path:
     # A run that continues has weights of its own.
     if settings.ckpt is not None and not checkpoints.list_complete(Path(settings.run_dir) / "checkpoints"):
         _start_from(settings.ckpt, model, plain)
-    order = DataOrder(source.shard_sizes, settings.global_seed)
+    seed, workers = settings.global_seed, settings.data.num_workers
     batch = GlobalBatch(size, accelerator.num_processes, accelerator.process_index, settings.grad_accum)
+    skipped = SkippedSamples(settings.data.max_skipped)
+    if isinstance(source, StreamSource):
+        epoch_size, identity = None, source.identity(seed)
 
-    def loader(start: int):
-        return training_loader(source, order, batch, start_step=start, num_workers=settings.data.num_workers)
+        def loader(start: int):
+            batches = streaming_loader(source, batch, seed, start_step=start, num_workers=workers)
+            return skipped.watch(batches)
+    else:
+        order = DataOrder(source.shard_sizes, seed)
+        epoch_size, identity = len(source), order.identity()
+
+        def loader(start: int):
+            return skipped.watch(
+                training_loader(
+                    source, order, batch, start_step=start, num_workers=workers,
+                    max_skipped=settings.data.max_skipped, caption_seed=seed,
+                )
+            )  # fmt: skip
 
     optim = settings.optim
 
@@ -208,9 +275,10 @@ def train_from_config(cfg: DictConfig) -> Path:
         ),
         schedule=Schedule(optim.schedule, warmup=optim.warmup_steps, total=settings.data.train_steps),
         config=plain,
-        epoch_size=len(source),
-        data_identity={"fingerprint": source.fingerprint, "order": order.identity()},
+        epoch_size=epoch_size,
+        data_identity={"fingerprint": source.fingerprint, "order": identity},
         accelerator=accelerator,
+        hooks=(_skip_hook(skipped, settings.log_every),) if settings.data.max_skipped else (),
         plugins=plugin_names,
     )
     trainer.fit()

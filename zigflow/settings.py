@@ -128,16 +128,23 @@ class DataSettings:
     tar_base: str | None = None
     prepare: str = ""
     limit: int | None = None
+    order: str = "indexed"
+    max_skipped: int = 0
     source: Mapping[str, Any] | None = None
     heldout: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         for key in ("train_steps", "batch_size", "image_size", "channels", "sample_fid_bs"):
             _at_least(f"data.{key}", getattr(self, key), 1)
-        for key in ("num_workers", "video_frames", "sample_fid_every"):
+        for key in ("num_workers", "video_frames", "sample_fid_every", "max_skipped"):
             _not_negative(f"data.{key}", getattr(self, key))
+        _one_of("data.order", self.order, ("indexed", "streaming"))
         if self.limit is not None:
             _at_least("data.limit", self.limit, 1)
+            if self.order == "streaming":
+                raise SettingsError(
+                    f"data.limit={self.limit} needs samples with numbers, a stream has none: use data.order=indexed"
+                )
         if self.is_video is not None and self.is_video != (self.video_frames > 0):
             raise SettingsError(
                 f"data.is_video={self.is_video} contradicts data.video_frames={self.video_frames}: drop data.is_video"

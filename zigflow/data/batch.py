@@ -26,6 +26,7 @@ class Batch:
         ids: (B,) int64, global sample positions: they key the random draws of the samples.
         keys: B names of samples in the source.
         captions: B tuples of texts, empty when the source has none.
+        skipped: what is wrong with the samples that others replace here, with their places.
     """
 
     pixels: Tensor | None
@@ -35,6 +36,7 @@ class Batch:
     ids: Tensor
     keys: tuple[str, ...]
     captions: tuple[tuple[str, ...], ...] = ()
+    skipped: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -60,6 +62,8 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
     """
     if not samples:
         raise ValueError("a batch needs at least one sample")
+    skipped = tuple(message for sample in samples for message in sample.get("skipped", ()))
+    samples = [{k: v for k, v in sample.items() if k != "skipped"} for sample in samples]
     first = samples[0]
     unknown = sorted(set(first) - set(SAMPLE_FIELDS))
     if unknown:
@@ -78,6 +82,7 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
         ids=torch.tensor([sample["id"] for sample in samples], dtype=torch.int64),
         keys=tuple(sample["key"] for sample in samples),
         captions=tuple(tuple(sample["captions"]) for sample in samples) if "captions" in first else (),
+        skipped=skipped,
     )
 
 

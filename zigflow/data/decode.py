@@ -30,7 +30,7 @@ class Limits:
 
     max_bytes: int = 1 << 29
     max_pixels: int = 1 << 26
-    max_text: int = 1 << 24
+    max_text: int = 1 << 20
 
 
 DEFAULT_LIMITS = Limits()
@@ -110,9 +110,12 @@ def decode_npy(data: bytes, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
         raise DecodeError(f"the npy header declares {declared} bytes, the budget is {limits.max_bytes}")
     if declared != present:
         raise DecodeError(f"the npy header declares {declared} bytes of data, {present} are there")
-    flat = np.frombuffer(data, dtype=dtype, count=count, offset=begin)
-    array = flat.reshape(shape, order="F" if fortran else "C")
-    return array.astype(dtype.newbyteorder("="), order="C", copy=True)
+    try:
+        flat = np.frombuffer(data, dtype=dtype, count=count, offset=begin)
+        array = flat.reshape(shape, order="F" if fortran else "C")
+        return array.astype(dtype.newbyteorder("="), order="C", copy=True)
+    except (ValueError, OverflowError) as error:
+        raise DecodeError(f"an npy array of shape {str(shape)[:80]} cannot be: {error}") from error
 
 
 def decode_json(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Any:

@@ -1,6 +1,7 @@
 """File operations that leave either the old state or the new one, never a part of it."""
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+log = logging.getLogger(__name__)
 
 
 def read_at(fd: int, size: int, offset: int) -> bytes:
@@ -39,6 +42,27 @@ def sync_folder(folder: Path) -> None:
             os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system drops when its holder dies; without locks, go on unlocked.
+
+    Whoever uses it must stay right without it (some network file systems have none): it saves work only.
+    """
+    fd = None
+    try:
+        import fcntl
+
+        fd = os.open(folder, os.O_RDONLY)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        log.debug("%s cannot be locked", folder)
+    try:
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import read_at, replacing
-from .tar import ShardError, check_name, scan_members, split_name
+from .tar import Budget, ShardError, check_name, scan_members, split_name
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +23,12 @@ INDEX_NAME = "index.json"
 MEMBER_SUFFIX = ".index.json"
 UNFINISHED_NAME = "unfinished"
 FORMAT, VERSION = "zigflow-shards", 1
-_MAX_INDEX = 1 << 30
+_MAX_INDEX = 1 << 27
+_MAX_SUFFIXES = 256
+_PIECE = 1 << 22
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A member of a sample: its suffix, its place, and the CRC-32 of its bytes where it is known."""
 
@@ -36,7 +38,7 @@ class Entry:
     crc32: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """A key and its members."""
 
@@ -79,65 +81,93 @@ class FolderIndex:
         return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
 
 
-def group_members(members: Iterable[tuple[str, Entry]], shard: str) -> list[Sample]:
+def group_members(
+    members: Iterable[tuple[str, Entry]], shard: str, budget: Budget | None = None
+) -> list[Sample]:
     """Consecutive members of one key make a sample.
 
     Args:
         members: (key, entry) in the order of the tar.
         shard: its name, for errors.
+        budget: problems that may be passed over, none by default; their samples are left out.
 
     Raises:
         ShardError: two members of a sample have one suffix, or a key returns after another one (interleaved).
     """
-    samples: list[Sample] = []
+    budget = budget or Budget()
+    groups: list[Sample] = []
     seen: set[str] = set()
+    spoiled: set[str] = set()
     key, entries = "", []
     for name, entry in members:
         if name != key:
             if entries:
-                samples.append(Sample(key, tuple(entries)))
-            if name in seen:
-                raise ShardError(
-                    "the key returns after another one: its members are interleaved or doubled",
-                    shard,
-                    entry.offset,
-                    name,
-                )
+                groups.append(Sample(key, tuple(entries)))
+            if name in seen and name not in spoiled:
+                what = "the key returns after another one: its members are interleaved or doubled"
+                budget.report(ShardError(what, shard, entry.offset, name))
+                spoiled.add(name)
             seen.add(name)
             key, entries = name, []
         if any(other.suffix == entry.suffix for other in entries):
-            raise ShardError(f"the sample has two members {entry.suffix!r}", shard, entry.offset, name)
+            if name not in spoiled:
+                what = f"the sample has two members {entry.suffix!r}"
+                budget.report(ShardError(what, shard, entry.offset, name))
+                spoiled.add(name)
+            continue
         entries.append(entry)
+        if len(entries) > _MAX_SUFFIXES:
+            raise ShardError(f"more than {_MAX_SUFFIXES} members of one key", shard, entry.offset, name)
     if entries:
-        samples.append(Sample(key, tuple(entries)))
-    return samples
+        groups.append(Sample(key, tuple(entries)))
+    for error in budget.errors:
+        if error.shard == shard:
+            # A refused or truncated member: what is left of its sample is no sample.
+            spoiled.add((split_name(error.key) or (error.key,))[0])
+    return [sample for sample in groups if sample.key not in spoiled] if spoiled else groups
 
 
-def scan_shard(path: Path, checksums: bool = False) -> list[Sample]:
+def scan_shard(path: Path, checksums: bool = False, budget: Budget | None = None) -> list[Sample]:
     """The samples of a tar, read from its headers (and its bytes, when ``checksums``).
+
+    Args:
+        budget: problems that may be passed over, none by default; their samples are left out.
 
     Raises:
         ShardError: see :func:`zigflow.data.tar.scan_members` and :func:`group_members`; or no samples.
     """
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
-        total = os.fstat(fd).st_size
-        members, passed_over = [], 0
-        for member in scan_members(fd, path.name, total):
-            parts = split_name(member.name)
-            if parts is None:
-                passed_over += 1
-                continue
-            crc = zlib.crc32(read_at(fd, member.size, member.offset)) if checksums else None
-            members.append((parts[0], Entry(parts[1], member.offset, member.size, crc)))
+        return scan_open(fd, path.name, checksums, budget or Budget())
     finally:
         os.close(fd)
-    samples = group_members(members, path.name)
+
+
+def scan_open(fd: int, name: str, checksums: bool, budget: Budget) -> list[Sample]:
+    """As :func:`scan_shard`, of a file that is open."""
+    members, passed_over = [], 0
+    for member in scan_members(fd, name, os.fstat(fd).st_size, budget):
+        parts = split_name(member.name)
+        if parts is None:
+            passed_over += 1
+            continue
+        crc = checksum(fd, member.offset, member.size) if checksums else None
+        members.append((parts[0], Entry(parts[1], member.offset, member.size, crc)))
+    samples = group_members(members, name, budget)
     if passed_over:
-        log.info("%s: %d members without a key or suffix were passed over", path, passed_over)
+        log.info("%s: %d members without a key or suffix were passed over", name, passed_over)
     if not samples:
-        raise ShardError("the tar has no samples", path.name)
+        budget.report(ShardError("the tar has no samples", name))
     return samples
+
+
+def checksum(fd: int, offset: int, size: int) -> int:
+    """CRC-32 of a stretch of an open file, in bounded memory; of what there is when the file ends early."""
+    crc, end = 0, offset + size
+    while offset < end and (piece := read_at(fd, min(_PIECE, end - offset), offset)):
+        crc = zlib.crc32(piece, crc)
+        offset += len(piece)
+    return crc
 
 
 def dump_samples(shard: str, samples: Iterable[Sample]) -> bytes:
@@ -228,39 +258,6 @@ def load_folder_index(folder: Path) -> FolderIndex:
     if not names or len(set(names)) != len(names):
         raise ShardError(f"{path} lists no shards, or one of them twice")
     return FolderIndex(tuple(shards), meta)
-
-
-def build_index(root: Path, folder: Path, checksums: bool = False) -> FolderIndex:
-    """Index the tars of ``root`` once and write the result to ``folder``.
-
-    Raises:
-        FileNotFoundError: ``root`` holds no .tar file.
-        PermissionError: ``folder`` cannot be written; give a cache folder.
-        ShardError: a tar is damaged.
-    """
-    paths = sorted(path for path in root.glob("*.tar") if path.is_file())
-    if not paths:
-        raise FileNotFoundError(f"{root} holds no .tar file and no {INDEX_NAME}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except PermissionError:
-        writable = False
-    if not writable:
-        raise PermissionError(f"the index of {root} cannot be written to {folder}: give a cache_dir that can")
-    log.info("indexing %d shards of %s", len(paths), root)
-    shards = []
-    for path in paths:
-        before = path.stat()
-        samples = scan_shard(path, checksums)
-        data = dump_samples(path.name, samples)
-        with replacing(folder / (path.name + MEMBER_SUFFIX)) as file:
-            file.write(data)
-        digest = hashlib.sha256(data).hexdigest()
-        shards.append(Shard(path.name, before.st_size, len(samples), digest, mtime_ns=before.st_mtime_ns))
-    index = FolderIndex(tuple(shards), {"origin": "foreign"})
-    write_folder_index(folder, index)
-    return index
 
 
 def _read(path: Path, shard: str) -> bytes:

@@ -10,20 +10,50 @@ from typing import Any
 import numpy as np
 
 from .files import read_at
+from .indexing import foreign_index
 from .shard_index import (
     INDEX_NAME,
     MEMBER_SUFFIX,
     UNFINISHED_NAME,
     FolderIndex,
     Sample,
-    build_index,
+    Shard,
     load_folder_index,
     load_samples,
 )
-from .tar import ShardError
+from .tar import Budget, ShardError
 
 _OPEN_FILES = 80
 _LOADED_INDEXES = 256
+
+
+def read_members(
+    fd: int, shard: str, sample: Sample, suffixes: Collection[str] | None, max_bytes: int
+) -> dict[str, bytes]:
+    """The bytes of a sample's members out of an open tar.
+
+    Raises:
+        ShardError: a member is over budget, cut off, or does not have its checksum.
+    """
+    out: dict[str, bytes] = {}
+    for entry in sample.entries:
+        if suffixes is not None and entry.suffix not in suffixes:
+            continue
+
+        def refuse(message: str, offset: int = entry.offset) -> ShardError:
+            return ShardError(message, shard, offset, sample.key)
+
+        if entry.size > max_bytes:
+            raise refuse(f"{entry.suffix!r} has {entry.size} bytes, the budget of a member is {max_bytes}")
+        data = read_at(fd, entry.size, entry.offset)
+        if len(data) != entry.size:
+            raise refuse(
+                f"{entry.suffix!r} has {entry.size} bytes, {len(data)} are left: the tar is truncated"
+            )
+        if entry.crc32 is not None and zlib.crc32(data) != entry.crc32:
+            raise refuse(f"the bytes of {entry.suffix!r} do not have their checksum: the tar is damaged")
+        out[entry.suffix] = data
+    return out
 
 
 class ShardReader:
@@ -35,22 +65,28 @@ class ShardReader:
     Args:
         root: the folder.
         cache_dir: where the index of a foreign folder is kept; beside the tars when None.
+        max_skipped: problems of the tars that may be passed over; their samples are left out of the index of a
+            foreign folder, and are errors when they are read from one of ours.
+
+    Attributes:
+        problems: those that were passed over.
 
     Raises:
         NotADirectoryError: ``root`` is no local folder.
         ShardError: a shard is missing, has another size than its index says, or is damaged.
     """
 
-    def __init__(self, root: str | Path, cache_dir: str | Path | None = None):
+    def __init__(self, root: str | Path, cache_dir: str | Path | None = None, max_skipped: int = 0):
         self.root = Path(root)
         if not self.root.is_dir():
             raise NotADirectoryError(
-                f"{str(root)!r} is no local folder; shards are read from local folders only, "
-                "neither from URLs nor from commands"
+                f"{str(root)!r} is no local folder; indexed shards are read from local folders only, "
+                "neither from URLs (data.order=streaming reads those) nor from commands"
             )
         self.folder = self.root
         if not (self.root / INDEX_NAME).is_file() and cache_dir is not None:
             self.folder = Path(cache_dir)
+        self.problems = Budget(max_skipped)
         self.index = self._open_index()
         self.sizes = tuple(shard.samples for shard in self.index.shards)
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
@@ -61,32 +97,30 @@ class ShardReader:
         if not (self.folder / INDEX_NAME).is_file():
             if (self.root / UNFINISHED_NAME).exists():
                 raise ShardError(f"writing {self.root} was interrupted: delete the folder and make it again")
-            return build_index(self.root, self.folder)
+            return foreign_index(self.root, self.folder, self.problems)
         index = load_folder_index(self.folder)
-        if index.meta.get("origin") == "foreign" and self._changed(index):
-            return build_index(self.root, self.folder)
+        if index.meta.get("origin") == "foreign":
+            return foreign_index(self.root, self.folder, self.problems)
         for shard in index.shards:
-            path = self.root / shard.name
-            if not path.is_file():
-                raise ShardError(f"{path} is missing; {INDEX_NAME} lists it", shard.name)
-            size = path.stat().st_size
-            if size != shard.size:
-                # The first sample that the file no longer holds tells more than two numbers.
-                raise ShardError(
-                    f"the tar has {size} bytes, its index says {shard.size}: it is truncated or was replaced",
-                    shard.name,
-                    min(size, shard.size),
-                    self._first_lost(index, shard.name, size),
-                )
+            problem = self._shard_problem(index, shard)
+            if problem is not None:
+                self.problems.report(problem)
         return index
 
-    def _changed(self, index: FolderIndex) -> bool:
-        now = {
-            path.name: (path.stat().st_size, path.stat().st_mtime_ns)
-            for path in self.root.glob("*.tar")
-            if path.is_file()
-        }
-        return now != {shard.name: (shard.size, shard.mtime_ns) for shard in index.shards}
+    def _shard_problem(self, index: FolderIndex, shard: Shard) -> ShardError | None:
+        path = self.root / shard.name
+        if not path.is_file():
+            return ShardError(f"{path} is missing; {INDEX_NAME} lists it", shard.name)
+        size = path.stat().st_size
+        if size == shard.size:
+            return None
+        # The first sample that the file no longer holds tells more than two numbers.
+        return ShardError(
+            f"the tar has {size} bytes, its index says {shard.size}: it is truncated or was replaced",
+            shard.name,
+            min(size, shard.size),
+            self._first_lost(index, shard.name, size),
+        )
 
     def _first_lost(self, index: FolderIndex, name: str, size: int) -> str:
         shard = next(shard for shard in index.shards if shard.name == name)
@@ -126,35 +160,17 @@ class ShardReader:
         return self._samples[shard][member]
 
     def read(
-        self, shard: int, member: int, suffixes: Collection[str] | None = None
+        self, shard: int, member: int, suffixes: Collection[str] | None = None, max_bytes: int = 1 << 29
     ) -> tuple[str, dict[str, bytes]]:
         """Key and bytes of a sample's members, of those in ``suffixes`` alone when given.
+
+        Nothing of a member larger than ``max_bytes`` is read.
 
         Raises:
             ShardError: bytes are missing or do not have their checksum; shard, offset and key are named.
         """
         sample, name = self.sample(shard, member), self.index.shards[shard].name
-        out: dict[str, bytes] = {}
-        for entry in sample.entries:
-            if suffixes is not None and entry.suffix not in suffixes:
-                continue
-            data = read_at(self._file(shard), entry.size, entry.offset)
-            if len(data) != entry.size:
-                raise ShardError(
-                    f"{entry.suffix!r} has {entry.size} bytes, {len(data)} are left: the tar is truncated",
-                    name,
-                    entry.offset,
-                    sample.key,
-                )
-            if entry.crc32 is not None and zlib.crc32(data) != entry.crc32:
-                raise ShardError(
-                    f"the bytes of {entry.suffix!r} do not have their checksum: the tar is damaged",
-                    name,
-                    entry.offset,
-                    sample.key,
-                )
-            out[entry.suffix] = data
-        return sample.key, out
+        return sample.key, read_members(self._file(shard), name, sample, suffixes, max_bytes)
 
     def error(self, shard: int, member: int, suffix: str, message: str) -> ShardError:
         """An error about a member that was read well but does not mean what it should."""

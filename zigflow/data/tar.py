@@ -4,15 +4,19 @@ Nothing is extracted. Names that leave the folder, links, devices and sparse fil
 error says which shard, at which offset, and which member. Formats: ustar, GNU long names, pax (POSIX.1-2001).
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from .files import read_at
 
+log = logging.getLogger(__name__)
+
 BLOCK = 512
 _MAX_EXTENSION = 1 << 20
-_MAX_MEMBERS = 20_000_000
+_MAX_NAME = 4096
+_MAX_MEMBERS = 1_000_000
 _TAIL_PIECE = 1 << 20
 _REFUSED = {
     b"1": "a hard link",
@@ -31,6 +35,7 @@ class ShardError(ValueError):
         shard: name of the tar.
         offset: byte in the tar, None where there is none.
         key: the sample, or the member's name, "" where unknown.
+        what: the message without the place.
     """
 
     def __init__(self, message: str, shard: str = "", offset: int | None = None, key: str = ""):
@@ -39,7 +44,38 @@ class ShardError(ValueError):
         place += [f"offset {offset}"] if offset is not None else []
         place += [f"key {key!r}"] if key else []
         super().__init__(f"{', '.join(place)}: {message}" if place else message)
-        self.shard, self.offset, self.key = shard, offset, key
+        self.shard, self.offset, self.key, self.what = shard, offset, key, message
+
+
+class BudgetError(ShardError):
+    """More problems than were allowed; never skipped."""
+
+
+class Budget:
+    """How many problems may be passed over: ``report`` logs and keeps so many and raises the next.
+
+    Attributes:
+        limit: problems allowed; 0 makes every problem an error.
+        errors: those passed over so far.
+    """
+
+    def __init__(self, limit: int = 0):
+        self.limit = limit
+        self.errors: list[ShardError] = []
+
+    def report(self, error: ShardError) -> None:
+        """Count a problem.
+
+        Raises:
+            ShardError: it itself, when none is allowed.
+            BudgetError: it is one too many.
+        """
+        if self.limit == 0:
+            raise error
+        if len(self.errors) >= self.limit:
+            raise BudgetError(f"{error}; {self.limit} problems were passed over before, no more are allowed")
+        self.errors.append(error)
+        log.warning("passed over: %s", error)
 
 
 class Member(NamedTuple):
@@ -58,6 +94,8 @@ def check_name(name: str) -> str:
     """
     while name.startswith("./"):
         name = name[2:]
+    if len(name) > _MAX_NAME:
+        raise ValueError(f"a name of {len(name)} characters")
     if not name or name.startswith("/") or re.match(r"^[A-Za-z]:", name):
         raise ValueError("an empty or absolute name")
     if "\\" in name or any(ord(character) < 32 for character in name):
@@ -80,12 +118,26 @@ def split_name(name: str) -> tuple[str, str] | None:
     return f"{folder}{slash}{stem}", suffix.lower()
 
 
-def scan_members(fd: int, shard: str, total: int) -> Iterator[Member]:
+def scan_members(fd: int, shard: str, total: int, budget: Budget | None = None) -> Iterator[Member]:
     """The regular files of an open tar of ``total`` bytes, in their order; folders are passed over.
+
+    Args:
+        budget: problems that may be passed over, none by default. A refused member is left out; behind damage
+            nothing more is read, since any bytes could be taken for a header there.
 
     Raises:
         ShardError: damage, a truncated end, or a member of a kind or name that is refused.
     """
+    budget = budget or Budget()
+    try:
+        yield from _walk(fd, shard, total, budget)
+    except BudgetError:
+        raise
+    except ShardError as error:
+        budget.report(error)
+
+
+def _walk(fd: int, shard: str, total: int, budget: Budget) -> Iterator[Member]:
     offset, long_name, pax = 0, "", {}
     members = 0
     while True:
@@ -103,16 +155,18 @@ def scan_members(fd: int, shard: str, total: int) -> Iterator[Member]:
             pax = _parse_pax(read_at(fd, size, begin), shard, offset)
         elif kind == b"L":
             long_name = read_at(fd, size, begin).rstrip(b"\0").decode("utf-8", "surrogateescape")
-        elif kind == b"K":
-            raise ShardError(f"{_REFUSED[b'2']} is refused", shard, offset, name)
-        elif kind != b"g":
+        elif kind not in b"gK":
             name = pax.get("path", long_name or name)
             size = int(pax["size"]) if pax.get("size", "").isdigit() else size
             pax, long_name = {}, ""
-            if kind in _REFUSED:
-                raise ShardError(f"{_REFUSED[kind]} is refused", shard, offset, name)
-            if kind not in b"05\0" or not kind:
-                raise ShardError(f"a member of type {kind!r} is refused", shard, offset, name)
+            members += 1
+            if members > _MAX_MEMBERS:
+                raise ShardError(f"more than {_MAX_MEMBERS} members are refused", shard, offset, _short(name))
+            reason = _refusal(name, kind)
+            if reason:
+                budget.report(ShardError(f"{reason} is refused", shard, offset, _short(name)))
+            if kind in b"12346" and kind:
+                size = 0
             if begin + size > total:
                 raise ShardError(
                     f"the member has {size} bytes, the tar ends after {max(total - begin, 0)} of them: "
@@ -121,15 +175,28 @@ def scan_members(fd: int, shard: str, total: int) -> Iterator[Member]:
                     begin,
                     name,
                 )
-            if kind != b"5":
-                members += 1
-                if members > _MAX_MEMBERS:
-                    raise ShardError(f"more than {_MAX_MEMBERS} members are refused", shard, offset, name)
-                try:
-                    yield Member(check_name(name), begin, size)
-                except ValueError as error:
-                    raise ShardError(f"{error} is refused", shard, offset, name) from error
+            if not reason and kind != b"5":
+                yield Member(check_name(name), begin, size)
         offset = begin + -(-size // BLOCK) * BLOCK
+
+
+def _refusal(name: str, kind: bytes) -> str | None:
+    """Why a member is refused; links and devices have no bytes, whatever size they state."""
+    if kind in _REFUSED:
+        return _REFUSED[kind]
+    if kind not in (b"0", b"5", b"\0"):
+        return f"a member of type {kind!r}"
+    if kind == b"5":
+        return None
+    try:
+        check_name(name)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 200 else f"{name[:200]}..."
 
 
 def _parse_header(header: bytes, shard: str, offset: int) -> tuple[str, bytes, int]:
