@@ -109,15 +109,18 @@ def group_members(
                 spoiled.add(name)
             seen.add(name)
             key, entries = name, []
+        if name in spoiled:
+            continue
+        what = ""
         if any(other.suffix == entry.suffix for other in entries):
-            if name not in spoiled:
-                what = f"the sample has two members {entry.suffix!r}"
-                budget.report(ShardError(what, shard, entry.offset, name))
-                spoiled.add(name)
+            what = f"the sample has two members {entry.suffix!r}"
+        elif len(entries) == _MAX_SUFFIXES:
+            what = f"more than {_MAX_SUFFIXES} members of one key"
+        if what:
+            budget.report(ShardError(what, shard, entry.offset, name))
+            spoiled.add(name)
             continue
         entries.append(entry)
-        if len(entries) > _MAX_SUFFIXES:
-            raise ShardError(f"more than {_MAX_SUFFIXES} members of one key", shard, entry.offset, name)
     if entries:
         groups.append(Sample(key, tuple(entries)))
     for error in budget.errors:

@@ -126,7 +126,7 @@ class StreamSource:
         """The samples of one of ``readers`` readers, without end.
 
         Epoch e takes the shards in a keyed permutation of (seed, start, e), each reader every ``readers``-th of
-        them, and mixes their samples in a buffer.
+        them, and mixes their samples in a buffer; each sample of them comes once.
 
         Args:
             start: the optimizer step at which the stream began; another start is another permutation.
@@ -138,31 +138,28 @@ class StreamSource:
         wds = import_webdataset()
         skips = _Skips(self.max_skipped)
 
-        def urls() -> Iterator[str]:
-            for epoch in itertools.count():
-                found = skips.found
-                order = keyed_permutation(len(self.shards), seed, "stream.shards", start, epoch)
-                for shard in order[reader::readers]:
-                    yield self.shards[int(shard)]
-                if skips.found - found < at_least:
-                    raise BudgetError(
-                        f"the {len(order[reader::readers])} shards of reader {reader} of {readers} hold "
-                        f"{skips.found - found} readable samples, a batch takes {at_least}: lower "
-                        "data.batch_size or data.num_workers"
-                    )
-
         def places(source: Iterable[str]) -> Iterator[_Place]:
             return self._places(source, skips)
 
         def decoded(source: Iterable[_Place]) -> Iterator[dict[str, Any]]:
             return self._samples(source, skips)
 
-        stages: list[Any] = [urls(), places]
-        if self.shuffle_buffer:
-            rng = random.Random(keyed_seed(seed, "stream.buffer", start, reader))
-            initial = max(self.shuffle_buffer // 4, 1)
-            stages.append(wds.shuffle(self.shuffle_buffer, initial=initial, rng=rng))
-        return iter(wds.DataPipeline(_Start(stages[0]), *stages[1:], decoded))
+        for epoch in itertools.count():
+            order = keyed_permutation(len(self.shards), seed, "stream.shards", start, epoch)[reader::readers]
+            stages: list[Any] = [_Shards([self.shards[int(shard)] for shard in order]), places]
+            if self.shuffle_buffer:
+                rng = random.Random(keyed_seed(seed, "stream.buffer", start, epoch, reader))
+                initial = max(self.shuffle_buffer // 4, 1)
+                stages.append(wds.shuffle(self.shuffle_buffer, initial=initial, rng=rng))
+            count = 0
+            for sample in wds.DataPipeline(*stages, decoded):
+                count += 1
+                yield sample
+            if count < at_least:
+                raise BudgetError(
+                    f"the {len(order)} shards of reader {reader} of {readers} hold {count} readable samples, a "
+                    f"batch takes {at_least}: lower data.batch_size or data.num_workers"
+                )
 
     def _places(self, urls: Iterable[str], skips: "_Skips") -> Iterator[_Place]:
         for url in urls:
@@ -173,7 +170,6 @@ class StreamSource:
             except ShardError as error:
                 skips.report(error)
                 continue
-            skips.found += len(samples)
             for sample in samples:
                 yield _Place(url, sample)
 
@@ -246,7 +242,7 @@ class _Skips:
     """What one reader has passed over since the last sample that it could read."""
 
     def __init__(self, limit: int):
-        self.limit, self.found = limit, 0
+        self.limit = limit
         self._waiting: list[str] = []
 
     def report(self, error: ShardError) -> None:
@@ -263,14 +259,14 @@ class _Skips:
         return waiting
 
 
-class _Start(IterableDataset):
+class _Shards(IterableDataset):
     """The first stage of a webdataset pipeline."""
 
-    def __init__(self, items: Iterator[str]):
-        self.items = items
+    def __init__(self, urls: list[str]):
+        self.urls = urls
 
     def __iter__(self) -> Iterator[str]:
-        return self.items
+        return iter(self.urls)
 
 
 class _Batches(IterableDataset):
