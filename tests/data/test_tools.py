@@ -172,7 +172,7 @@ def test_damage_is_named(shards, capsys):
     out = capsys.readouterr().out
     assert f"shard idx-000001.tar, offset {image.offset}, key 'idx-00000011'" in out
     assert f"shard idx-000002.tar, offset {label.offset}, key 'idx-00000016'" in out
-    assert "idx-000000.tar: 8 samples" in out
+    assert "idx-000000.tar: 16 members, all sound" in out
     assert "2 errors" in out
     assert run("verify-shards", shards, "--max-errors", 1) == 1
     assert "stopped after 1" in capsys.readouterr().out
@@ -225,3 +225,41 @@ def test_missing_and_truncated_shards_are_named(shards, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run("verify-shards", tmp_path / "empty") == 1
     assert run("verify-shards", tmp_path / "nowhere") == 1
+
+
+def test_every_hostile_archive_is_reported_and_nothing_is_written(tmp_path, capsys):
+    from tests.data.hostile import CASES, build
+
+    for name in ("climbing name", "wrong shape", "doubled member", "cut at the end", "missing member", "not finite",
+                 "interleaved", "npy of objects", "flipped image", "json too deep"):  # fmt: skip
+        folder = build(name, tmp_path / name.replace(" ", "-"))
+        assert run("verify-shards", folder) == 1, name
+        out = capsys.readouterr().out
+        assert f"{folder / 'a.tar'}: 16 members, all sound" in out, name
+        assert "shard b.tar" in out, name
+        assert {path.name for path in folder.iterdir()} == {"a.tar", "b.tar"}
+        assert CASES[name]
+
+
+def test_all_problems_of_a_folder_are_reported_at_once(tmp_path, capsys):
+    from tests.data.hostile import END, good, member, sample
+
+    bad = {"0": good(latent_npy=b"junk"), "1": good(cls=b"x"), "2": good(), "3": good(latent_npy=None)}
+    rows = sample("good", good()) + b"".join(sample(key, members) for key, members in bad.items())
+    (tmp_path / "a.tar").write_bytes(rows + member("../x.cls", b"0") + sample("2", good()) + END)
+    (tmp_path / "b.tar").write_bytes(sample("good", good()))
+    (tmp_path / "c.tar").write_bytes(b"")
+    assert run("verify-shards", tmp_path) == 1
+    out = capsys.readouterr().out
+    wanted = (
+        "key '0': latent.npy",
+        "key '1': cls",
+        "key '3': missing latents",
+        "'../x.cls'",
+        "key '2': the key returns",
+        "b.tar, offset 4096: the tar ends",
+        "the key is in a.tar as well",
+        "c.tar, offset 0",
+        "9 errors",
+    )
+    assert [text for text in wanted if text not in out] == []

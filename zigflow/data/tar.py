@@ -56,11 +56,12 @@ class Budget:
 
     Attributes:
         limit: problems allowed; 0 makes every problem an error.
+        quiet: do not log.
         errors: those passed over so far.
     """
 
-    def __init__(self, limit: int = 0):
-        self.limit = limit
+    def __init__(self, limit: int = 0, quiet: bool = False):
+        self.limit, self.quiet = limit, quiet
         self.errors: list[ShardError] = []
 
     def report(self, error: ShardError) -> None:
@@ -75,7 +76,8 @@ class Budget:
         if len(self.errors) >= self.limit:
             raise BudgetError(f"{error}; {self.limit} problems were passed over before, no more are allowed")
         self.errors.append(error)
-        log.warning("passed over: %s", error)
+        if not self.quiet:
+            log.warning("passed over: %s", error)
 
 
 class Member(NamedTuple):

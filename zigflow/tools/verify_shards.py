@@ -1,18 +1,32 @@
-"""``verify-shards``: check every byte, offset and sample of a folder of shards.
+"""``verify-shards``: check every byte, offset and sample of folders of shards; nothing is written.
 
-Exit code 0: all is well; 1: damage, each named by shard, offset and key.
+All problems are reported, each by shard, offset and key. Exit code 0: all is well; 1: damage; 2: a wrong command.
 """
 
 import argparse
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from zigflow.data.decode import DECODERS, DecodeError, decode
-from zigflow.data.shard_index import INDEX_NAME, MEMBER_SUFFIX, Sample, Shard, load_samples, scan_shard
-from zigflow.data.shards import ShardReader
-from zigflow.data.tar import ShardError
+import numpy as np
 
-_PIECE = 1 << 22
+from zigflow.data.decode import DECODERS, DEFAULT_LIMITS, DecodeError, decode
+from zigflow.data.fields import DEFAULT_RENAME
+from zigflow.data.shard_index import (
+    INDEX_NAME,
+    MEMBER_SUFFIX,
+    UNFINISHED_NAME,
+    FolderIndex,
+    Sample,
+    Shard,
+    load_folder_index,
+    load_samples,
+    scan_open,
+)
+from zigflow.data.shards import read_members
+from zigflow.data.tar import Budget, BudgetError, ShardError
 
 
 def main(argv: list[str]) -> int:
@@ -20,11 +34,13 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="zigflow.tools verify-shards", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", help="folders of shards, or folders of such folders")
     parser.add_argument("--no-decode", action="store_true", help="check hashes and offsets only")
-    parser.add_argument("--max-errors", type=int, default=20, help="stop after this many (20)")
+    parser.add_argument("--max-errors", type=int, default=1000, help="stop after this many (1000)")
     args = parser.parse_args(argv)
+    if args.max_errors < 1:
+        raise ValueError(f"--max-errors must be at least 1, got {args.max_errors}")
     found = 0
     for folder in _folders(args.folders):
-        errors = verify_folder(folder, not args.no_decode, max(args.max_errors - found, 1))
+        errors = verify_folder(folder, not args.no_decode, args.max_errors - found)
         found += len(errors)
         for error in errors:
             print(f"DAMAGED {folder}: {error}")
@@ -35,84 +51,141 @@ def main(argv: list[str]) -> int:
     return 1 if found else 0
 
 
-def verify_folder(folder: Path, decode_members: bool = True, max_errors: int = 20) -> list[ShardError]:
-    """Check one folder and print a line per shard; at most ``max_errors`` errors are returned."""
-    errors: list[ShardError] = []
-    try:
-        reader = ShardReader(folder)
-    except ShardError as error:
-        return [error]
-    for number, shard in enumerate(reader.index.shards):
-        before = len(errors)
-        members = _verify_shard(reader, number, shard, decode_members, max_errors, errors)
-        if len(errors) == before:
-            checked = (
-                "hash, offsets and members" if shard.sha256 else "offsets and members (no hash is known)"
-            )
-            print(f"{folder / shard.name}: {shard.samples} samples, {members} members; {checked} are sound")
-        if len(errors) >= max_errors:
-            break
-    return errors
+def verify_folder(folder: Path, decode_members: bool = True, max_errors: int = 1000) -> list[ShardError]:
+    """Check one folder and print a line per sound shard; at most ``max_errors`` errors are returned."""
+    check = _Check(folder, decode_members, max_errors)
+    with contextlib.suppress(BudgetError):
+        check.run()
+    return check.budget.errors
 
 
-def _verify_shard(
-    reader: ShardReader,
-    number: int,
-    shard: Shard,
-    decode_members: bool,
-    max_errors: int,
-    errors: list[ShardError],
-) -> int:
-    path, members = reader.root / shard.name, 0
-    before = len(errors)
-    try:
-        listed = load_samples(reader.folder / (shard.name + MEMBER_SUFFIX), shard)
-        _compare(listed, scan_shard(path), shard.name)
-    except ShardError as error:
-        errors.append(error)
-    for member in range(shard.samples):
-        if len(errors) >= max_errors:
-            return members
+class _Check:
+    """The problems of one folder so far."""
+
+    def __init__(self, folder: Path, decode_members: bool, max_errors: int):
+        self.folder, self.decode_members = folder, decode_members
+        self.budget = Budget(max_errors, quiet=True)
+        # What the first sound sample has, all must have: fields, and shapes of arrays.
+        self.fields: frozenset[str] | None = None
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.keys: dict[str, str] = {}
+
+    def run(self) -> None:
+        """Check everything.
+
+        Raises:
+            BudgetError: there are more problems than are reported.
+        """
+        index = self._index()
+        listed = {shard.name: shard for shard in index.shards} if index else {}
+        tars = {path.name: path for path in self.folder.glob("*.tar")}
+        for name in sorted(listed.keys() | tars.keys()):
+            before = len(self.budget.errors)
+            members = 0
+            if name not in tars or not tars[name].is_file():
+                self.budget.report(
+                    ShardError(f"{self.folder / name} is missing; {INDEX_NAME} lists it", name)
+                )
+                continue
+            if index and name not in listed:
+                self.budget.report(ShardError(f"{INDEX_NAME} does not list this tar", name))
+            with tars[name].open("rb") as file:
+                for count in self._shard(file.fileno(), name, listed.get(name)):
+                    members += count
+            if len(self.budget.errors) == before:
+                print(f"{tars[name]}: {members} members, all sound")
+
+    def _index(self) -> FolderIndex | None:
+        if (self.folder / UNFINISHED_NAME).exists() and not (self.folder / INDEX_NAME).exists():
+            self.budget.report(ShardError(f"writing {self.folder} was interrupted: make it again"))
+        if not (self.folder / INDEX_NAME).is_file():
+            return None
         try:
-            _, data = reader.read(number, member)
-            for suffix, value in data.items():
-                members += 1
-                if decode_members and suffix.rsplit(".", 1)[-1] in DECODERS:
-                    try:
-                        decode(suffix, value)
-                    except DecodeError as error:
-                        errors.append(reader.error(number, member, suffix, str(error)))
+            index = load_folder_index(self.folder)
         except ShardError as error:
-            errors.append(error)
-            if not error.key:
-                return members
-    # The members that are damaged say more than the hash of the whole: it is the last thing to report.
-    if shard.sha256 is not None and len(errors) == before and _sha256(path) != shard.sha256:
-        errors.append(ShardError("the tar does not have the hash of its index", shard.name))
-    return members
+            self.budget.report(error)
+            return None
+        # The index of a foreign folder is a cache that is renewed: the tars alone count.
+        return None if index.meta.get("origin") == "foreign" else index
 
+    def _shard(self, fd: int, name: str, shard: Shard | None) -> Iterator[int]:
+        """Yields the number of members of each sample that was looked at."""
+        before, listed = len(self.budget.errors), None
+        size = (self.folder / name).stat().st_size
+        if shard is not None:
+            try:
+                listed = load_samples(self.folder / (name + MEMBER_SUFFIX), shard)
+            except ShardError as error:
+                self.budget.report(error)
+            if size != shard.size:
+                what = (
+                    f"the tar has {size} bytes, its index says {shard.size}: it is truncated or was replaced"
+                )
+                lost = (s.key for s in listed or () if s.entries[-1].offset + s.entries[-1].size > size)
+                self.budget.report(ShardError(what, name, min(size, shard.size), next(lost, "")))
+        scanned = scan_open(fd, name, False, self.budget)
+        if listed is not None and len(self.budget.errors) == before:
+            self._compare(listed, scanned, name)
+        # The list knows checksums, but a broken tar and its list need not agree.
+        trusted = listed if listed is not None else scanned
+        for sample in trusted:
+            yield self._sample(fd, name, sample)
+        # The members that are damaged say more than the hash of the whole: it is the last thing to report.
+        if shard is not None and shard.sha256 and len(self.budget.errors) == before:
+            with (self.folder / name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != shard.sha256:
+                self.budget.report(ShardError("the tar does not have the hash of its index", name))
 
-def _compare(listed: list[Sample], scanned: list[Sample], name: str) -> None:
-    """The tar's headers must place every member where the index does."""
-    for ours, theirs in zip(listed, scanned, strict=False):
-        places = [[(e.suffix, e.offset, e.size) for e in sample.entries] for sample in (ours, theirs)]
-        if ours.key != theirs.key or places[0] != places[1]:
-            raise ShardError(
-                f"the index lists {ours.key!r} {places[0]}, the tar has {theirs.key!r} {places[1]}",
-                name,
-                theirs.entries[0].offset,
-                ours.key,
-            )
-    if len(listed) != len(scanned):
-        raise ShardError(f"the index lists {len(listed)} samples, the tar has {len(scanned)}", name)
+    def _compare(self, listed: list[Sample], scanned: list[Sample], name: str) -> None:
+        """The tar's headers must place every member where the index does."""
+        for ours, theirs in zip(listed, scanned, strict=False):
+            places = [[(e.suffix, e.offset, e.size) for e in sample.entries] for sample in (ours, theirs)]
+            if ours.key != theirs.key or places[0] != places[1]:
+                what = f"the index lists {ours.key!r} {places[0]}, the tar has {theirs.key!r} {places[1]}"
+                self.budget.report(ShardError(what, name, theirs.entries[0].offset, ours.key))
+        if len(listed) != len(scanned):
+            what = f"the index lists {len(listed)} samples, the tar has {len(scanned)}"
+            self.budget.report(ShardError(what, name))
 
+    def _sample(self, fd: int, name: str, sample: Sample) -> int:
+        first = sample.entries[0].offset if sample.entries else None
+        other = self.keys.setdefault(sample.key, name)
+        if other != name:
+            self.budget.report(ShardError(f"the key is in {other} as well", name, first, sample.key))
+        fields = frozenset(
+            DEFAULT_RENAME[entry.suffix] for entry in sample.entries if entry.suffix in DEFAULT_RENAME
+        )
+        self.fields = fields if self.fields is None else self.fields
+        missing = sorted(self.fields - fields)
+        if missing:
+            what = f"missing {', '.join(missing)}, which the first sample has"
+            self.budget.report(ShardError(what, name, first, sample.key))
+        for entry in sample.entries:
+            try:
+                data = read_members(fd, name, sample, {entry.suffix}, DEFAULT_LIMITS.max_bytes)[entry.suffix]
+            except ShardError as error:
+                self.budget.report(error)
+                continue
+            if not self.decode_members or entry.suffix.rsplit(".", 1)[-1] not in DECODERS:
+                continue
+            try:
+                self._value(entry.suffix, decode(entry.suffix, data))
+            except DecodeError as error:
+                what = f"{entry.suffix}: {error}"
+                self.budget.report(ShardError(what, name, entry.offset, sample.key))
+        return len(sample.entries)
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+    def _value(self, suffix: str, value: Any) -> None:
+        """Arrays of one suffix have one shape, apart from the number of captions; sizes of images may differ."""
+        if not suffix.endswith("npy") or not isinstance(value, np.ndarray):
+            return
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise DecodeError("values that are not finite")
+        shape = value.shape[-2:] if DEFAULT_RENAME.get(suffix) == "tokens" else value.shape
+        wanted = self.shapes.setdefault(suffix, shape)
+        if shape != wanted:
+            raise DecodeError(f"shape {shape}, the first sample has {wanted}")
 
 
 def _folders(given: list[Path]) -> list[Path]:
