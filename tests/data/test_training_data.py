@@ -129,7 +129,7 @@ def free_port():
 
 
 def two_processes(folder, *more):
-    """Exit codes and outputs of one run on two processes; whoever hangs is an error after two minutes."""
+    """Exit codes and outputs of one run on two processes; whoever hangs is an error after four minutes."""
     env = {
         **os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
         "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "RUN_ID": "two",
@@ -143,7 +143,7 @@ def two_processes(folder, *more):
         for rank in range(2)
     ]  # fmt: skip
     try:
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -69,7 +69,9 @@ def decode_image(data: bytes, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
                 raise DecodeError(f"{width} x {height} pixels, the budget is {limits.max_pixels}")
             if image.mode.startswith(("I", "F")):
                 raise DecodeError(f"an image of 8 bits per channel is needed, this one has mode {image.mode}")
-            return np.array(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+            mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+            # Converting to the mode that it has would copy it.
+            return np.array(image if image.mode == mode else image.convert(mode))
     except DecodeError:
         raise
     # Pillow answers damage with exceptions of many kinds; a bomb warning turned into an error is one of them.
@@ -194,4 +196,5 @@ def to_pixels(image: np.ndarray, channels: int, size: tuple[int, int] | None = N
             picture = cover_crop(picture, *size)
         image = np.array(picture)
     array = torch.from_numpy(image.reshape(*image.shape[:2], channels))
-    return array.permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
+    # Transposed as bytes, of which there are a quarter.
+    return array.permute(2, 0, 1).contiguous().to(torch.float32).div_(127.5).sub_(1.0)
