@@ -76,6 +76,8 @@ class Walk(NamedTuple):
 class ZigMaBlock(nn.Module):
     """Norm, modulate, mix along a scan order, gate; then, with text, cross-attention."""
 
+    checkpoint_policy = "none"
+
     def __init__(
         self, dim: int, mixer: nn.Module, norm: nn.Module, has_text: bool, pos_tokens: int, **factory
     ):
@@ -89,7 +91,12 @@ class ZigMaBlock(nn.Module):
         self.norm_msa = LayerNorm(dim, eps=1e-6, elementwise_affine=False) if has_text else None
         self.pos_embed = nn.Parameter(torch.zeros(1, pos_tokens, dim, **factory)) if pos_tokens else None
 
-    def forward(
+    def forward(self, *args) -> tuple[Tensor, Tensor]:
+        """One layer (see ``layer``) under the policy. Inside of what is compiled: code generated for a block may
+        overwrite what a policy around it has kept."""
+        return checkpointed(self.checkpoint_policy, self.layer, *args)
+
+    def layer(
         self,
         hidden_BLD: Tensor,
         residual_BLD: Tensor,
@@ -277,7 +284,6 @@ class ZigMa(nn.Module):
 
         ramp = np.linspace(0, drop_path_rate, depth, dtype=np.float32).tolist()
         self.drop_path_rates = (0.0, *ramp[: depth - 1], drop_path_rate)
-        self.checkpoint_policy = "none"
         self.set_checkpoint_policy("block" if use_checkpoint else "none")
         self._plans: OrderedDict[tuple, tuple[Walk, ...]] = OrderedDict()
         self._register_walks(device)
@@ -311,7 +317,8 @@ class ZigMa(nn.Module):
         """none, block or selective; may change at any time, also on resume."""
         if policy not in CHECKPOINT_POLICIES:
             raise unknown_name("checkpoint policy", policy, list(CHECKPOINT_POLICIES))
-        self.checkpoint_policy = policy
+        for block in self.blocks:
+            block.checkpoint_policy = policy
 
     def shard_units(self) -> list[nn.Module]:
         """What may be sharded apart; with use_pe=3 nothing, since the model reads the blocks' tables itself."""
@@ -538,7 +545,7 @@ class ZigMa(nn.Module):
         for i, (block, walk) in enumerate(zip(self.blocks, self._walks(grid, device), strict=True)):
             positions = None if self.use_pe != 3 else self._positions(f"blocks.{i}.pos_embed", grid)
             args = (hidden, residual, c, walk, context, mask, scales[i], positions)
-            hidden, residual = checkpointed(self.checkpoint_policy, block, *args)
+            hidden, residual = block(*args)
             if f"blocks.{i}" in return_features:
                 features[f"blocks.{i}"] = hidden
         if scales[-1] is not None:
