@@ -18,6 +18,8 @@ from zigflow.data.skipped import SkippedSamples
 from zigflow.data.streaming import StreamSource, check_readers, streaming_loader
 from zigflow.data.subset import Subset
 from zigflow.engine import checkpoint as checkpoints
+from zigflow.engine import signals
+from zigflow.engine.elastic import Split, split_for
 from zigflow.engine.ema import EmaProfile
 from zigflow.engine.launch import check_same, launched_precision, make_accelerator
 from zigflow.engine.log import read_metrics
@@ -176,6 +178,13 @@ def _skip_hook(skipped: SkippedSamples, log_every: int) -> Callable[[Any, Any], 
     return hook
 
 
+def _split(settings: Settings, processes: int) -> Split:
+    try:
+        return split_for(Path(settings.run_dir), settings.data.batch_size, settings.grad_accum, processes)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
 def train_from_config(cfg: DictConfig) -> Path:
     """Train as configured; returns the run directory."""
     plain = OmegaConf.to_container(cfg, resolve=True)
@@ -193,6 +202,9 @@ def train_from_config(cfg: DictConfig) -> Path:
     # After accelerate, which counts the threads of several CPU processes itself.
     if settings.loop.threads is not None:
         torch.set_num_threads(settings.loop.threads)
+    if accelerator.num_processes > 1:
+        # The processes have met: one that left by itself would leave the others waiting.
+        signals.stop.wait()
     ranks = Ranks(accelerator.device if accelerator.device.type == "cuda" else "cpu")
     check_same(
         ranks, "run_dir", str(Path(settings.run_dir).resolve()), "give run_dir=FOLDER, or export RUN_ID=NAME"
@@ -206,22 +218,22 @@ def train_from_config(cfg: DictConfig) -> Path:
     codec = make("codec", settings.codec)
     model = build_model(settings)
     _check_fit(settings, model, source, codec)
-    size = settings.data.batch_size * settings.grad_accum * accelerator.num_processes
+    split = _split(settings, accelerator.num_processes)
     if isinstance(source, StreamSource):
         try:
             check_readers(source, accelerator.num_processes, settings.data.num_workers)
         except ValueError as error:
             raise SettingsError(f"data={settings.data.name}: {error}") from error
-    elif len(source) < size:
+    elif len(source) < split.global_batch:
         raise SettingsError(
-            f"data={settings.data.name} has {len(source)} samples, fewer than one global batch of {size}: "
-            f"lower data.batch_size or grad_accum"
+            f"data={settings.data.name} has {len(source)} samples, fewer than one global batch of "
+            f"{split.global_batch}: lower data.batch_size or grad_accum"
         )
     # A run that continues has weights of its own.
     if settings.ckpt is not None and not checkpoints.list_complete(Path(settings.run_dir) / "checkpoints"):
         _start_from(settings.ckpt, model, plain)
     seed, workers = settings.global_seed, settings.data.num_workers
-    batch = GlobalBatch(size, accelerator.num_processes, accelerator.process_index, settings.grad_accum)
+    batch = GlobalBatch(split.global_batch, split.processes, accelerator.process_index, split.grad_accum)
     skipped = SkippedSamples(settings.data.max_skipped)
     if isinstance(source, StreamSource):
         epoch_size, identity = None, source.identity(seed)
@@ -257,9 +269,9 @@ def train_from_config(cfg: DictConfig) -> Path:
         optimizer=optimizer,
         options=TrainOptions(
             train_steps=settings.data.train_steps,
-            batch_size=settings.data.batch_size,
+            batch_size=split.batch_size,
             run_dir=Path(settings.run_dir),
-            grad_accum=settings.grad_accum,
+            grad_accum=split.grad_accum,
             max_grad_norm=settings.max_grad_norm,
             log_every=settings.log_every,
             ckpt_every=settings.ckpt_every,
@@ -281,8 +293,13 @@ def train_from_config(cfg: DictConfig) -> Path:
         hooks=(_skip_hook(skipped, settings.log_every),) if settings.data.max_skipped else (),
         plugins=plugin_names,
     )
-    trainer.fit()
+    counters = trainer.fit()
     run_dir = Path(settings.run_dir)
+    if trainer.stopped_by is not None:
+        done = f"after step {counters.step}, which is saved" if counters.step else "before the first step"
+        raise signals.Stopped(
+            f"stopped by {trainer.stopped_by} {done}; the same command with run_dir={run_dir} continues"
+        )
     if accelerator.is_main_process:
         curve = run_dir / "loss.png"
         rows = [(r["step"], r["images_seen"], r["loss"]) for r in read_metrics(run_dir / "metrics.jsonl")]

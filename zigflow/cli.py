@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -24,18 +25,24 @@ class _Job:
 
     Args:
         config_name: ``default`` trains, ``sample`` samples.
-        keep: where the error of a single run is put, since Hydra would print a paragraph of its own before ours.
+        keep: where the error of a single run is put, with its exit code, since Hydra would print a paragraph of its own before ours.
             Those of a sweep are left to Hydra, which goes on with the other jobs and names the overrides of those
             that failed.
     """
 
-    def __init__(self, config_name: str, keep: list[Exception] | None = None):
+    def __init__(self, config_name: str, keep: list[tuple[Exception, int]] | None = None):
         self.config_name = config_name
         self.keep = keep
 
     def __call__(self, cfg: DictConfig) -> None:
+        from zigflow.engine import exits
+        from zigflow.engine.signals import stop
+
+        stop.install()  # a sweep may run its jobs in processes of its own
+        exits.note.release()
+        trains = self.config_name == "default"
         try:
-            if self.config_name == "default":
+            if trains:
                 from zigflow.build import train_from_config
 
                 train_from_config(cfg)
@@ -43,10 +50,12 @@ class _Job:
                 from zigflow.sample_job import sample_from_config
 
                 sample_from_config(cfg)
-        except Exception as error:
-            if self.keep is None or plugins.is_sweep():
+            exits.note.write(exits.DONE, "done")
+        except BaseException as error:
+            code = _leave_traces(error, Path(cfg.run_dir) if trains else None)
+            if not isinstance(error, Exception) or self.keep is None or plugins.is_sweep():
                 raise
-            self.keep.append(error)
+            self.keep.append((error, code))
 
     def __reduce__(self):
         return _revived, (self.config_name,)
@@ -58,25 +67,87 @@ def _revived(config_name: str) -> _Job:
 
 
 def _run(config_name: str) -> int:
-    """0 on success, 2 for a mistake in the configuration, 1 for a run that failed.
+    """The exit code: 0 done, 1 failed, 2 a mistake in the configuration, 75 stopped by a signal.
 
-    Both are told in one line; HYDRA_FULL_ERROR=1 shows the traceback. Foreign errors always keep theirs.
+    Mistakes and errors of our own are told in one line; HYDRA_FULL_ERROR=1 shows the traceback. Foreign errors always
+    keep theirs. A run that has taken its directory finds the code there too, one file per process.
     """
+    from zigflow.engine import exits
+    from zigflow.engine.signals import Stopped, stop
+
+    stop.install()
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    plugins.prepare()
-    raised: list[Exception] = []
-    job = _Job(config_name, raised)
-    main = hydra.main(version_base="1.3", config_path=str(paths.config_dir()), config_name=config_name)(job)
+    ended: list[tuple[Exception, int]] = []
+    named = _run_dir_of(sys.argv[1:]) if config_name == "default" else None
     try:
+        plugins.prepare()
+        job = _Job(config_name, ended)
+        main = hydra.main(version_base="1.3", config_path=str(paths.config_dir()), config_name=config_name)(job)
         plugins.check_command_line(sys.argv[1:], config_name)
+        _refuse_second_writer(named)
         main()
-        if raised:
-            raise raised[0]
+        if ended:
+            raise ended[0][0]
+    except Stopped as left:
+        if not exits.note.claimed:
+            _leave_traces(left, named)
+        sys.stderr.write(f"{left}\n")
+        return exits.STOPPED
     except Exception as error:
+        if ended and ended[0][1] == exits.STOPPED:
+            sys.stderr.write(f"stopped by {stop.received}: {error}\n")
+            return exits.STOPPED
         line = None if full else plugins.explain(error, config_name)
         if line is None:
             raise
         sys.stderr.write(f"error: {line}\n")
-        return 2 if plugins.is_mistake(error) else 1
-    return 0
+        return exits.MISTAKE if plugins.is_mistake(error) else exits.FAILED
+    finally:
+        stop.ignore()
+    return exits.DONE
+
+
+def _leave_traces(error: BaseException, run_dir: Path | None) -> int:
+    """Write how the run ended into its directory, or take away a directory that it never used; the exit code."""
+    from zigflow.engine import exits
+    from zigflow.engine.lock import RunDirError, refuse_second_writer, remove_unused
+    from zigflow.engine.signals import Stopped, stop
+
+    rank = int(os.environ.get("RANK", "0"))
+    code, reason = exits.FAILED, f"{type(error).__name__}: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        code, reason = exits.INTERRUPTED, "interrupted (SIGINT); nothing was saved on the way out"
+    elif isinstance(error, Stopped):
+        code, reason = exits.STOPPED, str(error)
+    elif plugins.is_mistake(error):
+        code = exits.MISTAKE
+    elif stop.received and (type(error).__name__ == "OtherRankError" or plugins.is_foreign(error)):
+        # A process that left before this one knew takes its connection with it.
+        code, reason = exits.STOPPED, f"stopped by {stop.received}; {reason}"
+    if run_dir is None:
+        return code
+    if code == exits.STOPPED and not exits.note.claimed:
+        try:
+            refuse_second_writer(run_dir)
+            exits.note.claim(run_dir, rank)
+        except RunDirError:
+            return code
+    if code == exits.MISTAKE and rank == 0:
+        remove_unused(run_dir)
+    exits.note.write(code, reason)
+    return code
+
+
+def _run_dir_of(arguments: list[str]) -> Path | None:
+    """The run directory that the command line names."""
+    named = [a.removeprefix("run_dir=") for a in arguments if a.startswith("run_dir=")]
+    return Path(named[-1]) if named else None
+
+
+def _refuse_second_writer(run_dir: Path | None) -> None:
+    """Before Hydra writes its files over those of a run that is still going."""
+    from zigflow.engine.lock import refuse_second_writer
+
+    if run_dir is not None and os.environ.get("RANK", "0") == "0":
+        refuse_second_writer(run_dir)

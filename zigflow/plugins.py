@@ -8,6 +8,7 @@ modules are imported by ``load_plugins`` after main has begun.
 
 import contextlib
 import difflib
+import errno
 import functools
 import importlib
 import importlib.metadata
@@ -270,9 +271,19 @@ def explain(error: BaseException, config_name: str) -> str | None:
             cause = cause.__cause__
         return _one_line(str(error))
     # Errors of our own are written for the user: a run directory in use, a damaged checkpoint, a NaN loss.
-    if type(error).__module__.startswith("zigflow."):
+    if not is_foreign(error):
         return _one_line(str(error))
+    storage = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+    if isinstance(error, OSError) and error.filename and error.errno in storage:
+        # Hydra's, when it writes its files.
+        remedy = "free space there, make it writable, or choose another run_dir"
+        return f"{error.filename} cannot be written: {error.strerror}; {remedy}"
     return None
+
+
+def is_foreign(error: BaseException) -> bool:
+    """Whether the error is none of our own classes."""
+    return not type(error).__module__.startswith("zigflow.")
 
 
 def _one_line(text: str) -> str:

@@ -5,6 +5,7 @@ atomic. Each operation announces itself through :func:`observed` before it happe
 the world at any one of them.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -15,21 +16,24 @@ from typing import BinaryIO
 
 __all__ = [
     "DurableFile",
+    "StorageError",
     "append_line",
     "file_digest",
     "make_dir",
     "observed",
+    "operation",
     "remove_tree",
     "rename",
     "replace_bytes",
     "replace_json",
     "sync_dir",
+    "truncate",
     "unlink",
     "write_bytes",
     "write_json",
 ]
 
-OPERATIONS = ("mkdir", "open", "write", "fsync", "fsync_dir", "rename", "unlink", "rmdir")
+OPERATIONS = ("mkdir", "open", "write", "fsync", "fsync_dir", "rename", "unlink", "rmdir", "truncate")
 _CHUNK = 1 << 24
 
 _observers: list[Callable[[str, Path], None]] = []
@@ -39,7 +43,8 @@ _observers: list[Callable[[str, Path], None]] = []
 def observed(callback: Callable[[str, Path], None]) -> Iterator[None]:
     """Inside the ``with`` block, call ``callback(operation, path)`` before every operation of this process.
 
-    ``operation`` is one of :data:`OPERATIONS`. What the callback raises is raised in place of the operation.
+    ``operation`` is one of :data:`OPERATIONS`. What the callback raises is raised in place of the operation; an
+    ``OSError`` as the system's would be.
     """
     _observers.append(callback)
     try:
@@ -48,9 +53,45 @@ def observed(callback: Callable[[str, Path], None]) -> Iterator[None]:
         _observers.remove(callback)
 
 
-def _announce(operation: str, path: Path) -> None:
-    for callback in tuple(_observers):
-        callback(operation, path)
+_AGAIN = "then give the same command again: it continues from what is complete"
+_REMEDIES = {
+    errno.ENOSPC: f"free space there, {_AGAIN}",
+    errno.EDQUOT: f"free space there or raise the quota, {_AGAIN}",
+    errno.EFBIG: f"raise the limit on file sizes (ulimit -f), {_AGAIN}",
+    errno.EIO: f"check the disk or the connection to it, {_AGAIN}",
+    errno.EROFS: "the file system is read-only: mount it writable, or choose another folder",
+    errno.EACCES: "give yourself the right to write there, or choose another folder",
+    errno.EPERM: "give yourself the right to write there, or choose another folder",
+}
+
+
+class StorageError(OSError):
+    """The system refused a file operation; says which file, why and what to do. Earlier checkpoints are intact."""
+
+    def __init__(self, operation: str, path: Path, cause: OSError):
+        super().__init__(cause.errno, cause.strerror or str(cause), str(path))
+        remedy = _REMEDIES.get(cause.errno or 0, f"remove the cause, {_AGAIN}")
+        self._line = f"{operation} of {path} failed: {self.strerror}; {remedy}"
+
+    def __str__(self) -> str:
+        return self._line
+
+
+@contextmanager
+def operation(name: str, path: Path) -> Iterator[None]:
+    """Announce one operation on ``path``, then do it in the ``with`` block.
+
+    Raises:
+        StorageError: in place of an ``OSError`` of the block.
+    """
+    try:
+        for callback in tuple(_observers):
+            callback(name, path)
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(name, path, error) from error
 
 
 class DurableFile:
@@ -68,8 +109,8 @@ class DurableFile:
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> "DurableFile":
-        _announce("open", self.path)
-        self._file = open(self.path, "wb", buffering=0)
+        with operation("open", self.path):
+            self._file = open(self.path, "wb", buffering=0)
         return self
 
     def write(self, data: bytes | memoryview) -> None:
@@ -78,8 +119,8 @@ class DurableFile:
             raise ValueError(f"{self.path} is not open; use DurableFile in a with block")
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
         while len(view):
-            _announce("write", self.path)
-            written = self._file.write(view[:_CHUNK]) or 0
+            with operation("write", self.path):
+                written = self._file.write(view[:_CHUNK]) or 0
             self._hash.update(view[:written])
             self.size += written
             view = view[written:]
@@ -94,8 +135,8 @@ class DurableFile:
             return
         try:
             if kind is None:
-                _announce("fsync", self.path)
-                os.fsync(file.fileno())
+                with operation("fsync", self.path):
+                    os.fsync(file.fileno())
         finally:
             file.close()
 
@@ -104,32 +145,32 @@ def make_dir(path: Path) -> None:
     """Create one directory (its parent exists) and sync the parent; an existing directory is fine."""
     if path.is_dir():
         return
-    _announce("mkdir", path)
-    path.mkdir(exist_ok=True)
+    with operation("mkdir", path):
+        path.mkdir(exist_ok=True)
     sync_dir(path.parent)
 
 
 def sync_dir(path: Path) -> None:
     """Make the names inside a directory durable."""
-    _announce("fsync_dir", path)
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with operation("fsync_dir", path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def rename(source: Path, target: Path) -> None:
     """Atomically give ``source`` the name ``target`` (same directory) and sync the directory."""
-    _announce("rename", target)
-    os.replace(source, target)
+    with operation("rename", target):
+        os.replace(source, target)
     sync_dir(target.parent)
 
 
 def unlink(path: Path) -> None:
     """Remove one file; a missing one is fine."""
-    _announce("unlink", path)
-    path.unlink(missing_ok=True)
+    with operation("unlink", path):
+        path.unlink(missing_ok=True)
 
 
 def remove_tree(path: Path) -> None:
@@ -139,8 +180,8 @@ def remove_tree(path: Path) -> None:
             remove_tree(entry)
         else:
             unlink(entry)
-    _announce("rmdir", path)
-    path.rmdir()
+    with operation("rmdir", path):
+        path.rmdir()
 
 
 def write_bytes(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, int | str]:
@@ -172,13 +213,13 @@ def replace_bytes(path: Path, pieces: Iterable[bytes | memoryview], *, durable: 
         write_bytes(temporary, pieces)
         rename(temporary, path)
         return
-    _announce("open", temporary)
-    with open(temporary, "wb") as file:
+    with operation("open", temporary):
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    with operation("write", temporary), open(handle, "wb") as file:
         for piece in pieces:
-            _announce("write", temporary)
             file.write(piece)
-    _announce("rename", path)
-    os.replace(temporary, path)
+    with operation("rename", path):
+        os.replace(temporary, path)
 
 
 def replace_json(path: Path, value: object) -> None:
@@ -188,10 +229,16 @@ def replace_json(path: Path, value: object) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append one line and hand it to the system; a torn last line is possible after a power cut."""
-    _announce("open", path)
-    with open(path, "ab", buffering=0) as file:
-        _announce("write", path)
+    with operation("open", path):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    with operation("write", path), open(handle, "ab") as file:
         file.write(line.encode() + b"\n")
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cut a file to its first ``size`` bytes."""
+    with operation("truncate", path):
+        os.truncate(path, size)
 
 
 def file_digest(path: Path) -> str:

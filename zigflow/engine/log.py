@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from . import durable
 __all__ = ["MetricsFile", "Progress", "read_metrics"]
 
 log = logging.getLogger(__name__)
+
+_BLOCK = 1 << 16
 
 
 class MetricsFile:
@@ -27,11 +30,14 @@ class MetricsFile:
         self.path = path
 
     def rewind(self, step: int) -> None:
-        """Drop the lines after ``step``, and any torn line: a resumed run writes them again."""
-        if not self.path.exists():
-            return
-        kept = [line for line in read_metrics(self.path) if line.get("step", 0) <= step]
-        durable.replace_bytes(self.path, [(json.dumps(line) + "\n").encode() for line in kept])
+        """Drop the lines after ``step``, and a torn last one: a resumed run writes them again.
+
+        Reads from the end, so that its cost is what it drops and not the length of the run.
+        """
+        if self.path.exists():
+            end = _end_of_step(self.path, step)
+            if end != self.path.stat().st_size:
+                durable.truncate(self.path, end)
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append one line; a number that JSON cannot hold is written as its name in quotes."""
@@ -50,6 +56,38 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict):
             lines.append(line)
     return lines
+
+
+def _end_of_step(path: Path, step: int) -> int:
+    """The byte after the last whole line of a step up to ``step``."""
+    with open(path, "rb") as file:
+        position, tail = file.seek(0, os.SEEK_END), b""
+        while position:
+            size = min(_BLOCK, position)
+            position -= size
+            file.seek(position)
+            tail = file.read(size) + tail
+            # What stands before the first newline may begin in the block before.
+            first = tail.find(b"\n") + 1 if position else 0
+            if position and not first:
+                continue
+            stop = len(tail)
+            while stop > first:
+                start = tail.rfind(b"\n", first, stop - 1) + 1 or first
+                if _is_kept(tail[start:stop], step):
+                    return position + stop
+                stop = start
+            tail = tail[:stop]
+    return 0
+
+
+def _is_kept(line: bytes, step: int) -> bool:
+    if not line.endswith(b"\n"):
+        return False
+    try:
+        return json.loads(line).get("step", 0) <= step
+    except (ValueError, AttributeError, TypeError):
+        return False
 
 
 def _plain(value: Any) -> Any:

@@ -1,57 +1,28 @@
 """The directory of one run: its layout, its identity, its one writer."""
 
-import errno
-import fcntl
 import json
 import logging
-import os
 import secrets
-import socket
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint, durable
+from .lock import Lock, RunDirError
 
 __all__ = ["RunDir", "RunDirError", "check_same_config"]
 
 log = logging.getLogger(__name__)
 
 MODEL_SECTIONS = ("model", "scan", "codec", "process")
-_open_locks: "set[_Lock]" = set()
-
-
-class RunDirError(RuntimeError):
-    """The run directory cannot be used as asked; the message says why and what to do."""
-
-
-class _Lock:
-    """An advisory lock on a file, freed by the system when the process dies."""
-
-    def __init__(self, handle: int):
-        self.handle: int | None = handle
-
-    def release(self) -> None:
-        if self.handle is not None:
-            os.close(self.handle)
-            self.handle = None
-        _open_locks.discard(self)
-
-
-def _forget_locks() -> None:
-    # A forked data worker that outlives its killed parent would hold the lock and block the resume.
-    for lock in list(_open_locks):
-        lock.release()
-
-
-os.register_at_fork(after_in_child=_forget_locks)
 
 
 class RunDir:
     """One run's files; used by the main process alone as a context manager that holds the lock.
 
-    Layout: ``run.json`` (id, creation time), ``lock``, ``checkpoints/``, ``metrics.jsonl``.
+    Layout: ``run.json`` (id, creation time), ``lock``, ``checkpoints/``, ``metrics.jsonl``, ``exit/`` (how each
+    process left).
 
     Args:
         path: created with its parents when missing.
@@ -65,7 +36,7 @@ class RunDir:
     def __init__(self, path: Path | str, *, resume: str = "auto"):
         self.path = Path(path)
         self.resume = resume
-        self._lock: _Lock | None = None
+        self._lock: Lock | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -80,8 +51,9 @@ class RunDir:
         return self._identity()["run_id"]
 
     def __enter__(self) -> "RunDir":
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
+        with durable.operation("mkdir", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(self.path)
         try:
             if self.resume == "never" and self.in_use():
                 raise RunDirError(
@@ -124,25 +96,6 @@ class RunDir:
                 file, {"run_id": secrets.token_hex(4), "created": created, "format_version": 1}
             )
         return json.loads(file.read_text(encoding="utf-8"))
-
-    def _take_lock(self) -> _Lock:
-        file = self.path / "lock"
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(handle, 200).decode(errors="replace").strip() or "unknown"
-            os.close(handle)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise RunDirError(f"{file} cannot be locked: {error}") from error
-            raise RunDirError(
-                f"{self.path} is being written by another process ({holder}); stop it, or choose another run_dir"
-            ) from error
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        lock = _Lock(handle)
-        _open_locks.add(lock)
-        return lock
 
 
 def check_same_config(

@@ -23,6 +23,8 @@ __all__ = ["NonFiniteError", "OptimizerStep", "StepRecord"]
 
 log = logging.getLogger(__name__)
 
+_SHOWN = 16  # sample ids that a message names, per process
+
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient is NaN or infinite. The weights of that step were not taken."""
@@ -113,7 +115,7 @@ class OptimizerStep:
 
         Raises:
             NonFiniteError: the loss or the gradient is not finite here.
-            OtherRankError: the loss is not finite on another process.
+            OtherRankError: the loss is not finite on another process; its samples are named too.
             TooManyOverflowsError: fp16 cannot go on.
         """
         counters = self.counters
@@ -177,17 +179,25 @@ class OptimizerStep:
         bad = ids[~torch.isfinite(losses)].tolist()
         # A gradient overflow is fp16's ordinary business, which the scaler answers.
         bad_norm = not self.scaler.enabled and not math.isfinite(grad_norm)
-        bad_losses, bad_norms = self.ranks.sum([float(bool(bad)), float(bad_norm)])
+        bad_losses, bad_norms = self.ranks.sum([float(len(bad)), float(bad_norm)])
         step = self.counters.step + 1
-        if bad:
-            shown = ", ".join(map(str, bad[:16])) + (" ..." if len(bad) > 16 else "")
-            raise NonFiniteError(
-                f"step {step}: the loss is not finite for samples {shown}; no step was taken"
-            )
         if bad_losses:
-            raise OtherRankError(f"step {step}: the loss is not finite on another process; see its output")
+            shown = ", ".join(map(str, self._of_all_ranks(bad)))
+            more = " ..." if bad_losses > shown.count(",") + 1 else ""
+            message = f"step {step}: the loss is not finite for samples {shown}{more}; no step was taken"
+            if bad:
+                raise NonFiniteError(message)
+            raise OtherRankError(f"{message}. They belong to another process")
         if bad_norms:
             raise NonFiniteError(
                 f"step {step}: the gradient norm is {grad_norm} with finite losses, this process's samples "
                 f"{int(ids[0])} to {int(ids[-1])}; no step was taken"
             )
+
+    def _of_all_ranks(self, ids: list[int]) -> list[int]:
+        """The first sample ids of every rank, ascending; every rank calls this."""
+        slots = [0.0] * (_SHOWN * self.ranks.size)
+        for place, i in enumerate(ids[:_SHOWN]):
+            # 0 is an empty slot.
+            slots[_SHOWN * self.ranks.rank + place] = float(i + 1)
+        return sorted(int(slot) - 1 for slot in self.ranks.sum(slots) if slot)

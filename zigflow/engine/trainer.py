@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from zigflow.keyed import KeyedDraws, keyed_seed
 
 from . import checkpoint as checkpoints
+from . import exits, signals
 from .batches import prepare_blocks
 from .ema import EmaProfiles
 from .launch import launched_precision, make_accelerator
@@ -57,9 +58,13 @@ class Trainer:
         data_identity: plain JSON values that tell data set and order from another (its fingerprint, the order's
             identity), recorded; a resume with other values is refused.
         accelerator: by default one made by :func:`~zigflow.engine.launch.make_accelerator`.
-        hooks: called as ``hook(trainer, record)`` after every step, on every rank.
+        hooks: called as ``hook(trainer, record)`` after every step, on every rank; one that takes long asks
+            :meth:`should_stop` now and then and returns early.
         plugins: names of the plug-ins in use, recorded.
         draws: ``draws(seed, ids)`` makes the keyed draws of a batch.
+
+    Attributes:
+        stopped_by: the signal that ended :meth:`fit` before its last step, or None.
 
     Raises:
         TypeError: ``data_identity`` is not made of JSON values.
@@ -103,6 +108,7 @@ class Trainer:
         # As JSON gives it back: what is compared on resume has been through a file.
         self._data_identity = json.loads(json.dumps(data_identity))
         self._stop = False
+        self.stopped_by: str | None = None
 
         prepare_blocks(model, options.checkpoint_policy, options.compile)
         wrapped, no_sync = place(model, self.accelerator, sharded=options.shard)
@@ -122,11 +128,23 @@ class Trainer:
         """Ask the run to save and return after the step in progress; safe in a signal handler."""
         self._stop = True
 
+    def should_stop(self) -> bool:
+        """Whether any process was asked to stop, by a signal or :meth:`request_stop`.
+
+        Collective: all ranks call it at the same point. A hook that takes long calls it between its batches and
+        returns early, without a result.
+        """
+        signal = signals.stop.received
+        asked, signalled = self.ranks.sum([float(self._stop), float(signal is not None)])
+        if signalled:
+            self.stopped_by = signal or "a signal to another process"
+        return asked + signalled > 0
+
     def fit(self) -> Counters:
         """Train until ``options.train_steps``, from the newest checkpoint when there is one.
 
         Returns:
-            The final counters; the last step is saved.
+            The final counters; the last step is saved, also when the run was asked to stop before its end.
 
         Raises:
             RunDirError: the directory is in use, or belongs to another model.
@@ -135,11 +153,13 @@ class Trainer:
             TooManyOverflowsError: fp16 cannot go on.
             RuntimeError: the data ended.
         """
+        signals.stop.wait()
         run_dir = RunDir(self.options.run_dir, resume=self.options.resume)
         with self.ranks.together("opening the run directory"):
             if self.ranks.is_main:
                 run_dir.__enter__()
         try:
+            exits.note.claim(run_dir.path, self.ranks.rank)
             return self._fit(run_dir)
         finally:
             run_dir.__exit__()
@@ -151,7 +171,7 @@ class Trainer:
             if found is not None:
                 check_same_config(self.config, found.config)
                 self._state(run_dir).restore(found)
-                self._saved_step = counters.step
+                self._saved_step = exits.note.step = counters.step
                 log.info("continuing %s from step %d", run_dir.path, counters.step)
         metrics = MetricsFile(run_dir.metrics)
         if self.ranks.is_main:
@@ -169,18 +189,22 @@ class Trainer:
         )
         self.model.train()
         try:
-            while counters.step < options.train_steps:
+            while counters.step < options.train_steps and not self.should_stop():
                 record = self._step(self._batches(data))
+                signals.stop.hold()
+                exits.note.step = counters.step
                 if record is not None:
                     self._after_step(record, run_dir, metrics, progress)
-                if self.ranks.any(self._stop):
-                    log.info("stopping after step %d as asked", counters.step)
-                    break
         finally:
             progress.close()
             if hasattr(data, "close"):
                 data.close()
-        self.save(run_dir)
+        if counters.step < options.train_steps:
+            log.info("stopping after step %d as asked", counters.step)
+        else:
+            self.stopped_by = None
+        if counters.step:
+            self.save(run_dir)
         return counters
 
     def _restore_generators(self, found: checkpoints.Checkpoint | None) -> None:

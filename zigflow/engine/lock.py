@@ -1,0 +1,102 @@
+"""One writer per run directory. Nothing heavy is imported here: a command asks before it loads torch."""
+
+import errno
+import fcntl
+import os
+import re
+import socket
+from pathlib import Path
+
+from . import durable
+
+__all__ = ["Lock", "RunDirError", "refuse_second_writer", "remove_unused"]
+
+_held: "set[Lock]" = set()
+
+
+class RunDirError(RuntimeError):
+    """The run directory cannot be used as asked; the message says why and what to do."""
+
+
+class Lock:
+    """An advisory lock on ``<folder>/lock``, freed by the system when the process dies.
+
+    Raises:
+        RunDirError: another process holds it; its pid is named.
+        durable.StorageError: the file cannot be made.
+    """
+
+    def __init__(self, folder: Path):
+        file = folder / "lock"
+        with durable.operation("open", file):
+            handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _holder(handle)
+            os.close(handle)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise RunDirError(f"{file} cannot be locked: {error}") from error
+            raise _taken(folder, holder) from error
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        self._handle: int | None = handle
+        _held.add(self)
+
+    def release(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+        _held.discard(self)
+
+
+def _holder(handle: int) -> str:
+    return os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
+
+
+def _taken(folder: Path, holder: str) -> RunDirError:
+    return RunDirError(
+        f"{folder} is being written by another process ({holder}); stop it, or choose another run_dir"
+    )
+
+
+def _forget_locks() -> None:
+    # A forked data worker that outlives its killed parent would hold the lock and block the resume.
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+def refuse_second_writer(folder: Path) -> None:
+    """Look whether a run writes to ``folder`` now, changing nothing there.
+
+    Raises:
+        RunDirError: one does; its pid is named.
+    """
+    try:
+        handle = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        raise _taken(folder, _holder(handle)) from None
+    finally:
+        os.close(handle)
+
+
+def remove_unused(folder: Path) -> bool:
+    """Remove a directory that holds nothing but what Hydra writes when a command starts."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    hydra = folder / ".hydra"
+    files = [path for path in folder.iterdir() if path != hydra]
+    if hydra.is_dir():
+        files += hydra.iterdir()
+    known = r"(train|sample)(-\d+)?\.log|(config|hydra|overrides)\.yaml"
+    if any(path.is_symlink() or not path.is_file() or not re.fullmatch(known, path.name) for path in files):
+        return False
+    durable.remove_tree(folder)
+    return True
