@@ -36,3 +36,13 @@ def _no_network(monkeypatch):
         return real(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect)
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Launches of one or several processes that cost milliseconds; see tests/engine/forks.py."""
+    from tests.engine.forks import Server
+
+    server = Server()
+    yield server
+    server.close()

@@ -163,6 +163,7 @@ def save_operations(folder):
     return first, len(seen)
 
 
+@pytest.mark.slow
 def test_a_save_ends_before_the_run_leaves_at_whichever_operation_the_signal_comes(tmp_path, unbroken):
     first, end = save_operations(tmp_path / "counted")
     assert end - first > 40
