@@ -360,10 +360,7 @@ class ZigMa(nn.Module):
             names = dict(walk)
             for key, array in walk.items():
                 if isinstance(array, np.ndarray):
-                    # Some orders are their own inverse; one gather's two arguments stay two tensors all the same,
-                    # which torch.compile requires.
-                    role = b"back" if key in ("inverse", "undo") else b"forth"
-                    content = role + array.tobytes() + repr(array.shape).encode()
+                    content = array.tobytes() + repr(array.shape).encode()
                     if content not in known:
                         known[content] = f"scan_{len(known)}"
                         tensor = torch.from_numpy(array.copy())

@@ -8,7 +8,18 @@ A new order is one function under `register_scan`; every test, plot and ``scan=`
 """
 
 # Importing a scheme registers it.
-from scans import diagonal, hilbert, hilbert_official, random, spiral, sweep, zigzag  # noqa: F401
+from scans import (  # noqa: F401
+    diagonal,
+    hilbert,
+    hilbert_official,
+    joint,
+    morton,
+    random,
+    spiral,
+    sweep,
+    window,
+    zigzag,
+)
 from scans.layout import TokenLayout
 from scans.metrics import PathMetrics, path_metrics
 from scans.path import ScanPath

@@ -26,6 +26,14 @@ def corner_views(h: int, w: int) -> Iterator[Order]:
         yield view.T
 
 
+def frame_views(t: int, h: int, w: int) -> Iterator[Order]:
+    """`corner_views` of every frame at once: eight arrays of shape (t, h, w) or (t, w, h)."""
+    frames = np.arange(t * h * w, dtype=np.int64).reshape(t, h, w)
+    for view in (frames, frames[..., ::-1], frames[:, ::-1], frames[:, ::-1, ::-1]):
+        yield view
+        yield view.swapaxes(1, 2)
+
+
 def rotated_views(h: int, w: int) -> Iterator[Order]:
     """The four rotations of the grid: first entry at TL, TR, BR, BL, first row walked clockwise."""
     for turns in range(4):

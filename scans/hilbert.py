@@ -43,8 +43,8 @@ def rank_maps(t: int, h: int, w: int) -> list[Order]:
     grid is used; there R has the longer side of a frame as main leg and R^T the shorter one.
     """
     main = 1 if h >= w else 2
-    upright = _curve((t, h, w), main).argsort().reshape(t, h, w)
-    lying = upright if h == w else _curve((t, w, h), main).argsort().reshape(t, w, h)
+    upright = curve_of_box((t, h, w), main).argsort().reshape(t, h, w)
+    lying = upright if h == w else curve_of_box((t, w, h), main).argsort().reshape(t, w, h)
     maps = []
     for turns in range(4):
         straight, swapped = (upright, lying) if turns % 2 == 0 else (lying, upright)
@@ -53,7 +53,7 @@ def rank_maps(t: int, h: int, w: int) -> list[Order]:
     return maps
 
 
-def _curve(shape: tuple[int, int, int], axis: int) -> Order:
+def curve_of_box(shape: tuple[int, int, int], axis: int) -> Order:
     """Visiting order of the box from its first corner, mainly along ``axis``, as raster indices.
 
     A box over twice as long elsewhere is walked along its longest leg: across, it would lose its locality.

@@ -57,7 +57,8 @@ class ScanSpec:
     def with_scan(self, name: str) -> "ScanSpec":
         """This spec with another scan (``scan=`` on the command line): "spiral", or its first four, "spiral:4".
 
-        The mixer, its directions and the folds stay. Temporal layers keep walking along time. A
+        The mixer, its directions and the folds stay. Temporal layers keep walking along time. A scan that has
+        only a joint (t, h, w) form, such as "hilbert3d", walks the whole video in every layer instead. A
         parallel mixer whose scan has fewer paths than it has branches uses them again from the first.
 
         Raises:
@@ -68,7 +69,8 @@ class ScanSpec:
         if named is None:
             raise unknown_scan(f"unknown scan {name!r}.", name, list_scans())
         text = f"{self.text} with {name}"
-        return dataclasses.replace(self, scan=named.scan, num_paths=named.num_paths, text=text)
+        word = self.word if 2 in get_scan(named.scan).dims else ""
+        return dataclasses.replace(self, scan=named.scan, num_paths=named.num_paths, word=word, text=text)
 
     def paths(self, t: int, h: int, w: int, seed: int = 0) -> tuple[ScanPath, ...]:
         """The paths in use over one frame (t = 1, or a factorized word) or over a whole video.

@@ -5,7 +5,7 @@ from scans.path import Order
 from scans.registry import register_scan
 
 
-def _snake(rows: int, columns: int) -> Order:
+def snake(rows: int, columns: int) -> Order:
     lines = raster(rows, columns).copy()
     lines[1::2] = lines[1::2, ::-1]
     return lines.ravel()
@@ -14,7 +14,7 @@ def _snake(rows: int, columns: int) -> Order:
 @register_scan("zigzag")
 def zigzag(h: int, w: int) -> list[Order]:
     """Eight snakes: from the corners TL, TR, BL, BR, each by rows, then by columns. Unit steps only."""
-    return along(_snake, corner_views(h, w))
+    return along(snake, corner_views(h, w))
 
 
 @register_scan("zigzag")

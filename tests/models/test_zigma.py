@@ -136,6 +136,22 @@ def test_video_with_factorized_schedules(word, use_pe):
     assert model(longer, t).shape == longer.shape
 
 
+@pytest.mark.parametrize("scan", list_scans(dims=3))
+def test_every_joint_scan_takes_videos(scan):
+    """All frames in one walk: a token sees the frames before it, and other frame counts and sizes are taken."""
+    model = tiny(scan_type=scan, video_frames=3).eval()
+    replaced = tiny(scan_type="zigzagN8", scan=scan, video_frames=3).eval()
+    replaced.load_state_dict(model.state_dict())
+    x, t = inputs(frames=3)
+    assert model(x, t).shape == x.shape
+    assert torch.equal(model(x, t), replaced(x, t)), "scan= and scan_type= name the same walk"
+    changed = x.clone()
+    changed[:, 0] += 1
+    assert ((model(changed, t) - model(x, t))[:, 1:].abs() > 1e-6).any(), "frames are mixed"
+    longer, t = inputs(frames=5, size=(6, 4))
+    assert model(longer, t).shape == longer.shape
+
+
 def test_temporal_layers_keep_frames_in_place_unless_asked_for_the_published_reversal():
     """A temporal layer with a mixer that does nothing must leave frames where they are."""
     right = tiny(scan_type="zzvideo_t", video_frames=3, depth=2).eval()

@@ -34,6 +34,23 @@ def test_numbers_are_in_their_ranges(name):
         assert back.window_spread == pytest.approx(numbers.window_spread)
 
 
+@pytest.mark.parametrize("name", list_scans(dims=3))
+def test_joint_numbers_are_in_their_ranges(name):
+    for path in get_scan(name)(3, 4, 5):
+        numbers = path_metrics(path)
+        assert 0 <= numbers.continuity <= 1
+        assert 1 <= numbers.mean_jump <= numbers.max_jump <= 9
+        assert 1 <= numbers.neighbor_gap <= 59
+        assert 1 <= numbers.window_spread <= 9
+
+
+def test_frames_by_hand():
+    """2 x 1 x 2 raster: steps 1 2 1; neighbors in a frame 1 apart (2 pairs), along time 2 (2 pairs)."""
+    numbers = path_metrics(get_scan("sweep3d")(2, 1, 2)[0], window=1)
+    assert (numbers.continuity, numbers.mean_jump, numbers.max_jump) == (2 / 3, 4 / 3, 2)
+    assert numbers.neighbor_gap == 1.5
+
+
 def test_joint_and_single_token():
     assert continuity(get_scan("hilbert")(3, 4, 5)[0]) == 1.0
     assert neighbor_gap(ScanPath.identity(8), (2, 2, 2)) == pytest.approx((1 + 2 + 4) / 3)

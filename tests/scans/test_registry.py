@@ -21,7 +21,7 @@ def clean(monkeypatch):
 
 def test_unknown_names_get_near_matches():
     with pytest.raises(
-        UnknownScanError, match=r"unknown scan 'zigzg'. Did you mean 'zigzag'\?.*hilbert"
+        UnknownScanError, match=r"unknown scan 'zigzg'. Did you mean 'zigzag' .*hilbert"
     ) as caught:
         get_scan("zigzg")
     assert isinstance(caught.value, KeyError)
@@ -130,7 +130,7 @@ def test_options():
 
 def test_missing_forms_name_those_that_have_them(clean):
     with pytest.raises(
-        ValueError, match=r"'hilbert_official' has no joint.*hilbert, random.*zigzag.*video_sst"
+        ValueError, match=r"'hilbert_official' has no joint.*hilbert, .*random.*zigzag.*video_sst"
     ):
         get_scan("hilbert_official")(2, 4, 4)
     with pytest.raises(ValueError, match="got 4 sizes"):

@@ -6,11 +6,13 @@ from hilbert import decode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scans import get_scan, path_metrics
+from scans import ScanPath, get_scan, path_metrics
 from scans.metrics import step_lengths, visited_cells
+from scans.window import windows
 from tests.scans.properties import quick
 
 UNIT_STEPS = ["zigzag", "spiral", "hilbert"]
+JOINT_UNIT_STEPS = [*UNIT_STEPS, "zigzag3d", "hilbert3d"]
 sizes = st.integers(1, 40)
 
 
@@ -34,7 +36,7 @@ def test_unit_steps_on_any_grid(name, h, w):
         assert step_lengths(path).max(initial=1) == 1
 
 
-@pytest.mark.parametrize("name", UNIT_STEPS)
+@pytest.mark.parametrize("name", JOINT_UNIT_STEPS)
 @quick
 @given(t=st.integers(1, 9), h=st.integers(1, 9), w=st.integers(1, 9))
 def test_unit_steps_through_any_video(name, t, h, w):
@@ -86,13 +88,27 @@ def test_diagonal_sweep_keeps_its_direction():
         ("sweep2", (3, 5), 2),
         ("sweep1", (3, 5), 1),
         ("random", (4, 4), 8),
+        ("morton", (8, 8), 8),
+        ("morton", (3, 5), 8),
+        ("morton", (2, 4, 8), 8),
+        ("window2", (8, 8), 8),
+        ("window4", (5, 7), 8),
+        ("window2", (3, 4, 5), 8),
+        ("window4_zigzag", (8, 8), 8),
+        ("window4_zigzag", (5, 7), 8),
+        ("sweep3d", (3, 4, 5), 12),
+        ("zigzag3d", (3, 4, 5), 12),
+        ("hilbert3d", (4, 4, 4), 12),
+        ("hilbert3d", (4, 16, 16), 4),
     ],
 )
 def test_number_of_distinct_paths(name, grid, distinct):
     assert len(set(get_scan(name)(*grid))) == distinct
 
 
-@pytest.mark.parametrize("name", ["zigzag", "hilbert", "diagonal", "diagonal_sweep"])
+@pytest.mark.parametrize(
+    "name", ["zigzag", "hilbert", "diagonal", "diagonal_sweep", "morton", "window2", "window4_zigzag"]
+)
 def test_the_eight_paths_are_one_curve_in_eight_positions(name):
     paths = get_scan(name)(8, 8)
     moved = {tuple(view.ravel()[paths[0].order]) for view in views(8, 8)}
@@ -133,13 +149,93 @@ def test_hilbert_is_hilberts_at_powers_of_two(bits):
     assert ours == {tuple(view.ravel()[oracle]) for view in views(side, side)}
 
 
-@pytest.mark.parametrize("side, dims", [(16, 2), (8, 3)])
-def test_hilbert_finishes_every_block_before_the_next(side, dims):
-    for path in get_scan("hilbert")(*[side] * dims):
-        cells = visited_cells(path)
+def assert_blocks_are_finished(path, block):
+    """No block of this side is entered twice."""
+    cells = visited_cells(path)
+    moves = (np.diff(cells // block, axis=0) != 0).any(axis=1).sum()
+    assert moves == np.prod([-(-size // block) for size in path.shape]) - 1
+
+
+@pytest.mark.parametrize(
+    "name, side, dims",
+    [("hilbert", 16, 2), ("hilbert", 8, 3), ("hilbert3d", 8, 3), ("morton", 16, 2), ("morton", 8, 3)],
+)
+def test_every_block_is_finished_before_the_next(name, side, dims):
+    for path in get_scan(name)(*[side] * dims):
         for block in (2, 4, side // 2):
-            moves = (np.diff(cells // block, axis=0) != 0).any(axis=1).sum()
-            assert moves == (side // block) ** dims - 1
+            assert_blocks_are_finished(path, block)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@quick
+@given(t=st.integers(1, 5), h=st.integers(1, 20), w=st.integers(1, 20))
+def test_windows_are_finished_before_the_next(size, t, h, w):
+    # The corners move windows to the far border: only the views from the top left have them at the raster's blocks.
+    for path in get_scan(f"window{size}")(t, h, w)[:2]:
+        assert_blocks_are_finished(path, size)
+    for path in get_scan(f"window{size}_zigzag")(h, w)[:2]:
+        assert_blocks_are_finished(path, size)
+
+
+def test_windows_by_hand():
+    np.testing.assert_array_equal(get_scan("window2")(3, 4)[0].order, [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 10, 11])
+    np.testing.assert_array_equal(
+        get_scan("window2")(2, 2, 3)[0].order, [0, 1, 3, 4, 6, 7, 9, 10, 2, 5, 8, 11]
+    )
+    np.testing.assert_array_equal(
+        get_scan("window2_zigzag")(4, 3)[0].order, [0, 3, 4, 1, 2, 5, 8, 11, 10, 7, 6, 9]
+    )
+    with pytest.raises(ValueError, match="at least 1"):
+        windows(1, 4, 4, 0)
+
+
+@quick
+@given(h=sizes, w=sizes, size=st.sampled_from([2, 4, 8]))
+def test_bands_have_unit_steps_inside_and_between_when_odd(h, w, size):
+    steps = step_lengths(get_scan(f"window{size}_zigzag")(h, w)[0])
+    bands = -(-h // size)
+    assert (steps > 1).sum() <= (0 if w % 2 else bands - 1)
+    assert steps.max(initial=1) <= size
+
+
+def interleaved(*cell):
+    """A Morton code read off binary numbers, one digit of each coordinate after the other."""
+    digits = [f"{number:08b}" for number in cell]
+    return int("".join("".join(column) for column in zip(*digits, strict=True)), 2)
+
+
+@quick
+@given(t=st.integers(1, 5), h=st.integers(1, 20), w=st.integers(1, 20))
+def test_morton_sorts_by_interleaved_digits(t, h, w):
+    codes = [interleaved(*cell) for cell in visited_cells(get_scan("morton")(t, h, w)[0]).tolist()]
+    assert codes == sorted(codes)
+
+
+@quick
+@given(t=st.integers(1, 4), h=st.integers(1, 6), w=st.integers(1, 6))
+def test_joint_scans_walk_along_every_axis_and_back(t, h, w):
+    for name in ("sweep3d", "zigzag3d", "hilbert3d"):
+        paths = get_scan(name)(t, h, w)
+        assert all(back == path.reversed() for path, back in zip(paths[::2], paths[1::2], strict=True))
+    sweeps = get_scan("sweep3d")(t, h, w)
+    voxels = np.arange(t * h * w).reshape(t, h, w)
+    assert sweeps[0].is_identity
+    np.testing.assert_array_equal(sweeps[2].order, voxels.transpose(1, 2, 0).ravel())
+    np.testing.assert_array_equal(sweeps[4].order, voxels.transpose(2, 0, 1).ravel())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_joint_hilbert_curve_is_as_local_as_a_hilbert_curve(bits):
+    """Another member of the family than the package's, so compared by what makes it one."""
+    side = 2**bits
+    cells = decode(np.arange(side**3), num_dims=3, num_bits=bits).astype(np.int64)
+    oracle = ScanPath(np.ravel_multi_index(cells.T, (side,) * 3), shape=(side,) * 3)
+    wanted = path_metrics(oracle)
+    for path in get_scan("hilbert3d")(side, side, side):
+        ours = path_metrics(path)
+        assert ours.max_jump == wanted.max_jump == 1
+        assert ours.window_spread < 1.05 * wanted.window_spread
+        assert ours.neighbor_gap < 1.05 * wanted.neighbor_gap
 
 
 @pytest.mark.parametrize("grid", [(32, 32), (30, 31), (24, 40), (17, 50)], ids=str)

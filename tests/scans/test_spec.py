@@ -162,3 +162,14 @@ def test_schedule_sizes(arguments):
 
 def test_specs_are_values():
     assert len({parse_scan_type("v2"), parse_scan_type("v2"), parse_scan_type("v1")}) == 2
+
+
+@pytest.mark.parametrize("name", [name for name in list_scans(dims=3) if 2 not in get_scan(name).dims])
+def test_a_scan_of_videos_alone_replaces_a_factorized_schedule(name):
+    paths = get_scan(name)(3, 4, 5)
+    for text in ("zzvideo_sst", "v2", "zigzagN2"):
+        after = parse_scan_type(text).with_scan(name)
+        assert after.mixer == parse_scan_type(text).mixer
+        schedule = after.schedule(2 * len(paths), 3, 4, 5)
+        assert [step.path for step in schedule] == [*paths, *paths]
+        assert {step.fold for step in schedule} == {"none"}
