@@ -11,13 +11,12 @@ import numpy as np
 
 from scans.metrics import continuity, visited_cells
 from scans.path import ScanPath
-from scans.registry import check_grid
+from scans.registry import check_grid, get_scan, list_scans
 from scans.spec import parse_scan_type
 
-DEFAULT_NAMES = ("zigzag", "hilbert:4", "spiral:4", "diagonal:4", "sweep:4")
 MOST_PATHS = 8
-
-_TIME_COLORS = ("#2a1a6e", "#6a2c9c", "#c13b82", "#f2705a", "#fdb64b")
+JOINT_FRAMES = 4  # of scans that walk through videos only, when no number is given
+COLORS = ("#2a1a6e", "#6a2c9c", "#c13b82", "#f2705a", "#fdb64b")  # from the first token to the last
 _INK, _QUIET, _CELL = "#1d1b26", "#8b8894", "#f1f0f4"
 _MARGIN, _HEADING, _ROW_GAP = 0.22, 0.36, 0.2  # inches
 _DEPTH = (0.46, 0.34)  # how far a frame is set off to the right and upwards, in cells
@@ -70,10 +69,11 @@ def plot_scans(
     between cells that do not touch are thin. The same call writes the same bytes.
 
     Args:
-        names: scan names or strings such as "hilbert:4" or "zigzagN8"; None for a gallery.
+        names: scan names or strings such as "hilbert:4" or "zigzagN8"; None for two paths of every registered scan.
         height, width: the grid, in tokens.
         output: file to write; its suffix gives the format (png, pdf, svg).
-        frames: draw the joint walk through that many frames, later frames behind.
+        frames: draw the joint walk through that many frames, later frames behind. By default one; four when
+            all names are scans that walk through videos only.
 
     Returns:
         The path of the file.
@@ -83,8 +83,9 @@ def plot_scans(
         ValueError: a size is below 1, the list is empty, or a scan has no joint form for ``frames``.
         ImportError: matplotlib is missing.
     """
-    grid = check_grid((1 if frames is None else frames, height, width))
-    groups = [_group(name, grid) for name in (DEFAULT_NAMES if names is None else names)]
+    grid = chosen_grid(names, height, width, frames)
+    most = MOST_PATHS if names is not None else 2
+    groups = [_group(name, grid, most) for name in (gallery(joint=grid[0] > 1) if names is None else names)]
     if not groups:
         raise ValueError("no scan to draw: give at least one name, or None for the gallery")
     joint = grid[0] > 1
@@ -99,8 +100,8 @@ def plot_scans(
     output = Path(output)
     # The user's own matplotlib settings must not change the picture.
     with _matplotlib("style").context("default"):
-        figure = _matplotlib("figure").Figure(figsize=size, dpi=160, facecolor="white")
-        _matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
+        figure = _matplotlib("figure").Figure(figsize=size, dpi=120, facecolor="white")
+        canvas = _matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
         for number, line in enumerate(lines):
             top = size[1] - _MARGIN - number * (down + _ROW_GAP)
             left = _MARGIN
@@ -108,8 +109,62 @@ def plot_scans(
                 _draw_group(figure, group, sheet, left, top)
                 left += len(group.paths) * (sheet.panel + sheet.gap)
         output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, metadata=_undated(output.suffix))
+        if output.suffix.lower() == ".png":
+            _save_png(canvas, output)
+        else:
+            figure.savefig(output, metadata=_undated(output.suffix))
     return output
+
+
+def _save_png(canvas: Any, output: Path) -> None:
+    """The picture in 128 colors: a quarter of the bytes, and no difference to be seen."""
+    # Matplotlib needs Pillow itself.
+    image = importlib.import_module("PIL.Image")
+    canvas.draw()
+    picture = image.fromarray(np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3]))
+    picture.quantize(128, dither=image.Dither.NONE).save(output, optimize=True)
+
+
+def gallery(joint: bool) -> list[str]:
+    """Registered scans of images, or of videos, without those whose paths another one all has (sweep2, sweep4)."""
+    names = list_scans(dims=3 if joint else 2)
+    grid = (3, 9, 10) if joint else (1, 18, 20)
+    paths = {name: set(paths_of(name, grid)) for name in names}
+
+    def is_shown(place: int, name: str) -> bool:
+        return not any(
+            paths[name] < paths[other] or (paths[name] == paths[other] and names.index(other) < place)
+            for other in names
+        )
+
+    return [name for place, name in enumerate(names) if is_shown(place, name)]
+
+
+def chosen_grid(
+    names: Sequence[str] | None, height: int, width: int, frames: int | None
+) -> tuple[int, int, int]:
+    """(t, h, w) of a picture: without ``frames`` one, or `JOINT_FRAMES` when all names need a video.
+
+    Raises:
+        UnknownScanError: a name is unknown.
+        ValueError: a size is below 1.
+    """
+    if frames is None:
+        scans = [get_scan(parse_scan_type(name).scan) for name in names or ()]
+        frames = JOINT_FRAMES if scans and all(2 not in scan.dims for scan in scans) else 1
+    t, h, w = check_grid((frames, height, width))
+    return t, h, w
+
+
+def paths_of(name: str, grid: tuple[int, ...]) -> tuple[ScanPath, ...]:
+    """The paths of a scan string over (t, h, w)."""
+    t, h, w = grid
+    return parse_scan_type(name).paths(t, h, w)
+
+
+def shown_paths(name: str, grid: tuple[int, ...]) -> list[tuple[str, ScanPath]]:
+    """At most eight paths of a scan string, each with the scan's name."""
+    return [(name.partition(":")[0], path) for path in paths_of(name, grid)[:MOST_PATHS]]
 
 
 def _matplotlib(part: str) -> ModuleType:
@@ -122,16 +177,14 @@ def _matplotlib(part: str) -> ModuleType:
 def _undated(suffix: str) -> dict[str, Any]:
     """Metadata without dates and versions, so that equal pictures are equal files."""
     return {
-        ".png": {"Software": None},
         ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
         ".svg": {"Date": None, "Creator": None},
     }.get(suffix.lower(), {})
 
 
-def _group(name: str, grid: tuple[int, ...]) -> _Group:
-    t, h, w = grid
-    paths = parse_scan_type(name).paths(t, h, w)
-    shown = paths[:MOST_PATHS]
+def _group(name: str, grid: tuple[int, ...], most: int) -> _Group:
+    paths = paths_of(name, grid)
+    shown = paths[:most]
     count = f"{len(paths)} path{'s' * (len(paths) > 1)}"
     if len(shown) < len(paths):
         count = f"{len(shown)} of {count}"
@@ -142,12 +195,12 @@ def _steps_note(paths: Sequence[ScanPath]) -> str:
     share = float(np.mean([continuity(path) for path in paths]))
     if share == 1.0:
         return "unit steps"
-    touching = all(_touches(visited_cells(path)).all() for path in paths)
+    touching = all(touching_steps(visited_cells(path)).all() for path in paths)
     return "touching steps" if touching else f"{share:.0%} unit steps"
 
 
-def _touches(cells: np.ndarray) -> np.ndarray:
-    """Which steps go to one of the neighbors, diagonal ones included."""
+def touching_steps(cells: np.ndarray) -> np.ndarray:
+    """(L - 1,) which steps of the (L, dims) cells go to one of the neighbors, diagonal ones included."""
     return np.abs(np.diff(cells, axis=0)).max(axis=1, initial=0) <= 1
 
 
@@ -220,11 +273,11 @@ def _draw_path(axes: Any, path: ScanPath, sheet: _Sheet) -> None:
     collections, colormaps = _matplotlib("collections"), _matplotlib("colors").LinearSegmentedColormap
     cells = visited_cells(path, sheet.grid)
     points = _project(cells)
-    colors = colormaps.from_list("time", _TIME_COLORS)(np.linspace(0, 1, max(len(path), 2)))
+    colors = colormaps.from_list("time", COLORS)(np.linspace(0, 1, max(len(path), 2)))
     cell = 72 * min(sheet.panel / sheet.cells[0], sheet.panel_height / sheet.cells[1])  # points per cell
     bold = float(np.clip((0.16 if sheet.is_joint else 0.3) * cell, 0.5, 3.6))
     segments = np.stack([points[:-1], points[1:]], axis=1)
-    touching = _touches(cells)
+    touching = touching_steps(cells)
     depth = cells[:-1, 0] + cells[1:, 0]
     for level in np.unique(depth)[::-1]:
         for near in (False, True):
