@@ -124,7 +124,7 @@ def test_stochastic_sampling_and_likelihood(folder):
         folder, "sample_acc.py", "ckpt=modes", "likelihood=1", "num_fid_samples=20", "ode.sampling_method=heun",
         "ode.num_steps=5", "loop.progress=false",
     )  # fmt: skip
-    found = json.loads(next(folder.glob("modes/samples/*/likelihood.json")).read_text())
+    found = json.loads(next(folder.glob("modes/samples/likelihood_*/results.json")).read_text())
     assert 0 < found["metrics"]["bits_per_dim"] < 20
 
 

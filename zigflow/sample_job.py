@@ -5,10 +5,11 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -26,21 +27,26 @@ from zigflow.codec import IdentityCodec, to_uint8
 from zigflow.data.loader import evaluation_loader
 from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine.launch import make_accelerator
-from zigflow.engine.measure import bits_per_dim, encode_data
+from zigflow.engine.measure import MeasuringRun
+from zigflow.engine.npz import npz_name, write_npz
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.run_state import load_weights, versions
-from zigflow.engine.sampling_run import SamplingRun, weights_hash
+from zigflow.engine.sample_plan import SampleOptions, SourceRows, class_plan, open_captions, text_plan
+from zigflow.engine.sampling_run import SamplingRun
 from zigflow.engine.tensors import save_tensors
 from zigflow.metrics.base import SampleIds
-from zigflow.metrics.pictures import save_sample_grid
+from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
 from zigflow.metrics.results import write_results
 from zigflow.official import load_official, read_official
 from zigflow.preflight import check_decoding
 from zigflow.samplers import Guided
-from zigflow.settings import Settings, SettingsError, convert
+from zigflow.settings import Settings, SettingsError
 from zigflow.stored_config import complete_from_checkpoint, complete_from_defaults
 
 log = logging.getLogger(__name__)
+
+_SHOWN = 100  # images in the grid
+_DEBUG_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,9 @@ def _check_before_building(settings: Settings) -> None:
         check_decoding(settings)
 
 
-def _sampling_facts(trained: _Trained, ckpt: str, batch_size: int) -> tuple[str, dict[str, Any]]:
+def _sampling_facts(
+    trained: _Trained, ckpt: str, batch_size: int, extra: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
     """The folder's name, which tells every other way of sampling apart, and what the samples follow from."""
     settings = trained.settings
     chosen = settings.sde if settings.sample_mode == "SDE" else settings.ode
@@ -96,6 +104,7 @@ def _sampling_facts(trained: _Trained, ckpt: str, batch_size: int) -> tuple[str,
         "process": dict(settings.process),
         "codec": dict(settings.codec),
         "precision": settings.mixed_precision or "no",
+        **extra,
     }
     rest = json.dumps(
         [{k: v for k, v in facts.items() if k != "ckpt"}, batch_size], sort_keys=True, default=str
@@ -111,9 +120,7 @@ def sample_from_config(cfg: DictConfig) -> Path:
     """Sample and judge as configured; returns the folder of samples."""
     given = OmegaConf.to_container(cfg, resolve=True)
     ckpt, wanted = given.get("ckpt"), given.pop("weights", None)
-    batch_size = convert("offline_sample_local_bs", given.pop("offline_sample_local_bs"), int)
-    if batch_size < 1:
-        raise SettingsError(f"offline_sample_local_bs={batch_size} must be at least 1")
+    options = SampleOptions.take_from(given)
     if ckpt is None:
         raise SettingsError("ckpt is missing: give ckpt=RUN_DIR, a checkpoint in it, or an official .pt file")
     plugins.load_plugins()
@@ -125,57 +132,66 @@ def sample_from_config(cfg: DictConfig) -> Path:
         torch.set_num_threads(settings.loop.threads)
     model = trained.model.to(accelerator.device).eval()
     process, sampler = make("process", settings.process), build_sampler(settings)
-    name, facts = _sampling_facts(trained, str(ckpt), batch_size)
-    folder = Path(settings.sample_dir) if settings.sample_dir else trained.folder / name
     ranks = Ranks(accelerator.device if accelerator.device.type == "cuda" else "cpu")
+    common = {
+        "model": model, "process": process, "sampler": sampler, "codec": build_codec(settings, accelerator.device),
+        "seed": settings.global_seed, "batch_size": options.batch_size, "device": accelerator.device,
+        "ranks": ranks, "progress": settings.loop.progress,
+    }  # fmt: skip
     if settings.likelihood or settings.ode.likelihood or settings.ode.reverse:
-        if ranks.is_main:
-            measure_data(settings, model, process, sampler, folder, facts, batch_size, accelerator.device)
-        ranks.barrier()
-        return folder
+        return _measure_data(trained, str(ckpt), options, common)
 
-    codec = build_codec(settings, accelerator.device)
-    if isinstance(codec, IdentityCodec) and model.in_channels not in (1, 3):
+    if isinstance(common["codec"], IdentityCodec) and model.in_channels not in (1, 3):
         raise SettingsError(
             f"the model makes latents of {model.in_channels} channels and codec={settings.codec['_target_']} does "
             "not decode them: sample with codec=sd_vae codec.path=FOLDER"
         )
-    frames = (model.video_frames,) if getattr(model, "video_frames", 0) else ()
-    count = 4 * batch_size if settings.sample_debug else settings.num_fid_samples
+    plan, plan_facts = _conditions(settings, model, options)
+    name, facts = _sampling_facts(trained, str(ckpt), options.batch_size, plan_facts)
+    folder = Path(settings.sample_dir) if settings.sample_dir else trained.folder / name
+    count = settings.num_fid_samples if options.seeds is None else len(options.seeds)
+    count = min(count, _DEBUG_BATCHES * options.batch_size) if settings.sample_debug else count
+    frames = getattr(model, "video_frames", 0)
     run = SamplingRun(
-        model=model,
-        process=process,
-        sampler=sampler,
-        codec=codec,
-        shape=(*frames, model.in_channels, *model.img_dim),
+        **common,
+        shape=(*((frames,) if frames else ()), model.in_channels, *model.img_dim),
         num_samples=count,
-        batch_size=batch_size,
-        seed=settings.global_seed,
+        ids=None if options.seeds is None else options.seeds[:count],
         folder=folder,
         num_classes=max(model.num_classes, 0),
-        label_of=_text_conditions(settings) if model.has_text else None,
+        label_of=plan,
         guide=lambda m: Guided(m, settings.cfg_scale, interval=settings.cfg_interval),
         identity={k: v for k, v in facts.items() if k != "ckpt"},
-        device=accelerator.device,
-        ranks=ranks,
         mixed_precision=settings.mixed_precision or "no",
-        progress=settings.loop.progress,
     )
-    result = run.run()
+    with ranks.together("checking what judges the samples"):
+        if ranks.is_main and not _can_judge(settings, run):
+            settings = replace(settings, metrics=None)
+    judged = bool((settings.metrics or {}).get("_target_") and settings.data.source)
+    result = run.run(keep=judged and ranks.size == 1)
     ranks.barrier()
     if not ranks.is_main:
         return folder
-    if ranks.size > 1:
-        result = run.collect()
+    if ranks.size > 1 or not judged:
+        result = run.collect(None if judged else _SHOWN)
     # Rows of ten for a model without classes.
-    rows = result.labels if result.labels is not None else result.ids[:100] // 10
-    grid = save_sample_grid(folder / "grid.png", result.images[: len(rows)], rows)
+    shown = result.images[:_SHOWN]
+    rows = np.arange(len(shown)) // 10 if result.labels is None else result.labels[: len(shown)]
+    grid = save_sample_grid(folder / "grid.png", shown, rows)
+    if frames:
+        for index, strip in zip(result.ids, run.images(), strict=True):
+            save_frame_grid(folder / "videos" / f"{index:06d}.png", strip, frames)
+    if options.npz:
+        height, width = shown.shape[2], shown.shape[3] // (frames or 1)
+        path = folder / npz_name(len(result.ids), height, width)
+        write_npz(path, run.images(), len(result.ids), result.labels, frames)
+        log.info("all samples in one file: %s", path)
     try:
         metrics, protocol = _judge(settings, result)
     except ValueError as error:
         raise SettingsError(
-            f"the samples are in {folder}, but metrics ({settings.metrics['_target_']}) cannot judge them: {error}; "
-            "give metrics=none, or another num_fid_samples"
+            f"the samples are in {folder}, but metrics ({(settings.metrics or {}).get('_target_')}) cannot judge them: "
+            f"{error}; give metrics=none, or another num_fid_samples"
         ) from error
     facts |= {
         "weights_sha256": result.identity["weights"],
@@ -188,17 +204,58 @@ def sample_from_config(cfg: DictConfig) -> Path:
     return folder
 
 
-def _text_conditions(settings: Settings):
-    """Sample i is conditioned on the text of held-out sample i modulo their number."""
-    source = build_source(settings, "heldout") or build_source(settings)
-    if source is None:
-        raise SettingsError(f"a text model needs texts to sample from, data={settings.data.name} has none")
+def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple[Any, dict[str, Any]]:
+    """What each sample is conditioned on, a function of sample numbers or None, and the facts about it."""
+    facts = options.facts()
+    if not model.has_text:
+        if options.captions is not None:
+            raise SettingsError(
+                f"captions={options.captions} needs a text model, this one reads none: drop captions="
+            )
+        source = build_source(settings) if options.labels == "data" else None
+        return class_plan(options, model.num_classes, source, settings.global_seed), facts
+    if options.labels != "balanced":
+        raise SettingsError(
+            f"labels={options.labels} needs a model of classes, this one reads text: drop labels="
+        )
+    if options.captions is not None:
+        rows, name = open_captions(options.captions), f"captions={options.captions}"
+    else:
+        source = build_source(settings, "heldout") or build_source(settings)
+        if source is None:
+            raise SettingsError(
+                f"a text model needs texts to sample from, data={settings.data.name} has none: give captions=FILE.npy"
+            )
+        rows, name = SourceRows(source), f"data={settings.data.name}"
+    return text_plan(rows, model.d_context, name), {**facts, "captions": rows.fingerprint}
 
-    def tokens_of(ids: torch.Tensor) -> torch.Tensor:
-        tokens = [source[int(i) % len(source)]["tokens"] for i in ids]
-        return torch.stack([t[0] if t.ndim == 3 else t for t in tokens])
 
-    return tokens_of
+def _can_judge(settings: Settings, run: SamplingRun) -> bool:
+    """Ask the metric, before anything is sampled, whether it could judge these samples.
+
+    Raises:
+        SettingsError: it could not, in one line; with ``sample_debug`` the answer is then False instead.
+    """
+    node = {k: v for k, v in (settings.metrics or {}).items() if k != "name"}
+    if not node.get("_target_") or not settings.data.source:
+        return True
+    try:
+        metric = make("metrics", node)
+        heldout = build_source(settings, "heldout")
+        metric.set_reference(
+            _reference(build_source(settings)), _reference(heldout) if heldout is not None else None
+        )
+        labels = run.class_labels()
+        metric.check_request(run.num_samples, None if labels is None else torch.as_tensor(labels))
+    except (SettingsError, ValueError) as error:
+        if settings.sample_debug:
+            log.warning("not judged: %s", error)
+            return False
+        raise SettingsError(
+            f"metrics ({node['_target_']}) cannot judge {run.num_samples} samples: {error}; give metrics=none, "
+            "another num_fid_samples, or say where the data is (data.source.root, data.heldout.root)"
+        ) from error
+    return True
 
 
 def _reference(source: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -240,29 +297,49 @@ def _protocol(settings: Settings, facts: Mapping[str, Any], ids: Any) -> dict[st
     }
 
 
-def measure_data(settings, model, process, sampler, folder, facts, batch_size, device) -> None:
+def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: dict[str, Any]) -> Path:
     """Instead of sampling: bits per dimension of held-out data, or the noise that it is encoded into."""
+    settings, codec, ranks = trained.settings, common["codec"], common["ranks"]
+    encodes = settings.ode.reverse
+    if options.facts() or options.captions is not None or options.npz:
+        raise SettingsError(
+            "seeds=, labels=, captions= and npz= choose samples to draw; likelihood=true and ode.reverse=true "
+            "measure the data's own: drop them"
+        )
     source = build_source(settings, "heldout") or build_source(settings)
     if source is None:
         raise SettingsError(f"there is no data to measure: data={settings.data.name} has none")
-    codec = build_codec(settings, device)
-    common = {
-        "seed": settings.global_seed, "count": settings.num_fid_samples, "batch_size": batch_size, "device": device
-    }  # fmt: skip
-    facts = {**facts, "precision": "no", "weights_sha256": weights_hash(model)}
-    if settings.ode.reverse:
-        x0, ids = encode_data(source, codec, model, process, sampler, **common)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / "noise.safetensors", {"x0": x0, "ids": ids})
-        metrics = {"noise_mean": float(x0.mean()), "noise_std": float(x0.std())}
-        results = write_results(folder / "encoding.json", metrics, _protocol(settings, facts, ids))
-        log.info("encoded %d samples: %s, %s", len(ids), folder / "noise.safetensors", results)
-        return
     # Grey levels of 8-bit images in [-1, 1] are 2/255 apart; latents have no levels.
     level = codec.scale * 2 / 255 if isinstance(codec, IdentityCodec) and not settings.is_latent else None
-    bits, ids = bits_per_dim(source, codec, model, process, sampler, level=level, **common)
-    metrics = {"bits_per_dim": float(bits.mean()), "bits_per_dim_std": float(bits.std(correction=0))}
-    facts["dequantization"] = None if level is None else "uniform over 256 levels"
-    facts["trace"] = "one Hutchinson probe"
-    results = write_results(folder / "likelihood.json", metrics, _protocol(settings, facts, ids))
-    log.info("bits per dimension %.4f over %d samples: %s", metrics["bits_per_dim"], len(ids), results)
+    extra = {"precision": "no"}
+    if not encodes:
+        extra["dequantization"] = "none" if level is None else "uniform over 256 levels"
+        extra["trace"] = "one Hutchinson probe"
+    name, facts = _sampling_facts(trained, ckpt, options.batch_size, extra)
+    name = f"{'encoding' if encodes else 'likelihood'}_{name}"
+    folder = Path(settings.sample_dir) if settings.sample_dir else trained.folder / name
+    count = settings.num_fid_samples
+    run = MeasuringRun(
+        **common,
+        quantity="noise" if encodes else "bits_per_dim",
+        source=source,
+        num_samples=min(count, _DEBUG_BATCHES * options.batch_size) if settings.sample_debug else count,
+        folder=folder,
+        level=None if encodes else level,
+        identity={k: v for k, v in facts.items() if k != "ckpt"},
+    )
+    run.run()
+    ranks.barrier()
+    if not ranks.is_main:
+        return folder
+    values, ids = run.collect()
+    if encodes:
+        save_tensors(folder / "noise.safetensors", {"x0": values, "ids": ids})
+        metrics = {"noise_mean": float(values.mean()), "noise_std": float(values.std())}
+    else:
+        metrics = {"bits_per_dim": float(values.mean()), "bits_per_dim_std": float(values.std(correction=0))}
+    facts["weights_sha256"] = run.identity["weights"]
+    results = write_results(folder / "results.json", metrics, _protocol(settings, facts, ids))
+    told = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+    log.info("measured %d samples: %s; %s", len(ids), told, results)
+    return folder

@@ -53,6 +53,12 @@ def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], c
                 moved.setdefault("root", data["tar_base"])
             if moved and stored["data"].get(split):
                 merged["data"][split] = {**stored["data"][split], **moved}
+    elif not data.get("source"):
+        # data=none: the samples have the form that the model was trained on.
+        merged["data"] = data | {
+            "video_frames": merged["model"].get("video_frames", 0) or 0,
+            "num_classes": merged["model"].get("num_classes", -1),
+        }
     if (given.get("metrics") or {}).get("name") == "from_checkpoint":
         merged["metrics"] = stored.get("metrics")
     return merged

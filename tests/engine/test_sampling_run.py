@@ -268,3 +268,46 @@ def test_counts_are_checked(tmp_path):
     with pytest.raises(ValueError, match="batch_size"):
         make_run(tmp_path, batch_size=0)
     assert torch.is_grad_enabled()
+
+
+def test_chosen_samples_are_those_of_the_whole_run(tmp_path):
+    whole = make_run(tmp_path / "whole", num_samples=12).run()
+    sampler = EulerToy()
+    few = make_run(tmp_path / "few", ids=[7, 2, 11], batch_size=4, sampler=sampler).run()
+    assert sampler.batches == [[7, 2, 11, 7]], "filled up by the chosen ones"
+    assert few.ids.tolist() == [2, 7, 11]
+    assert sorted(files(tmp_path / "few")) == ["000002.png", "000007.png", "000011.png"]
+    assert np.abs(few.images.astype(int) - whole.images[[2, 7, 11]].astype(int)).max() <= 1
+    assert few.labels.tolist() == [i % CLASSES for i in (2, 7, 11)]
+    main, other = (
+        make_run(tmp_path / "split", ids=[7, 2, 11], batch_size=2, ranks=FakeRanks(rank, 2))
+        for rank in (0, 1)
+    )
+    assert sorted([*main.run().ids, *other.run().ids]) == [2, 7, 11]
+    assert main.collect().ids.tolist() == [2, 7, 11]
+    for wrong in ([1, 1], [-1], []):
+        with pytest.raises(ValueError, match=r"ids must be different|at least 1"):
+            make_run(tmp_path / "wrong", ids=wrong)
+
+
+def test_images_need_not_be_held_in_memory(tmp_path):
+    run = make_run(tmp_path)
+    result = run.run(keep=False)
+    assert result.images.size == 0
+    assert result.ids.tolist() == list(range(10))
+    assert result.labels.tolist() == run.class_labels().tolist()
+    some, whole = run.collect(keep=3), run.collect()
+    assert some.ids.tolist() == whole.ids.tolist()
+    assert np.array_equal(some.images, whole.images[:3])
+    assert np.array_equal(np.stack(list(run.images())), whole.images)
+    run.path(9).unlink()
+    with pytest.raises(SamplingFolderError, match=r"1 of 10 samples .*000009\.png"):
+        run.collect(keep=3)
+    with pytest.raises(SamplingFolderError, match=r"000009\.png"):
+        list(run.images())
+
+
+def test_a_folder_of_measurements_is_not_sampled_into(tmp_path):
+    (tmp_path / "measuring.json").write_text("{}")
+    with pytest.raises(SamplingFolderError, match=r"measuring\.json of a run of another kind; .*sample_dir="):
+        make_run(tmp_path).run()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import zigflow.metrics
-from zigflow.metrics.pictures import _smooth_log, save_loss_curve, save_sample_grid
+from zigflow.metrics.pictures import _smooth_log, save_frame_grid, save_loss_curve, save_sample_grid
 
 HISTORY = [(s, s * 128, 0.3 + float(np.exp(-s / 50))) for s in range(1, 200)]
 
@@ -111,3 +111,17 @@ def test_picture_and_data_libraries_are_imported_at_use(path):
         elif isinstance(node, ast.ImportFrom):
             found.add((node.module or "").split(".")[0])
     assert not found & {"matplotlib", "PIL", "sklearn", "scipy"}
+
+
+def test_frames_of_a_video_in_reading_order(tmp_path):
+    frames = np.arange(1, 7, dtype=np.uint8)[:, None, None, None] * np.ones((6, 3, 4, 4), np.uint8) * 40
+    strip = frames.transpose(1, 2, 0, 3).reshape(3, 4, 24)
+    with Image.open(save_frame_grid(tmp_path / "deep" / "a.png", strip, 6, margin=1)) as image:
+        pixels = np.asarray(image)
+    assert pixels.shape[1] == 2 * 4 + 1 and pixels.shape[0] == 3 * 4 + 2, "two columns, three rows"
+    found = [pixels[5 * row, 5 * column, 0] for row in range(3) for column in range(2)]
+    assert found == [40, 80, 120, 160, 200, 240]
+    gray = save_frame_grid(tmp_path / "b.png", strip[:1], 6)
+    assert Image.open(gray).mode == "RGB"
+    with pytest.raises(ValueError, match="expected"):
+        save_frame_grid(tmp_path / "c.png", strip, 5)

@@ -1,64 +1,177 @@
 """What a model's ODE says about given data: its likelihood, and the noise that it came from.
 
+One value per sample of a source, computed in full batches that are kept as files: a cut run continues where it
+stopped, and several processes share the batches. A value follows from the sample, the seed and the size of a batch.
+
 Legend: N samples, B batch, C channels, h w data.
 """
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from zigflow.data.loader import evaluation_loader
+from zigflow.data.batch import collate
+from zigflow.data.loader import PositionDataset
 from zigflow.keyed import KeyedDraws
 
+from . import durable
 from .batches import condition
+from .ranks import Ranks
+from .sampling_run import MEASURED, SamplingFolderError, claim_folder, weights_hash
+from .tensors import load_tensors, save_tensors
 
-__all__ = ["bits_per_dim", "encode_data"]
+__all__ = ["QUANTITIES", "MeasuringRun"]
 
-
-def _batches(
-    source: Any, codec: Any, model: nn.Module, seed: int, count: int, batch_size: int, device: Any
-) -> Iterator:
-    for batch in evaluation_loader(source, batch_size, num_samples=min(count, len(source))):
-        draws = KeyedDraws(seed, batch.ids).to(device)
-        batch = batch.to(device)
-        with draws.active():
-            yield batch.ids.cpu(), codec.encode(batch), condition(batch, model, draws), draws
+QUANTITIES = ("bits_per_dim", "noise")
 
 
-def bits_per_dim(
-    source: Any, codec: Any, model: nn.Module, process: Any, sampler: Any, *,
-    seed: int, count: int, batch_size: int, device: Any, level: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Bits per dimension of the first ``count`` samples of a source.
+class MeasuringRun:
+    """Measures the first ``num_samples`` samples of a source into ``folder``.
 
     Args:
-        level: width of a grey level in x1's units; each value is spread evenly over its level (uniform
+        quantity: "bits_per_dim", or "noise": the x0 that the ODE maps to a sample.
+        source: the data; fewer samples than asked for are all of them.
+        codec: ``encode(batch) -> x1``.
+        model: holds the weights; ``model(x, t, y)``.
+        process, sampler: ``sampler.log_likelihood(...)`` and ``sampler.encode(...)``.
+        level: for bits, the width of a grey level in x1's units; each value is spread evenly over its level (uniform
             dequantization, Theis et al. 2016), which makes the result an upper bound for the discrete data.
             None measures the density as it is.
+        seed: of dequantization, probe and choice of captions.
+        identity: plain facts that the values depend on and that this class cannot see.
 
-    Returns:
-        (N,) float64 bits per dimension and (N,) int64 indices in the source.
+    Raises:
+        ValueError: an unknown quantity, a count below 1, or a source without samples.
     """
-    bits, ids = [], []
-    for index, x1, y, draws in _batches(source, codec, model, seed, count, batch_size, device):
-        if level is not None:
-            x1 = x1 + level * (draws.uniform("likelihood.dequantize", tuple(x1.shape[1:])) - 0.5)
-        width = 1.0 if level is None else level
-        found = sampler.log_likelihood(process, model, x1, y, draws=draws, bin_width=width)
-        bits.append(found.bits_per_dim.double().cpu())
-        ids.append(index)
-    return torch.cat(bits), torch.cat(ids)
 
+    def __init__(
+        self,
+        *,
+        quantity: str,
+        source: Any,
+        codec: Any,
+        model: nn.Module,
+        process: Any,
+        sampler: Any,
+        seed: int,
+        num_samples: int,
+        batch_size: int,
+        folder: Path | str,
+        level: float | None = None,
+        identity: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        ranks: Ranks | None = None,
+        progress: bool | None = None,
+    ):
+        if quantity not in QUANTITIES:
+            raise ValueError(f"quantity is one of {', '.join(QUANTITIES)}, got {quantity!r}")
+        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not len(source):
+            raise ValueError("there is nothing to measure: the source has no samples")
+        self.quantity, self.level, self.seed, self.batch_size = quantity, level, seed, batch_size
+        self.data = PositionDataset(source)
+        self.available = len(source)
+        self.num_samples = min(num_samples, self.available)
+        self.device = torch.device(device)
+        self.codec, self.process, self.sampler = codec, process, sampler
+        self.model = model.to(self.device).eval()
+        self.folder = Path(folder)
+        self.ranks = ranks or Ranks()
+        self.progress = progress
+        self.identity = {
+            "quantity": quantity,
+            "level": level,
+            "seed": seed,
+            "batch_size": batch_size,
+            "available": self.available,
+            "data": str(getattr(source, "fingerprint", "")),
+            "weights": weights_hash(model),
+            **(identity or {}),
+        }
 
-def encode_data(
-    source: Any, codec: Any, model: nn.Module, process: Any, sampler: Any, *,
-    seed: int, count: int, batch_size: int, device: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The noise x0 that the ODE maps to the first ``count`` samples of a source: (N, C, h, w) and (N,) indices."""
-    found, ids = [], []
-    for index, x1, y, _ in _batches(source, codec, model, seed, count, batch_size, device):
-        found.append(sampler.encode(process, model, x1, y).cpu())
-        ids.append(index)
-    return torch.cat(found), torch.cat(ids)
+    def path(self, number: int) -> Path:
+        """The file of one batch."""
+        return self.folder / "batches" / f"{number:06d}.safetensors"
+
+    def run(self) -> None:
+        """Compute the batches that are missing; every process of the run calls this together.
+
+        Raises:
+            SamplingFolderError: the folder holds values of another run.
+            Exception: whatever source, codec, model or sampler raise.
+        """
+        with self.ranks.together("opening the folder of measurements"):
+            if self.ranks.is_main:
+                batches = self.folder / "batches"
+                for leftover in batches.glob(".*.tmp"):
+                    durable.unlink(leftover)
+                claim_folder(self.folder, MEASURED, self.identity, any(batches.glob("*.safetensors")))
+                batches.mkdir(exist_ok=True)
+        own = range(self._num_batches)[self.ranks.rank :: self.ranks.size]
+        hidden = None if self.progress is None else not self.progress
+        with self.ranks.together("measuring"):
+            for number in tqdm(own, unit="batch", disable=hidden if self.ranks.is_main else True):
+                if self._read(number) is None:
+                    self._measure(number)
+
+    def collect(self) -> tuple[Tensor, Tensor]:
+        """Values and indices: for one process, once every process is through ``run()``.
+
+        Returns:
+            (N,) float64 bits per dimension or (N, C, h, w) noise, and (N,) int64 indices in the source.
+
+        Raises:
+            SamplingFolderError: a batch is missing or damaged.
+        """
+        found = []
+        for number in range(self._num_batches):
+            batch = self._read(number)
+            if batch is None:
+                raise SamplingFolderError(
+                    f"{self.path(number)} is missing or damaged; call run() in every process first"
+                )
+            found.append(batch)
+        values, ids = (torch.cat([batch[key] for batch in found]) for key in ("values", "ids"))
+        return values[: self.num_samples], ids[: self.num_samples]
+
+    @property
+    def _num_batches(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+    def _measure(self, number: int) -> None:
+        # The batch is whole whatever number was asked for, so that a longer run finds it as it would make it; the
+        # last one of the source is filled up by its first samples, whose values are dropped.
+        first = number * self.batch_size
+        places = range(first, first + self.batch_size)
+        batch = collate(self.data.__getitems__([place % self.available for place in places]))
+        draws = KeyedDraws(self.seed, batch.ids).to(self.device)
+        batch = batch.to(self.device)
+        with draws.active():
+            x1 = self.codec.encode(batch)
+            values = self._values(x1, condition(batch, self.model, draws), draws).cpu()
+        real = min(self.batch_size, self.available - first)
+        path = self.path(number)
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_tensors(temporary, {"values": values[:real], "ids": batch.ids[:real].cpu()})
+        durable.rename(temporary, path)
+
+    def _values(self, x1: Tensor, y: Any, draws: KeyedDraws) -> Tensor:
+        if self.quantity == "noise":
+            return self.sampler.encode(self.process, self.model, x1, y)
+        if self.level is not None:
+            x1 = x1 + self.level * (draws.uniform("likelihood.dequantize", tuple(x1.shape[1:])) - 0.5)
+        width = 1.0 if self.level is None else self.level
+        found = self.sampler.log_likelihood(self.process, self.model, x1, y, draws=draws, bin_width=width)
+        return found.bits_per_dim.double()
+
+    def _read(self, number: int) -> dict[str, Tensor] | None:
+        try:
+            return load_tensors(self.path(number))
+        except (FileNotFoundError, ValueError):
+            return None

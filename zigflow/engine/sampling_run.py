@@ -2,7 +2,8 @@
 
 Sample i starts from noise keyed by (seed, i) and is computed in batch ``i // batch_size``, whose size is
 always full, so its image does not depend on how many samples are asked for, on how many processes share the
-work, or on how often the run was cut. A folder is continued only by a run of the same identity.
+work, or on how often the run was cut. A folder is continued only by a run of the same identity. Chosen
+samples (``ids``) keep their numbers; their batches are cut from the list of them.
 
 Legend: N samples, B batch, C channels, H x W pixels.
 """
@@ -11,7 +12,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ __all__ = ["SamplingFolderError", "SamplingResult", "SamplingRun", "weights_hash
 log = logging.getLogger(__name__)
 
 IDENTITY = "sampling.json"
+MEASURED = "measuring.json"
 
 
 class SamplingFolderError(RuntimeError):
@@ -46,7 +48,8 @@ class SamplingResult:
     """What this process knows after the run; with one process, everything.
 
     Attributes:
-        images: (N, C, H, W) uint8; a video's frames stand side by side.
+        images: (N, C, H, W) uint8; a video's frames stand side by side. Of the first samples only, or none, when
+            the caller asked for no more.
         ids: (N,) int64 sample numbers.
         labels: (N,) int64, or None for a model without class labels.
         identity: what the samples follow from.
@@ -69,6 +72,32 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def claim_folder(folder: Path, name: str, identity: Mapping[str, Any], started: bool) -> None:
+    """Write who a folder belongs to, or refuse one that another run has ``started`` to fill.
+
+    Raises:
+        SamplingFolderError: the folder holds results of another identity; what differs is named.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for other in {IDENTITY, MEASURED} - {name}:
+        if (folder / other).is_file():
+            raise SamplingFolderError(
+                f"{folder} holds {other} of a run of another kind; give another folder, sample_dir=PATH"
+            )
+    file = folder / name
+    wanted = json.loads(json.dumps(identity))
+    if started:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        different = sorted(k for k in set(found) | set(wanted) if found.get(k) != wanted.get(k))
+        if different:
+            detail = "; ".join(f"{k}: there {found.get(k)!r}, now {wanted.get(k)!r}" for k in different[:4])
+            raise SamplingFolderError(
+                f"{folder} holds samples of another run ({detail}); give another folder, "
+                "sample_dir=PATH, or remove its files"
+            )
+    durable.replace_json(file, wanted)
+
+
 class SamplingRun:
     """Samples ``num_samples`` images into ``folder``.
 
@@ -78,11 +107,12 @@ class SamplingRun:
         sampler: ``sample(process, model, x0, y, draws=...) -> x1``.
         codec: ``decode(x1)`` to pixels in [-1, 1].
         shape: of one x0, (C,h,w) or (T,C,h,w).
-        num_samples: sample numbers 0..num_samples-1.
+        num_samples: sample numbers 0..num_samples-1. Not used with ``ids``.
         batch_size: the fixed batch, larger than ``num_samples`` or not; the last one is filled up with samples that
             are thrown away.
         seed: of the noise.
         folder: made when missing.
+        ids: the numbers of the samples, each once; None for the first ``num_samples``.
         num_classes: sample i has the label ``i % num_classes``; 0 for an unconditional model.
         label_of: another plan, (B,) sample numbers -> (B,) labels (or any condition of the model, which the result
             does not repeat).
@@ -93,7 +123,7 @@ class SamplingRun:
         progress: as in ``TrainOptions``.
 
     Raises:
-        ValueError: a count below 1.
+        ValueError: a count below 1, or a number that is negative or given twice.
     """
 
     def __init__(
@@ -104,10 +134,11 @@ class SamplingRun:
         sampler: Any,
         codec: Any,
         shape: tuple[int, ...],
-        num_samples: int,
+        num_samples: int = 0,
         batch_size: int,
         seed: int,
         folder: Path | str,
+        ids: Sequence[int] | None = None,
         num_classes: int = 0,
         label_of: Callable[[Tensor], Any] | None = None,
         guide: Callable[[Any], Any] | None = None,
@@ -117,9 +148,14 @@ class SamplingRun:
         mixed_precision: str = "no",
         progress: bool | None = None,
     ):
+        num_samples = num_samples if ids is None else len(ids)
         for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if ids is not None and (len(set(ids)) < len(ids) or min(ids) < 0):
+            raise ValueError(f"ids must be different numbers from 0 on, got {list(ids)[:20]}")
+        self._chosen = ids is not None
+        self.ids = range(num_samples) if ids is None else tuple(ids)
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
         self.process, self.sampler, self.codec = process, sampler, codec
@@ -153,8 +189,11 @@ class SamplingRun:
             return self._label_of(ids)
         return ids % self.num_classes if self.num_classes > 0 else None
 
-    def run(self) -> SamplingResult:
+    def run(self, keep: bool = True) -> SamplingResult:
         """Compute what is missing; every process of the run calls this together.
+
+        Args:
+            keep: hold this process's images in memory and return them.
 
         Returns:
             The samples of this process; all processes are done by then, so that one of them may ``collect()``.
@@ -169,34 +208,63 @@ class SamplingRun:
         batches = range(-(-self.num_samples // self.batch_size))
         own = list(batches[self.ranks.rank :: self.ranks.size])
         images: dict[int, np.ndarray] = {}
+        ids: list[int] = []
         hidden = None if self.progress is None else not self.progress
         with self.ranks.together("sampling"):
             for batch in tqdm(own, unit="batch", disable=hidden if self.ranks.is_main else True):
-                images |= self._batch(batch)
-        return self._result(images)
+                made = self._batch(batch)
+                ids += made
+                images |= made if keep else {}
+        return self._result(ids, images)
 
-    def collect(self) -> SamplingResult:
+    def collect(self, keep: int | None = None) -> SamplingResult:
         """All samples, read back from the folder: for the main process, once every process is through ``run()``.
 
+        Args:
+            keep: how many of the first images to hold in memory; None for all.
+
         Returns:
-            Samples 0..num_samples-1, whoever computed them.
+            Every sample of the run, whoever computed it.
 
         Raises:
             SamplingFolderError: a file is missing or damaged; the first one is named.
         """
-        images = {index: self._read(index) for index in range(self.num_samples)}
-        missing = [index for index, image in images.items() if image is None]
+        images: dict[int, np.ndarray] = {}
+        missing = []
+        for place, index in enumerate(sorted(self.ids)):
+            image = self._read(index)
+            if image is None:
+                missing.append(index)
+            elif keep is None or place < keep:
+                images[index] = image
         if missing:
             raise SamplingFolderError(
                 f"{len(missing)} of {self.num_samples} samples are missing or damaged, the first is "
                 f"{self.path(missing[0])}; call run() in every process first, it computes them"
             )
-        return self._result({index: image for index, image in images.items() if image is not None})
+        return self._result(list(self.ids), images)
 
-    def _result(self, images: dict[int, np.ndarray]) -> SamplingResult:
-        ids = np.array(sorted(images), dtype=np.int64)
+    def images(self) -> Iterator[np.ndarray]:
+        """The samples in the order of their numbers, (C, H, W) uint8, one in memory at a time.
+
+        Raises:
+            SamplingFolderError: a file is missing or damaged.
+        """
+        for index in sorted(self.ids):
+            image = self._read(index)
+            if image is None:
+                raise SamplingFolderError(f"{self.path(index)} is missing or damaged; call run() first")
+            yield image
+
+    def class_labels(self) -> np.ndarray | None:
+        """(N,) int64 classes of all samples in the order of their numbers, None for a model without classes."""
+        return self._class_labels(np.array(sorted(self.ids), dtype=np.int64))
+
+    def _result(self, numbers: list[int], images: dict[int, np.ndarray]) -> SamplingResult:
+        ids = np.array(sorted(numbers), dtype=np.int64)
+        stored = [images[i] for i in sorted(images)]
         return SamplingResult(
-            images=np.stack([images[i] for i in ids]) if len(ids) else np.zeros((0, 0, 0, 0), np.uint8),
+            images=np.stack(stored) if stored else np.zeros((0, 0, 0, 0), np.uint8),
             ids=ids,
             labels=self._class_labels(ids),
             identity=self.identity,
@@ -214,32 +282,21 @@ class SamplingRun:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".*.png.tmp"):
             durable.unlink(leftover)
-        file = self.folder / IDENTITY
-        wanted = json.loads(json.dumps(self.identity))
-        samples = any(self.folder.glob("[0-9]*.png"))
-        if samples:
-            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-            different = sorted(k for k in set(found) | set(wanted) if found.get(k) != wanted.get(k))
-            if different:
-                detail = "; ".join(
-                    f"{k}: there {found.get(k)!r}, now {wanted.get(k)!r}" for k in different[:4]
-                )
-                raise SamplingFolderError(
-                    f"{self.folder} holds samples of another run ({detail}); give another folder, "
-                    "sample_dir=PATH, or remove its files"
-                )
-        durable.replace_json(file, wanted)
+        claim_folder(self.folder, IDENTITY, self.identity, any(self.folder.glob("[0-9]*.png")))
 
     def _batch(self, number: int) -> dict[int, np.ndarray]:
         first = number * self.batch_size
-        wanted = range(first, min(first + self.batch_size, self.num_samples))
+        wanted = self.ids[first : first + self.batch_size]
         there = {index: image for index in wanted if (image := self._read(index)) is not None}
         if len(there) == len(wanted):
             return there
-        pixels = self._sample(torch.arange(first, first + self.batch_size))
-        for index in wanted:
+        # Filled up by the numbers that a longer run has there, or by the chosen ones from the first on.
+        places = range(first, first + self.batch_size)
+        filled = [self.ids[place % self.num_samples] for place in places] if self._chosen else list(places)
+        pixels = self._sample(torch.tensor(filled))
+        for place, index in enumerate(wanted):
             if index not in there:
-                there[index] = pixels[index - first]
+                there[index] = pixels[place]
                 durable.replace_bytes(self.path(index), [_png(there[index])], durable=False)
         return there
 

@@ -142,6 +142,19 @@ class Metric(ABC):
             RuntimeError: the reference is missing or no sample has been given.
         """
 
+    def check_request(self, count: int, labels: Tensor | None) -> None:
+        """Refuse, before any is made, samples that ``compute`` would refuse for their number or classes.
+
+        Args:
+            count: how many samples there will be.
+            labels: int64 (count,), the classes that will be asked for, or None.
+
+        Raises:
+            RuntimeError: the reference is missing.
+            ValueError: too few or too many samples, or classes that do not suit; one line.
+        """
+        self._require_reference()
+
     def update(self, images: Tensor, labels: Tensor | None, ids: Tensor) -> None:
         """Count a batch.
 

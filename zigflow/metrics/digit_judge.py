@@ -205,6 +205,27 @@ class DigitJudge(Metric):
             )
         return np.concatenate(chosen)
 
+    def check_request(self, count: int, labels: Tensor | None) -> None:
+        """As ``Metric.check_request``: classes are needed, more samples than ``k``, no class beyond the real ones."""
+        super().check_request(count, labels)
+        if labels is None:
+            raise ValueError("digit judge: samples need labels, the classes that were asked for")
+        if count <= self.k:
+            raise ValueError(f"digit judge: {count} samples are too few for k = {self.k} neighbors")
+        for name, pair in (("train", self._train), ("heldout", self._heldout)):
+            real = (pair or (None, labels))[1].bincount()
+            asked = labels.bincount(minlength=len(real))
+            if len(asked) > len(real):
+                raise ValueError(
+                    f"digit judge: label {len(asked) - 1} was asked for, known are 0..{len(real) - 1}"
+                )
+            if bool((asked > real).any()):
+                label = int((asked - real).argmax())
+                raise ValueError(
+                    f"digit judge: {int(asked[label])} samples of class {label} need as many {name} images to compare "
+                    f"with, there are {int(real[label])}; sample fewer, or keep more real images"
+                )
+
     @torch.no_grad()
     def compute(self) -> dict[str, float]:
         """All results, ``passed_<result>`` for each that has a threshold, and ``passed``.

@@ -252,6 +252,12 @@ class FrechetMetric(Metric):
             mine = self._fake or FrechetStatistics(other._fake.num_features, other._fake.sum_F.device)
             self._fake = mine.merge(other._fake)
 
+    def check_request(self, count: int, labels: Tensor | None) -> None:
+        """As ``Metric.check_request``: a covariance needs two samples."""
+        super().check_request(count, labels)
+        if count < 2:
+            raise ValueError(f"{self.name}: a covariance needs at least 2 samples, got {count}")
+
     def compute(self) -> dict[str, float]:
         """``{name: squared distance}``."""
         self._require_samples()

@@ -1,6 +1,6 @@
 """Pictures to look at: samples by class, and a loss curve.
 
-Legend: N images, C channels, H height, W width.
+Legend: N images, C channels, T frames, H height, W width.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zigflow.metrics.base import check_images, check_labels
 
-__all__ = ["save_loss_curve", "save_sample_grid"]
+__all__ = ["save_frame_grid", "save_loss_curve", "save_sample_grid"]
 
 _VISIBLE_PIXELS = 48
 _BACKGROUND = (255, 255, 255)
@@ -84,6 +84,41 @@ def save_sample_grid(
             canvas.paste(Image.fromarray(np.ascontiguousarray(pixels.numpy())), (left, top))
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path, format="PNG", optimize=True)
+    return path
+
+
+def save_frame_grid(path: str | Path, strip: np.ndarray, frames: int, margin: int = 2) -> Path:
+    """Write a PNG of a video's frames in reading order, in rows that make the picture about square.
+
+    Args:
+        path: the file; its folder is made when absent.
+        strip: uint8 (C, H, T*W), the frames side by side, C 1 or 3.
+        frames: T.
+        margin: pixels between frames.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: shape or channels, or a width that is no multiple of ``frames``.
+    """
+    from PIL import Image
+
+    path = Path(path)
+    if strip.ndim != 3 or strip.shape[0] not in (1, 3) or frames < 1 or strip.shape[2] % frames:
+        raise ValueError(f"expected (C, H, {frames} * W) with C 1 or 3, got {tuple(strip.shape)}")
+    height, width = strip.shape[1], strip.shape[2] // frames
+    columns = min(frames, max(1, round(math.sqrt(frames * height / width))))
+    rows = -(-frames // columns)
+    size = (columns * (width + margin) - margin, rows * (height + margin) - margin)
+    canvas = Image.new("RGB", size, _BACKGROUND)
+    pixels = np.broadcast_to(strip, (3, *strip.shape[1:])).transpose(1, 2, 0)
+    for frame in range(frames):
+        row, column = divmod(frame, columns)
+        part = np.ascontiguousarray(pixels[:, frame * width : (frame + 1) * width])
+        canvas.paste(Image.fromarray(part), (column * (width + margin), row * (height + margin)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path, format="PNG")
     return path
 
 
