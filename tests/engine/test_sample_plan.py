@@ -155,5 +155,7 @@ def test_captions_that_do_not_fit_the_model(tmp_path):
 
 
 def test_facts_are_json():
-    facts = options(labels=[3, 7], seeds="0-3").facts()
-    assert json.loads(json.dumps(facts)) == {"labels": [3, 7], "seeds": [0, 1, 2, 3]}
+    facts = options(labels=[3, 7], seeds=[4, 0]).facts()
+    assert json.loads(json.dumps(facts)) == {"labels": [3, 7], "seeds": [4, 0]}
+    assert options(seeds="0-999999").facts() == {"seeds": "0-999999"}, "short however many they are"
+    assert options(seeds=[0, 1, 2]).facts() == options(seeds="0-2").facts()

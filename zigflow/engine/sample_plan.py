@@ -74,7 +74,10 @@ class SampleOptions:
         if self.labels != "balanced":
             found["labels"] = self.labels if isinstance(self.labels, str) else list(self.labels)
         if self.seeds is not None:
-            found["seeds"] = list(self.seeds)
+            first, last = self.seeds[0], self.seeds[-1]
+            # A range may have millions of numbers: as short as it is typed.
+            is_range = self.seeds == tuple(range(first, last + 1))
+            found["seeds"] = f"{first}-{last}" if is_range else list(self.seeds)
         return found
 
 

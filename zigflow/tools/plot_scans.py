@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from scans.animate import animate_scans
 from scans.plot import plot_scans
@@ -23,7 +24,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", help="picture to write (default scans.png, or none with --animate)")
     parser.add_argument("--animate", metavar="FILE.gif", help="write an animation of the growing paths")
     options = parser.parse_args(argv)
-    drawings = [(animate_scans, options.animate)] if options.animate else []
+    drawings: list[tuple[Callable[..., Path], str]] = (
+        [(animate_scans, options.animate)] if options.animate else []
+    )
     if options.output or not drawings:
         drawings.append((plot_scans, options.output or "scans.png"))
     for draw, output in drawings:
