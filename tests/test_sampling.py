@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -227,7 +228,7 @@ def without_command(folder):
     ids=["ode", "sde", "likelihood", "encoding"],
 )
 def test_two_processes_share_the_work(runs, tmp_path, options, kind):
-    """Every file of one process, each once: cut after the first process's share, continued by two."""
+    """Every file of one process, and each sample counted once."""
     options = [f"ckpt={runs['class']}", *options]
     one = tmp_path / "one"
     sample_from_config(plugins.compose_config([*options, *QUICK, f"sample_dir={one}", "run_dir=x"], "sample"))
@@ -241,7 +242,42 @@ def test_two_processes_share_the_work(runs, tmp_path, options, kind):
             assert (one / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     assert without_command(one) == without_command(tmp_path / "two")
     assert results(one)["protocol"]["n"] == 19
-    assert (
-        len([name for name in names if name.endswith(".safetensors" if kind == "batches" else "00001.png")])
-        >= 1
+    assert any(name.startswith("batches") for name in names) == (kind == "batches")
+    assert ("000018.png" in names) == (kind == "png")
+
+
+@pytest.mark.parametrize(
+    "options, pattern",
+    [
+        (["sample_mode=SDE", "sde.num_steps=20", "metrics=none"], "*.png"),
+        (["likelihood=1", "ode.num_steps=10"], "batches/*.safetensors"),
+    ],
+    ids=["sde", "likelihood"],
+)
+def test_killed_while_working_and_continued_equals_never_stopped(runs, tmp_path, options, pattern):
+    options = [f"ckpt={runs['class']}", "num_fid_samples=80", *QUICK, *options]
+    cut = tmp_path / "cut"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "sample_acc.py"), *options, f"sample_dir={cut}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        stderr=subprocess.DEVNULL,
     )
+    deadline = time.monotonic() + 200
+    while len(list(cut.glob(pattern))) < 5 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in cut.glob(pattern) if not path.name.startswith(".")}
+    assert not (cut / "results.json").exists(), "the run ended before it could be killed"
+    for folder in (cut, tmp_path / "whole"):
+        arguments = [*options, f"sample_dir={folder}", "run_dir=x"]
+        sample_from_config(plugins.compose_config(arguments, "sample"))
+    assert len(kept) >= 5
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items()), "nothing is computed twice"
+    names = sorted(str(p.relative_to(cut)) for p in cut.rglob("*") if p.is_file())
+    assert names == sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    for name in names:
+        if name != "results.json":
+            assert (cut / name).read_bytes() == (folder / name).read_bytes(), name
+    assert results(cut)["metrics"] == results(folder)["metrics"]
