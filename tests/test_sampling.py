@@ -159,6 +159,13 @@ def test_videos_are_grids_of_frames(runs, tmp_path):
     assert np.array_equal(np.asarray(Image.open(grids[1]))[:4, :4], strips["000001.png"][:, :4])
 
 
+def test_a_joint_scan_trains_and_samples_videos(tmp_path):
+    video = ["data.video_frames=3", "+model.video_frames=3", "model.scan_type=zzvideo_sst"]
+    run_dir = train(tmp_path, "joint", *video, "scan=hilbert3d")
+    folder = sample(run_dir, tmp_path / "a", "num_fid_samples=2")
+    assert [strip.shape for strip in pngs(folder).values()] == [(4, 12, 3)] * 2
+
+
 def test_likelihood_and_encoding_have_folders_of_their_own_and_continue(runs, tmp_path):
     given = ["likelihood=1", "num_fid_samples=10", "ode.sampling_method=heun"]
     folder = sample(runs["class"], tmp_path / "bits", *given)

@@ -213,6 +213,8 @@ def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple
                 f"captions={options.captions} needs a text model, this one reads none: drop captions="
             )
         source = build_source(settings) if options.labels == "data" else None
+        if source is not None:
+            facts["labels_of"] = source.fingerprint
         return class_plan(options, model.num_classes, source, settings.global_seed), facts
     if options.labels != "balanced":
         raise SettingsError(
