@@ -12,6 +12,8 @@ COMMANDS = {
     "make-shards": "write indexed shards from digits, an image folder or idx files",
     "verify-shards": "check shards byte for byte",
     "convert-checkpoint": "turn an official .pt file into a checkpoint of ours",
+    "count-flops": "count a model's parameters and operations per sample, by module",
+    "evaluate": "judge a folder of PNG files or an npz archive with the metrics of a configuration",
     "demo-report": "print what a sampled run's results.json says and where its pictures lie",
     "doctor": "print versions, devices and which kernel backends can run",
 }

@@ -1,0 +1,133 @@
+"""Floating-point operations of a forward pass, counted on meta tensors: nothing is computed.
+
+Convention: a multiply and the add that follows it are two operations (a "multiply-add" or MAC in the literature,
+which often calls MACs "FLOPs": DiT, SiT and ZigMa do). Counted are matrix products, convolutions, attention, and
+the two sequence operators of the state-space mixers; norms, activations, embeddings and gathers are not.
+Training is taken as three forward passes, two of them for the gradients of inputs and weights; what activation
+checkpointing computes again is not useful work and not counted (Chowdhery et al., "PaLM", 2022, appendix B).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dis_causal_conv1d.dispatch import use_backend
+
+__all__ = ["TRAINING_FACTOR", "FlopCount", "count_flops", "one_sample", "scan_flops"]
+
+TRAINING_FACTOR = 3
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """Operations of one forward pass.
+
+    Attributes:
+        forward: of the whole model.
+        modules: by dotted name of the module, its children included; "" is the model.
+        operators: by operator.
+    """
+
+    forward: int
+    modules: dict[str, int]
+    operators: dict[str, int]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds."""
+        return self.forward // 2
+
+    @property
+    def training(self) -> int:
+        """Forward and backward pass together."""
+        return TRAINING_FACTOR * self.forward
+
+
+def scan_flops(batch: int, tokens: int, channels: int, states: int, skip: bool, gate: bool) -> int:
+    """Operations of one selective scan by its definition, whichever way a backend computes it.
+
+    Per token, channel and state seven: dt A, its exponential, (dt u) B, a h, the sum of both, C h, the sum over
+    the states; per token and channel one for dt u, two for the skip D u, one for the gate.
+    """
+    return batch * tokens * channels * (7 * states + 1 + 2 * skip + gate)
+
+
+def _scan(u, delta, A, B, C, D, z, *_: Any, **__: Any) -> int:
+    return scan_flops(*u, A[1], D is not None, z is not None)
+
+
+def _conv(x, weight, bias, *_: Any, **__: Any) -> int:
+    batch, tokens, channels = x
+    return batch * tokens * channels * (2 * weight[1] + (bias is not None))
+
+
+def _formulas() -> dict[Any, Any]:
+    # Imported where they are registered; their backends are named in count_flops.
+    from dis_causal_conv1d.backends import torch_shift
+    from dis_mamba.backends import torch_chunked
+
+    operators = torch.ops.zigflow
+    assert torch_shift and torch_chunked
+    return {operators.chunked_scan: _scan, operators.shifted_conv: _conv}
+
+
+def one_sample(model: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x, t, y) of one sample on the meta device, by the attributes that every model family has.
+
+    ``in_channels`` and ``img_dim`` (h, w); ``video_frames`` T > 0: x is (1, T, C, h, w), else (1, C, h, w); ``has_text``
+    with ``n_context_token`` and ``d_context``: y is (1, S, D); ``num_classes`` > 0: y is (1,) int64.
+
+    Raises:
+        ValueError: the model does not say what it reads.
+    """
+    try:
+        frames = (model.video_frames,) if getattr(model, "video_frames", 0) else ()
+        x = torch.empty(1, *frames, model.in_channels, *model.img_dim, device="meta")
+        y = None
+        if getattr(model, "has_text", False):
+            y = torch.empty(1, model.n_context_token, model.d_context, device="meta")
+        elif getattr(model, "num_classes", -1) > 0:
+            y = torch.zeros(1, dtype=torch.int64, device="meta")
+    except AttributeError as error:
+        raise ValueError(f"the operations of {type(model).__name__} cannot be counted: {error}") from error
+    return x, torch.zeros(1, device="meta"), y
+
+
+def count_flops(model: nn.Module, *inputs: Any) -> FlopCount:
+    """Count one forward pass in eval mode.
+
+    Args:
+        model: stays as it is; its parameters are stood in for by meta tensors.
+        inputs: what the model is called with, on the meta device; by default :func:`one_sample`.
+    """
+    state = {name: value.to("meta") for name, value in model.named_buffers()}
+    # Modules look their weights up with get_parameter, which wants the class as well.
+    state |= {
+        name: nn.Parameter(value.detach().to("meta"), requires_grad=False)
+        for name, value in model.named_parameters()
+    }
+    training = {module: module.training for module in model.modules()}
+    # No depth limit: the table picks its rows itself.
+    counter = FlopCounterMode(display=False, depth=None, custom_mapping=_formulas())
+    model.eval()
+    try:
+        with torch.no_grad(), use_backend("torch"), counter:
+            torch.func.functional_call(model, state, inputs or one_sample(model))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    counts = counter.get_flop_counts()
+    root = type(model).__name__
+    modules = {
+        "" if name in ("Global", root) else name.removeprefix(f"{root}."): sum(by_operator.values())
+        for name, by_operator in counts.items()
+    }
+    # Lists of modules are not called, only what they hold.
+    for name, module in reversed(list(model.named_modules())):
+        below = sum(modules.get(f"{name}.{child}", 0) for child, _ in module.named_children())
+        modules[name] = modules.get(name, below)
+    operators = {str(operator): int(n) for operator, n in counts.get("Global", {}).items()}
+    return FlopCount(int(counter.get_total_flops()), modules, operators)
