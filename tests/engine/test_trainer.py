@@ -14,6 +14,7 @@ from zigflow.engine import checkpoint, durable
 from zigflow.engine import step as step_module
 from zigflow.engine.checkpoint import CheckpointError
 from zigflow.engine.log import read_metrics
+from zigflow.engine.monitor import MACHINE_KEYS
 from zigflow.engine.optim import Schedule
 from zigflow.engine.precision import LossScaler, TooManyOverflowsError
 from zigflow.engine.run_dir import RunDir, RunDirError
@@ -118,7 +119,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, cut, accumulate):
 
     def without_clock(path):
         return [
-            {k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")}
+            {k: v for k, v in line.items() if k not in MACHINE_KEYS}
             for line in read_metrics(path / "metrics.jsonl")
         ]
 
@@ -496,7 +497,10 @@ def test_logged_lines_have_what_a_chart_needs(tmp_path):
     make_trainer(tmp_path, steps=4, log_every=2).fit()
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 4]
-    wanted = {"step", "images_seen", "loss", "grad_norm", "lr", "images_per_second", "data_wait", "skipped"}
+    wanted = {
+        "step", "images_seen", "loss", "loss_by_time", "grad_norm", "lr", "skipped", "images_per_second", "data_wait",
+        "memory_gib",
+    }  # fmt: skip
     assert all(set(line) == wanted for line in lines)
     assert all(0 <= line["data_wait"] <= 1 for line in lines)
 

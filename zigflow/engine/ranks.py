@@ -43,6 +43,22 @@ class Ranks:
         """Whether the flag is set on any process."""
         return flag if self.size == 1 else self.sum([float(flag)])[0] > 0
 
+    def gather(self, payload: bytes) -> list[bytes]:
+        """The bytes of every process, by rank; all processes get all of them."""
+        if self.size == 1:
+            return [payload]
+        sizes = torch.zeros(self.size, dtype=torch.int64, device=self._device)
+        sizes[self.rank] = len(payload)
+        distributed.all_reduce(sizes)
+        lengths = sizes.tolist()
+        own = torch.zeros(max(lengths), dtype=torch.uint8)
+        if payload:
+            own[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        own = own.to(self._device)
+        gathered = [torch.empty_like(own) for _ in lengths]
+        distributed.all_gather(gathered, own)
+        return [part[:n].cpu().numpy().tobytes() for part, n in zip(gathered, lengths, strict=True)]
+
     def barrier(self) -> None:
         self.any(False)
 

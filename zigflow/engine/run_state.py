@@ -30,8 +30,11 @@ class Counters:
         images_seen: images of those steps.
         skipped: steps that fp16 overflow skipped; they consumed data and nothing else.
         loss_sum, loss_steps: of the steps since the last logged line.
+        time_sums, time_counts: of the samples since the last logged line, by time bin.
         best: the best evaluation so far, ``{"metric", "value", "step"}``.
+        evaluated: the last step that was evaluated.
         keep: steps whose checkpoints stay.
+        tracking: by tracker, what it has to know to continue.
     """
 
     step: int = 0
@@ -39,8 +42,12 @@ class Counters:
     skipped: int = 0
     loss_sum: float = 0.0
     loss_steps: int = 0
+    time_sums: list[float] = field(default_factory=list)
+    time_counts: list[float] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    evaluated: int = 0
     keep: list[int] = field(default_factory=list)
+    tracking: dict[str, Any] = field(default_factory=dict)
 
     @property
     def batches(self) -> int:

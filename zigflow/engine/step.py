@@ -143,8 +143,6 @@ class OptimizerStep:
         counters.step += 1
         counters.images_seen += self.global_batch
         loss = float(losses.double().mean())
-        counters.loss_sum += loss
-        counters.loss_steps += 1
         lr = float(self.optimizer.param_groups[0]["lr"])
         return StepRecord(counters.step, counters.images_seen, loss, grad_norm, lr, ids, times, losses)
 

@@ -25,6 +25,7 @@ from .batches import prepare_blocks
 from .ema import EmaProfiles
 from .launch import launched_precision, make_accelerator
 from .log import MetricsFile, Progress
+from .monitor import Monitor
 from .optim import Schedule
 from .options import TrainOptions
 from .precision import LossScaler
@@ -33,6 +34,7 @@ from .run_dir import RunDir, check_same_config
 from .run_state import Counters, RunState, set_random_state
 from .sharding import place
 from .step import OptimizerStep, StepRecord
+from .trackers import Trackers
 
 __all__ = ["Trainer"]
 
@@ -58,10 +60,14 @@ class Trainer:
         data_identity: plain JSON values that tell data set and order from another (its fingerprint, the order's
             identity), recorded; a resume with other values is refused.
         accelerator: by default one made by :func:`~zigflow.engine.launch.make_accelerator`.
-        hooks: called as ``hook(trainer, record)`` after every step, on every rank; one that takes long asks
-            :meth:`should_stop` now and then and returns early.
+        hooks: called as ``hook(trainer, record)`` after every step, on every rank. One that takes long asks
+            :meth:`should_stop` now and then and returns early. A hook's ``begin(trainer)``, if it has one, is called
+            before the first step.
         plugins: names of the plug-ins in use, recorded.
         draws: ``draws(seed, ids)`` makes the keyed draws of a batch.
+        trackers: where the lines of the log go besides.
+        training_flops: operations of a sample's forward and backward pass; None logs no utilization.
+        peak_flops: operations per second of one device; None logs no utilization.
 
     Attributes:
         stopped_by: the signal that ended :meth:`fit` before its last step, or None.
@@ -88,6 +94,9 @@ class Trainer:
         hooks: Sequence[Callable[["Trainer", StepRecord], None]] = (),
         plugins: Sequence[str] = (),
         draws: Callable[[int, Tensor], Any] = KeyedDraws,
+        trackers: Trackers | None = None,
+        training_flops: float | None = None,
+        peak_flops: float | None = None,
     ):
         self.options = options
         self.accelerator = accelerator or make_accelerator()
@@ -121,8 +130,13 @@ class Trainer:
             options=options, mixed_precision=self.mixed_precision, ranks=self.ranks, device=self.device, draws=draws,
         )  # fmt: skip
         self._saved_step: int | None = None
-        self._waited = 0.0
-        self._clock = (time.perf_counter(), 0)
+        self._save_asked = False
+        self.trackers = trackers or Trackers()
+        interval = process.interval("train") if hasattr(process, "interval") else (0.0, 1.0)
+        self.monitor = Monitor(
+            self.counters, self.ranks, interval=interval, training_flops=training_flops, peak_flops=peak_flops,
+            device=self.device,
+        )  # fmt: skip
 
     def request_stop(self) -> None:
         """Ask the run to save and return after the step in progress; safe in a signal handler."""
@@ -139,6 +153,10 @@ class Trainer:
         if signalled:
             self.stopped_by = signal or "a signal to another process"
         return asked + signalled > 0
+
+    def request_save(self) -> None:
+        """Ask for a checkpoint of the step in progress; every rank calls it."""
+        self._save_asked = True
 
     def fit(self) -> Counters:
         """Train until ``options.train_steps``, from the newest checkpoint when there is one.
@@ -162,6 +180,7 @@ class Trainer:
             exits.note.claim(run_dir.path, self.ranks.rank)
             return self._fit(run_dir)
         finally:
+            self.trackers.finish()
             run_dir.__exit__()
 
     def _fit(self, run_dir: RunDir) -> Counters:
@@ -176,6 +195,7 @@ class Trainer:
         metrics = MetricsFile(run_dir.metrics)
         if self.ranks.is_main:
             metrics.rewind(counters.step)
+            self.trackers.start(run_dir.path, run_dir.run_id, self.config, counters.step, counters.tracking)
         log.info(
             "global batch %d = %d samples x %d micro-batches x %d processes",
             self.global_batch, options.batch_size, options.grad_accum, self.ranks.size,
@@ -183,12 +203,14 @@ class Trainer:
         data = iter(self.loader_factory(counters.batches))
         # After the iterator exists: a DataLoader takes a number from torch's generator when it starts.
         self._restore_generators(found)
-        self._clock = (time.perf_counter(), counters.images_seen)
         progress = Progress(
             options.train_steps, counters.step, options.progress if self.ranks.is_main else False
         )
         self.model.train()
         try:
+            for hook in self.hooks:
+                getattr(hook, "begin", lambda trainer: None)(self)
+            self.monitor.start()
             while counters.step < options.train_steps and not self.should_stop():
                 record = self._step(self._batches(data))
                 signals.stop.hold()
@@ -219,39 +241,28 @@ class Trainer:
     def _after_step(
         self, record: StepRecord, run_dir: RunDir, metrics: MetricsFile, progress: Progress
     ) -> None:
-        options, counters = self.options, self.counters
-        started, images = self._clock
-        elapsed = max(time.perf_counter() - started, 1e-9)
-        speed = (record.images_seen - images) / elapsed
-        progress.advance(record.loss, speed)
-        if record.step == 1 or record.step % options.log_every == 0:
-            loss_sum, loss_steps = self.ranks.sum([counters.loss_sum, counters.loss_steps])
+        monitor = self.monitor
+        monitor.observe(record)
+        progress.advance(record.loss, monitor.images_per_second)
+        if record.step == 1 or record.step % self.options.log_every == 0:
+            values = monitor.line(record)
             if self.ranks.is_main:
-                metrics.write(
-                    {
-                        "step": record.step,
-                        "images_seen": record.images_seen,
-                        "loss": loss_sum / loss_steps,
-                        "grad_norm": record.grad_norm,
-                        "lr": record.lr,
-                        "skipped": counters.skipped,
-                        "images_per_second": speed,
-                        "data_wait": self._waited / elapsed,
-                    }
-                )
-            counters.loss_sum, counters.loss_steps = 0.0, 0
-            self._waited, self._clock = 0.0, (time.perf_counter(), record.images_seen)
+                metrics.write(values)
+                self.trackers.log(values, record.step, "train/")
+        started = time.perf_counter()
         for hook in self.hooks:
             hook(self, record)
-        if record.step % options.ckpt_every == 0:
+        if self._save_asked or record.step % self.options.ckpt_every == 0:
             self.save(run_dir)
+            self._save_asked = False
+        monitor.paused(time.perf_counter() - started)
 
     def _batches(self, data: Iterator[Any]) -> Iterator[Any]:
         """The data's micro-batches, checked, the wait for them counted."""
         while True:
             started = time.perf_counter()
             batch = next(data, None)
-            self._waited += time.perf_counter() - started
+            self.monitor.waited(time.perf_counter() - started)
             if batch is None:
                 raise RuntimeError(
                     f"the data ended after step {self.counters.step}; a loader must yield without end"
@@ -286,6 +297,8 @@ class Trainer:
         step = self.counters.step
         if step == self._saved_step:
             return
+        self.monitor.flush()
+        self.counters.tracking = self.trackers.states() or self.counters.tracking
         state = self._state(run_dir)
         path = checkpoints.save(
             run_dir.checkpoints,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import dis_mamba  # noqa: F401 (registers both operators)
 from dis_causal_conv1d.dispatch import use_backend
 
 __all__ = ["TRAINING_FACTOR", "FlopCount", "count_flops", "one_sample", "scan_flops"]
@@ -65,20 +66,14 @@ def _conv(x, weight, bias, *_: Any, **__: Any) -> int:
 
 
 def _formulas() -> dict[Any, Any]:
-    # Imported where they are registered; their backends are named in count_flops.
-    from dis_causal_conv1d.backends import torch_shift
-    from dis_mamba.backends import torch_chunked
-
-    operators = torch.ops.zigflow
-    assert torch_shift and torch_chunked
-    return {operators.chunked_scan: _scan, operators.shifted_conv: _conv}
+    return {torch.ops.zigflow.chunked_scan: _scan, torch.ops.zigflow.shifted_conv: _conv}
 
 
 def one_sample(model: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
     """(x, t, y) of one sample on the meta device, by the attributes that every model family has.
 
-    ``in_channels`` and ``img_dim`` (h, w); ``video_frames`` T > 0: x is (1, T, C, h, w), else (1, C, h, w); ``has_text``
-    with ``n_context_token`` and ``d_context``: y is (1, S, D); ``num_classes`` > 0: y is (1,) int64.
+    ``in_channels`` and ``img_dim`` (h, w); ``video_frames`` T > 0: x is (1, T, C, h, w), else (1, C, h, w);
+    ``has_text`` with ``n_context_token`` and ``d_context``: y is (1, S, D); ``num_classes`` > 0: y is (1,) int64.
 
     Raises:
         ValueError: the model does not say what it reads.

@@ -10,7 +10,7 @@ def main(argv: list[str]) -> int:
     """Print parameters and operations per sample, by module; the convention is in zigflow/nn/flops.py."""
     parser = argparse.ArgumentParser(
         prog="python -m zigflow.tools count-flops",
-        description="Count parameters and floating-point operations per sample. A multiply-add (MAC) is two operations.",
+        description="Count parameters and floating-point operations per sample; a multiply-add is two.",
     )
     parser.add_argument("overrides", nargs="*", help="GROUP=CHOICE and KEY=VALUE, as for train_acc.py")
     parser.add_argument("--depth", type=int, default=2, help="levels of modules to show (default 2)")

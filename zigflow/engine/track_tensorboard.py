@@ -1,0 +1,51 @@
+"""Tracking by TensorBoard: event files in the run directory's ``tensorboard/``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .trackers import TrackedRun
+
+__all__ = ["TensorBoardTracker", "import_writer"]
+
+
+def import_writer() -> Any:
+    """torch's ``SummaryWriter``.
+
+    Raises:
+        ImportError: TensorBoard is missing; the extra to install is named.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("loop.tensorboard=true needs tensorboard: pip install 'zigflow[track]'") from error
+    return SummaryWriter
+
+
+class TensorBoardTracker:
+    """Writes events; what a run that is continued had written past its checkpoint is hidden."""
+
+    def __init__(self, run: TrackedRun):
+        # TensorBoard drops the events of steps from purge_step on that were written before.
+        purge = run.step + 1 if run.step else None
+        self._writer = import_writer()(str(run.folder / "tensorboard"), purge_step=purge)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def image(self, name: str, path: Path, step: int) -> None:
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
+        self._writer.flush()
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def finish(self) -> None:
+        self._writer.close()
