@@ -39,7 +39,7 @@ from zigflow import paths
 from zigflow.engine import launch
 from zigflow.preflight import check_training
 from zigflow.registry import UnknownNameError
-from zigflow.settings import Settings, SettingsError, unknown_key
+from zigflow.settings import WANDB_KEY, Settings, SettingsError, unknown_key
 
 log = logging.getLogger(__name__)
 
@@ -199,6 +199,9 @@ def check_command_line(arguments: list[str], config_name: str) -> None:
     Raises:
         SettingsError: a mistake, in one line; a HydraException for one that Hydra finds.
     """
+    if any(argument.lstrip("+~").startswith("wandb.key=") for argument in arguments):
+        # Before Hydra writes the command line into the run directory.
+        raise SettingsError(WANDB_KEY)
     processes = launch.check_environment()
     sweep = any(a in ("-m", "--multirun") or a == "hydra.mode=MULTIRUN" for a in arguments)
     overrides = [a for a in arguments if a not in ("-m", "--multirun")]
@@ -222,6 +225,8 @@ def check_command_line(arguments: list[str], config_name: str) -> None:
         return
     for job in _jobs(overrides) if sweep else [overrides]:
         cfg = compose_config([f"run_dir={os.devnull}", *job], config_name)
+        if OmegaConf.select(cfg, "wandb.key") is not None:
+            raise SettingsError(WANDB_KEY)
         if config_name == "default":
             check_training(validated(cfg))
 

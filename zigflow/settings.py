@@ -10,7 +10,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from scans import parse_scan_type
@@ -23,6 +23,10 @@ DIFFUSION_FORMS = (
     "constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing", "inccreasing-decreasing",
 )  # fmt: skip
 OPTIMIZERS = ("adamw",)
+WANDB_KEY = (
+    "wandb.key does not belong in a configuration, which logs and checkpoints repeat: remove it (and revoke the key if "
+    "it was shared), then run wandb login, or export WANDB_API_KEY"
+)
 
 
 class SettingsError(ValueError):
@@ -134,9 +138,9 @@ class DataSettings:
     heldout: Mapping[str, Any] | None = None
 
     def __post_init__(self):
-        for key in ("train_steps", "batch_size", "image_size", "channels", "sample_fid_bs"):
+        for key in ("train_steps", "batch_size", "image_size", "channels", "sample_fid_n", "sample_fid_bs"):
             _at_least(f"data.{key}", getattr(self, key), 1)
-        for key in ("num_workers", "video_frames", "sample_fid_every", "max_skipped"):
+        for key in ("num_workers", "video_frames", "sample_fid_every", "sample_vis_n", "max_skipped"):
             _not_negative(f"data.{key}", getattr(self, key))
         _one_of("data.order", self.order, ("indexed", "streaming"))
         if self.limit is not None:
@@ -166,8 +170,12 @@ class LoopSettings:
     ema_ramp: float = 0.05
     threads: int | None = None
     device: str | None = None
+    tensorboard: bool = False
+    peak_flops: float | None = None
 
     def __post_init__(self):
+        if self.peak_flops is not None:
+            _positive("loop.peak_flops", self.peak_flops)
         _at_least("loop.keep_last", self.keep_last, 1)
         _one_of("loop.checkpoint_policy", self.checkpoint_policy, ("none", "block", "selective"))
         for half_life in self.ema_half_life:
@@ -175,6 +183,19 @@ class LoopSettings:
         _one_of("loop.device", self.device, (None, "cpu"))
         if self.threads is not None:
             _at_least("loop.threads", self.threads, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbSettings:
+    """Group ``wandb``. It has no key: one that stands here would be copied into logs and checkpoints."""
+
+    entity: str | None = None
+    project: str = "zigflow"
+    mode: str | None = None
+    name: str | None = None
+
+    def __post_init__(self):
+        _one_of("wandb.mode", self.mode, (None, "online", "offline", "disabled"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +214,7 @@ class Settings:
     codec: Mapping[str, Any]
     text: Mapping[str, Any] | None = None
     metrics: Mapping[str, Any] | None = None
-    wandb: Mapping[str, Any] | None = None
+    wandb: WandbSettings = field(default_factory=WandbSettings)
     dist: Mapping[str, Any] | None = None
     ckpt: str | None = None
     ckpt_every: int = 50_000
@@ -268,8 +289,6 @@ class Settings:
                 f"optim.warmup_steps={self.optim.warmup_steps} leaves nothing of data.train_steps="
                 f"{self.data.train_steps} for optim.schedule=cosine: lower optim.warmup_steps"
             )
-        if self.use_wandb:
-            raise SettingsError("use_wandb=true is not supported by this release: set use_wandb=false")
         if self.use_latent and not self.is_latent and is_identity(self.codec):
             raise SettingsError(
                 f"use_latent=true, but data={self.data.name} holds pixels and codec=pixels does not encode them: give "
@@ -302,6 +321,9 @@ def parse(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     kwargs = {}
     for key, value in values.items():
+        if prefix + key == "wandb.key":
+            # Not with unknown_key: the value must appear nowhere.
+            raise SettingsError(WANDB_KEY)
         if key not in fields:
             raise SettingsError(unknown_key(prefix + key, [prefix + name for name in fields]))
         kwargs[key] = convert(prefix + key, value, hints[key])

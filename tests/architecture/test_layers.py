@@ -22,7 +22,7 @@ LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
 OPTIONAL = {
     "triton", "mamba_ssm", "causal_conv1d", "diffusers", "transformers", "wandb", "webdataset", "av",
-    "torchmetrics", "gradio",
+    "torchmetrics", "torch_fidelity", "tensorboard", "gradio",
 }  # fmt: skip
 ENTRY_IMPORTS = {
     "os",

@@ -68,7 +68,7 @@ def lines_of(losses_by_step, times_by_step, size, every, flush_at=()):
     return found[0]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(0, 2**31 - 1), st.integers(1, 5), st.sets(st.integers(1, 12)))
 def test_lines_are_means_over_all_samples(seed, every, flush_at):
     generator = torch.Generator().manual_seed(seed)

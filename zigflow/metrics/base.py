@@ -5,13 +5,14 @@ Legend: B images of a batch, C channels, H height, W width.
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LabeledImages", "Metric", "SampleIds", "check_images", "check_labels"]
+__all__ = ["LabeledImages", "Metric", "SampleIds", "StreamingMetric", "check_images", "check_labels"]
 
 LabeledImages = tuple[Tensor | np.ndarray, Tensor | np.ndarray | None]
 
@@ -109,6 +110,8 @@ class Metric(ABC):
     """
 
     name = "metric"
+    # The number that tells a better set from a worse one, and whether less of it is better ("min") or more ("max").
+    best_by: tuple[str, str] | None = None
 
     def __init__(self) -> None:
         self._ids = SampleIds()
@@ -131,8 +134,12 @@ class Metric(ABC):
         """Drop the samples taken."""
 
     @abstractmethod
-    def _absorb(self, other: Any) -> None:
-        """Take over the samples of another instance of the same class."""
+    def _state(self) -> dict[str, Tensor]:
+        """The samples taken, or sums over them, as CPU tensors; empty when there is none."""
+
+    @abstractmethod
+    def _absorb(self, state: dict[str, Tensor]) -> None:
+        """Add the ``_state()`` of another instance."""
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
@@ -186,9 +193,23 @@ class Metric(ABC):
         """
         if type(other) is not type(self):
             raise TypeError(f"cannot merge {type(other).__name__} into {type(self).__name__}")
-        ids = other._ids.sorted()
+        self.absorb_state(other.state())
+
+    def state(self) -> dict[str, Tensor]:
+        """What was counted, as tensors that can be sent to another process: its ``absorb_state`` adds them."""
+        return {"ids": torch.from_numpy(self._ids.sorted()), **self._state()}
+
+    def absorb_state(self, state: Mapping[str, Tensor]) -> None:
+        """Add what another process counted against the same reference, from its ``state()``.
+
+        Raises:
+            ValueError: a sample was counted by both.
+        """
+        rest = dict(state)
+        ids = rest.pop("ids")
         self._ids.check(ids)
-        self._absorb(other)
+        if len(ids):
+            self._absorb(rest)
         self._ids.add(ids)
 
     def reset(self) -> None:
@@ -215,3 +236,45 @@ class Metric(ABC):
             raise RuntimeError(
                 f"{self.name}: no sample has been given; call update(images, labels, ids) first"
             )
+
+
+class StreamingMetric(Metric):
+    """A metric that needs the real images once, batch by batch, so that processes can share them and forget them.
+
+    Attributes:
+        reference: "train" or "heldout", the real set that is read.
+    """
+
+    reference: str
+
+    @abstractmethod
+    def add_reference(self, images: Tensor) -> None:
+        """Count a batch of real images, uint8 (B, C, H, W)."""
+
+    @abstractmethod
+    def reference_state(self) -> dict[str, Tensor]:
+        """Sums over the real images, as CPU tensors; empty when there was none."""
+
+    @abstractmethod
+    def absorb_reference(self, state: Mapping[str, Tensor]) -> None:
+        """Add the ``reference_state()`` of another process."""
+
+    def set_reference(self, train: LabeledImages, heldout: LabeledImages | None = None) -> None:
+        """Count all real images of the chosen set, in place of those counted before.
+
+        Raises:
+            ValueError: the chosen set is missing or has fewer than 2 images.
+        """
+        chosen = train if self.reference == "train" else heldout
+        if chosen is None:
+            raise ValueError(f"{self.name}: reference={self.reference!r}, but that set was not given")
+        images = check_images(f"{self.reference} images", chosen[0])
+        if len(images) < 2:
+            raise ValueError(f"{self.name}: the {self.reference} set needs at least 2 images, got {len(images)}")
+        self.forget_reference()
+        for batch in images.split(256):
+            self.add_reference(batch)
+
+    @abstractmethod
+    def forget_reference(self) -> None:
+        """Drop the real images."""

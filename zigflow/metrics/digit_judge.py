@@ -88,6 +88,7 @@ class DigitJudge(Metric):
     """
 
     name = "digit_judge"
+    best_by = ("frechet", "min")
 
     def __init__(
         self,
@@ -180,8 +181,14 @@ class DigitJudge(Metric):
     def _forget(self) -> None:
         self._batches = []
 
-    def _absorb(self, other: "DigitJudge") -> None:
-        self._batches = self._batches + other._batches
+    def _state(self) -> dict[str, Tensor]:
+        if not self._batches:
+            return {}
+        images, labels, ids = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
+        return {"images": images, "labels": labels, "of": ids}
+
+    def _absorb(self, state: dict[str, Tensor]) -> None:
+        self._batches = [*self._batches, (state["images"], state["labels"], state["of"])]
 
     def _samples(self) -> tuple[Tensor, Tensor]:
         images, labels, ids = (torch.cat(parts) for parts in zip(*self._batches, strict=True))

@@ -6,13 +6,14 @@ as an image metric: Heusel et al., "GANs trained by a two time-scale update rule
 Legend: B images of a batch, C channels, H height, W width, N feature vectors, F features.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zigflow.metrics.base import LabeledImages, Metric, check_images
+from zigflow.metrics.base import StreamingMetric, check_images
 
 __all__ = ["FrechetMetric", "FrechetStatistics", "frechet_distance", "frechet_from_features"]
 
@@ -179,7 +180,7 @@ def _centered_moments(name: str, x_NF: Tensor) -> tuple[Tensor, Tensor]:
     return mean, x_NF.mT @ x_NF / (len(x_NF) - 1)
 
 
-class FrechetMetric(Metric):
+class FrechetMetric(StreamingMetric):
     """Frechet distance of samples to a real set, in the features of a given network.
 
     Args:
@@ -208,27 +209,31 @@ class FrechetMetric(Metric):
         self.reference = reference
         self.batch_size = batch_size
         self.name = name
+        self.best_by = (name, "min")
         self._real: FrechetStatistics | None = None
         self._fake: FrechetStatistics | None = None
 
-    def set_reference(self, train: LabeledImages, heldout: LabeledImages | None = None) -> None:
-        """Fit the Gaussian of the chosen real set.
+    def add_reference(self, images: Tensor) -> None:
+        for batch in check_images(f"{self.reference} images", images).split(self.batch_size):
+            self._real = self._add(self._real, batch)
 
-        Raises:
-            ValueError: the chosen set is missing.
-        """
-        chosen = train if self.reference == "train" else heldout
-        if chosen is None:
-            raise ValueError(f"{self.name}: reference={self.reference!r}, but that set was not given")
-        images = check_images(f"{self.reference} images", chosen[0])
-        real = None
-        for start in range(0, len(images), self.batch_size):
-            real = self._add(real, images[start : start + self.batch_size])
-        if real is None or real.count < 2:
-            raise ValueError(
-                f"{self.name}: the {self.reference} set needs at least 2 images, got {len(images)}"
-            )
-        self._real = real
+    def reference_state(self) -> dict[str, Tensor]:
+        return {} if self._real is None else {"packed": self._real.packed().cpu()}
+
+    def absorb_reference(self, state: Mapping[str, Tensor]) -> None:
+        self._real = self._merged(self._real, state)
+
+    def forget_reference(self) -> None:
+        self._real = None
+
+    @staticmethod
+    def _merged(own: FrechetStatistics | None, state: Mapping[str, Tensor]) -> FrechetStatistics | None:
+        if not state:
+            return own
+        packed = state["packed"]
+        # 1 + F + F^2 numbers.
+        other = FrechetStatistics.from_packed(packed, (math.isqrt(4 * len(packed) - 3) - 1) // 2)
+        return other if own is None else own.merge(other)
 
     @torch.no_grad()
     def _add(self, statistics: FrechetStatistics | None, images: Tensor) -> FrechetStatistics:
@@ -239,7 +244,7 @@ class FrechetMetric(Metric):
         return (statistics or FrechetStatistics(features.shape[1])).update(features)
 
     def _has_reference(self) -> bool:
-        return self._real is not None
+        return self._real is not None and self._real.count > 1
 
     def _take(self, images: Tensor, labels: Tensor | None, ids: Tensor) -> None:
         self._fake = self._add(self._fake, images)
@@ -247,10 +252,11 @@ class FrechetMetric(Metric):
     def _forget(self) -> None:
         self._fake = None
 
-    def _absorb(self, other: "FrechetMetric") -> None:
-        if other._fake is not None:
-            mine = self._fake or FrechetStatistics(other._fake.num_features, other._fake.sum_F.device)
-            self._fake = mine.merge(other._fake)
+    def _state(self) -> dict[str, Tensor]:
+        return {} if self._fake is None else {"packed": self._fake.packed().cpu()}
+
+    def _absorb(self, state: dict[str, Tensor]) -> None:
+        self._fake = self._merged(self._fake, state)
 
     def check_request(self, count: int, labels: Tensor | None) -> None:
         """As ``Metric.check_request``: a covariance needs two samples."""
