@@ -7,6 +7,10 @@
 A new order is one function under `register_scan`; every test, plot and ``scan=`` override finds it by name.
 """
 
+# First: a scheme may take its decorator from here.
+from scans.registry import Scan, UnknownScanError, get_scan, list_scans, register_scan
+
+# isort: split
 # Importing a scheme registers it.
 from scans import (  # noqa: F401
     diagonal,
@@ -23,7 +27,6 @@ from scans import (  # noqa: F401
 from scans.layout import TokenLayout
 from scans.metrics import PathMetrics, path_metrics
 from scans.path import ScanPath
-from scans.registry import Scan, UnknownScanError, get_scan, list_scans, register_scan
 from scans.schedule import ResolvedStep, ScanSchedule, ScanStep
 from scans.spec import ScanSpec, parse_scan_type
 from scans.video import factorized_steps

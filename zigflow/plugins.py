@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -292,4 +293,8 @@ def is_foreign(error: BaseException) -> bool:
 
 
 def _one_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    if re.match(r"Caught \w+ in DataLoader worker process", lines[0] if lines else ""):
+        # Torch puts the worker's whole traceback into the message; its last line is the error's own.
+        text = lines[-1].strip().partition(": ")[2] or lines[-1]
     return " ".join(part.strip() for part in text.splitlines() if part.strip())

@@ -10,7 +10,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from scans import list_scans
-from zigflow import plugins
+from zigflow import build, plugins
+from zigflow.data.tar import ShardError
 from zigflow.paths import config_dir
 from zigflow.plugins import compose_config
 from zigflow.settings import Settings, SettingsError
@@ -257,3 +258,18 @@ def _environment():
     import os
 
     return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_an_error_of_a_data_worker_is_told_in_its_own_words():
+    text = (
+        "Caught ShardError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "worker.py", line 1, in loop\nzigflow.data.tar.ShardError: a.tar, offset 512: the tar is truncated\n'
+    )
+    assert plugins.explain(ShardError(text), "default") == "a.tar, offset 512: the tar is truncated"
+
+
+def test_a_missing_folder_of_shards_is_told_with_its_key():
+    with pytest.raises(
+        SettingsError, match=r"data\.source \(.*ShardSource\): .*is no local folder.*make-shards"
+    ):
+        build.make("data.source", {"_target_": "zigflow.datasets.shards.ShardSource", "root": "nowhere"})

@@ -62,7 +62,7 @@ def test_idx_without_labels(mnist, tmp_path):
     assert (len(source), source.num_classes, set(source[0])) == (20, 0, {"key", "pixels"})
 
 
-def test_a_folder_of_images(tmp_path):
+def test_a_folder_of_images(tmp_path, capsys):
     for index in range(6):
         folder = tmp_path / "in" / ("cat", "dog")[index % 2]
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,9 @@ def test_a_folder_of_images(tmp_path):
     source = ShardSource(tmp_path / "small")
     assert (source.image_shape, source.class_names) == ((3, 8, 8), ("cat", "dog"))
     assert [source[i]["labels"] for i in range(6)] == [0, 0, 0, 1, 1, 1]
+    capsys.readouterr()
     assert run(*base, "--output", tmp_path / "whole") == 0
+    assert "the images have 6 sizes" in capsys.readouterr().out
     reader = ShardReader(tmp_path / "whole")
     assert reader.read(0, 0)[1]["image.png"] == (tmp_path / "in" / "cat" / "0.png").read_bytes()
     mixed = ShardSource(tmp_path / "whole", {"image.png": "pixels", "image.jpg": "pixels"}, image_size=8)

@@ -2,12 +2,15 @@
 
 import importlib.metadata
 import logging
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import scans
 from scans import ScanPath, UnknownScanError, get_scan, list_scans, parse_scan_type, register_scan, registry
 
 
@@ -232,3 +235,19 @@ def test_scans_needs_numpy_only():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_scheme_in_this_folder_may_import_the_decorator_from_the_package(tmp_path):
+    shutil.copytree(
+        Path(scans.__file__).parent, tmp_path / "scans", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    example = guide.partition("A new scan in full:")[2].split("```")[1].removeprefix("python\n")
+    (tmp_path / "scans" / "columns_first.py").write_text(example)
+    package = tmp_path / "scans" / "__init__.py"
+    package.write_text(package.read_text().replace("    diagonal,\n", "    columns_first,\n    diagonal,\n"))
+    code = "import scans; print(scans.get_scan('columns_first')(2, 3)[0].order.tolist())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "[0, 3, 1, 4, 2, 5]", done.stderr

@@ -81,7 +81,8 @@ class ShardReader:
         if not self.root.is_dir():
             raise NotADirectoryError(
                 f"{str(root)!r} is no local folder; indexed shards are read from local folders only, "
-                "neither from URLs (data.order=streaming reads those) nor from commands"
+                "neither from URLs (data.order=streaming reads those) nor from commands; make one with "
+                "`python -m zigflow.tools make-shards`"
             )
         self.folder = self.root
         if not (self.root / INDEX_NAME).is_file() and cache_dir is not None:

@@ -33,16 +33,23 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--shard-size must be at least 1, got {args.shard_size}")
     if args.output.exists() and any(args.output.iterdir()):
         raise FileExistsError(f"{args.output} is not empty: choose another --output")
+    if getattr(args, "resize", None) is not None and args.resize < 1:
+        raise ValueError(f"--resize must be at least 1, got {args.resize}")
     args.run(args)
     total = 0
     for path in sorted(args.output.rglob(INDEX_NAME)):
         shards = load_folder_index(path.parent).shards
         samples = sum(shard.samples for shard in shards)
         total += samples
-        print(
-            f"{path.parent}: {samples} samples in {len(shards)} shards, {sum(s.size for s in shards)} bytes"
-        )
+        plural = "" if len(shards) == 1 else "s"
+        size = sum(shard.size for shard in shards)
+        print(f"{path.parent}: {samples} samples in {len(shards)} shard{plural}, {size} bytes")
     print(f"{total} samples written to {args.output}")
+    sizes = len(getattr(args, "sizes", ()))
+    if sizes > 1:
+        print(
+            f"the images have {sizes} sizes: train with data.image_size=N, or write them again with --resize N"
+        )
     return 0
 
 
@@ -147,6 +154,7 @@ def _run_folder(args: argparse.Namespace) -> None:
 
     files, labels, classes = list_images(args.input)
     args.count = len(files)
+    args.sizes = set()
 
     def members(index: int) -> dict[str, bytes]:
         path = args.input / files[index]
@@ -161,6 +169,7 @@ def _run_folder(args: argparse.Namespace) -> None:
             image = np.array(cover_crop(Image.fromarray(image), args.resize, args.resize))
             out = {"image.png": encode_png(image)}
         else:
+            args.sizes.add(image.shape[:2])
             out = {"image.png" if path.suffix.lower() == ".png" else "image.jpg": data}
         return {**out, "cls_id.cls": str(labels[index]).encode()} if classes else out
 
@@ -202,7 +211,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--split-fraction", type=float, help="part of every class for training")
         sub.add_argument("--seed", type=int, default=0, help="seed of the split (0)")
         if name != "digits":
-            sub.add_argument("--input", type=Path, required=True)
+            what = "the folder of images" if name == "folder" else "the idx file of the images"
+            sub.add_argument("--input", type=Path, required=True, help=what)
         if name == "folder":
             sub.add_argument("--resize", type=int, help="crop to the center and resize to this many pixels")
         if name == "idx":
