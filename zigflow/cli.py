@@ -25,9 +25,9 @@ class _Job:
 
     Args:
         config_name: ``default`` trains, ``sample`` samples.
-        keep: where the error of a single run is put, with its exit code, since Hydra would print a paragraph of its own before ours.
-            Those of a sweep are left to Hydra, which goes on with the other jobs and names the overrides of those
-            that failed.
+        keep: where the error of a single run is put, with its exit code, since Hydra would print a paragraph of its
+            own before ours. Those of a sweep are left to Hydra, which goes on with the other jobs and names the
+            overrides of those that failed.
     """
 
     def __init__(self, config_name: str, keep: list[tuple[Exception, int]] | None = None):
@@ -83,7 +83,9 @@ def _run(config_name: str) -> int:
     try:
         plugins.prepare()
         job = _Job(config_name, ended)
-        main = hydra.main(version_base="1.3", config_path=str(paths.config_dir()), config_name=config_name)(job)
+        main = hydra.main(version_base="1.3", config_path=str(paths.config_dir()), config_name=config_name)(
+            job
+        )
         plugins.check_command_line(sys.argv[1:], config_name)
         _refuse_second_writer(named)
         main()

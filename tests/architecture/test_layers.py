@@ -26,6 +26,7 @@ OPTIONAL = {
 }  # fmt: skip
 ENTRY_IMPORTS = {
     "os",
+    "pathlib",
     "sys",
     "hydra",
     "omegaconf",
