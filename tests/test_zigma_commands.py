@@ -276,7 +276,7 @@ def test_each_data_set_trains_and_samples_at_its_true_shape(data, shards, autoen
     if data == "churches256":
         # The density of stored latents needs no autoencoder.
         measured = json.loads(
-            (sample(f"ckpt={tmp_path / 'run'}", "likelihood=1") / "likelihood.json").read_text()
+            (sample(f"ckpt={tmp_path / 'run'}", "likelihood=1") / "results.json").read_text()
         )
         assert np.isfinite(measured["metrics"]["bits_per_dim"])
 
