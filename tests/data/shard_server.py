@@ -2,7 +2,6 @@
 
 import socketserver
 import threading
-import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -17,6 +16,7 @@ class ShardServer:
         self.ranges = True
         self.lengths = True
         self.url = ""
+        self.closing = threading.Event()
 
 
 def _handler(server: ShardServer):
@@ -48,7 +48,7 @@ def _handler(server: ShardServer):
             if isinstance(fault, str) and fault.startswith("to "):
                 return self._answer(302, Location=fault[3:])
             if fault == "stall":
-                time.sleep(1.5)
+                server.closing.wait(20)
                 return self.connection.close()
             if fault == "reset":
                 return self.connection.close()
@@ -70,7 +70,7 @@ def _handler(server: ShardServer):
                 self.wfile.write(body[start : start + count])
                 self.wfile.flush()
                 if kind == "stop":
-                    time.sleep(1.5)
+                    server.closing.wait(20)
                 self.close_connection = True
                 return None
             if start:
@@ -103,6 +103,7 @@ def serving():
     try:
         yield server
     finally:
+        server.closing.set()
         http.shutdown()
         http.server_close()
         thread.join(5)

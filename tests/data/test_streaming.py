@@ -57,7 +57,7 @@ def server(monkeypatch):
 
 
 def source(server, tmp_path, root="{0..5}.tar", **options):
-    options = {"backoff": 0.0, "timeout": 0.5, "cache_dir": tmp_path / "cache", **options}
+    options = {"backoff": 0.0, "timeout": 10.0, "cache_dir": tmp_path / "cache", **options}
     return StreamSource(f"{server.url}/{root}", **options)
 
 
@@ -161,7 +161,7 @@ FAULTS = {
 def test_what_a_server_does_wrong_is_tried_again(server, tmp_path, name):
     server.files["/3.tar"] = server.files["/2.tar"] = server.files["/1.tar"] = server.files["/0.tar"]
     server.faults["/0.tar"] = list(FAULTS[name])
-    options = FetchOptions(tmp_path, timeout=0.5, backoff=0.0)
+    options = FetchOptions(tmp_path, timeout=2.0, backoff=0.0)
     fd = ShardCache(options).open(server.url + "/0.tar")
     assert os.read(fd, 1 << 20) == server.files["/0.tar"]
     os.close(fd)
@@ -206,7 +206,7 @@ def test_contents_that_change_on_the_way_are_not_mixed(server, tmp_path, monkeyp
 )
 def test_what_cannot_be_fetched_is_an_error_that_names_the_shard(server, tmp_path, fault, options, match):
     server.faults["/0.tar"] = fault
-    cache = ShardCache(FetchOptions(tmp_path, **{"timeout": 0.5, "backoff": 0.0, **options}))
+    cache = ShardCache(FetchOptions(tmp_path, **{"timeout": 10.0, "backoff": 0.0, **options}))
     with pytest.raises(ShardError, match=match) as error:
         cache.open(server.url + "/0.tar?token=secret")
     assert error.value.shard == server.url + "/0.tar"
