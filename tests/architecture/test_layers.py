@@ -28,6 +28,7 @@ ENTRY_IMPORTS = {
     "os",
     "pathlib",
     "sys",
+    "pathlib",
     "hydra",
     "omegaconf",
     "zigflow.plugins",
