@@ -40,7 +40,8 @@ from zigflow import paths
 from zigflow.engine import launch
 from zigflow.preflight import check_training
 from zigflow.registry import UnknownNameError
-from zigflow.settings import WANDB_KEY, Settings, SettingsError, unknown_key
+from zigflow.settings import WANDB_KEY, Settings, SettingsError
+from zigflow.typed import unknown_key
 
 log = logging.getLogger(__name__)
 

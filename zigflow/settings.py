@@ -4,16 +4,12 @@
 on the command line, what was given and what is allowed.
 """
 
-import dataclasses
-import difflib
-import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from scans import parse_scan_type
+from zigflow.typed import SettingsError, at_least, not_negative, one_of, parse, positive
 
 PATH_TYPES = ("Linear", "GVP", "VP")
 PREDICTIONS = ("velocity", "score", "noise", "data")
@@ -29,10 +25,6 @@ WANDB_KEY = (
 )
 
 
-class SettingsError(ValueError):
-    """A configuration that cannot run; the message is one line."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """Group ``train``: the flow process, keys of the official layout."""
@@ -44,9 +36,9 @@ class TrainSettings:
     train_eps: float | None = None
 
     def __post_init__(self):
-        _one_of("train.path_type", self.path_type, PATH_TYPES)
-        _one_of("train.prediction", self.prediction, PREDICTIONS)
-        _one_of("train.loss_weight", self.loss_weight, (None, "velocity", "likelihood"))
+        one_of("train.path_type", self.path_type, PATH_TYPES)
+        one_of("train.prediction", self.prediction, PREDICTIONS)
+        one_of("train.loss_weight", self.loss_weight, (None, "velocity", "likelihood"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +55,11 @@ class OptimSettings:
     exclude_tagged_from_decay: bool = False
 
     def __post_init__(self):
-        _one_of("optim.name", self.name, OPTIMIZERS)
-        _positive("optim.lr", self.lr)
-        _not_negative("optim.wd", self.wd)
-        _not_negative("optim.warmup_steps", self.warmup_steps)
-        _one_of("optim.schedule", self.schedule, ("constant", "cosine"))
+        one_of("optim.name", self.name, OPTIMIZERS)
+        positive("optim.lr", self.lr)
+        not_negative("optim.wd", self.wd)
+        not_negative("optim.warmup_steps", self.warmup_steps)
+        one_of("optim.schedule", self.schedule, ("constant", "cosine"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +75,10 @@ class OdeSettings:
 
     def __post_init__(self):
         if not self.sampling_method.startswith("torchdiffeq/"):
-            _one_of("ode.sampling_method", self.sampling_method, (*ODE_METHODS, "torchdiffeq/NAME"))
-        _at_least("ode.num_steps", self.num_steps, 2)
-        _positive("ode.atol", self.atol)
-        _positive("ode.rtol", self.rtol)
+            one_of("ode.sampling_method", self.sampling_method, (*ODE_METHODS, "torchdiffeq/NAME"))
+        at_least("ode.num_steps", self.num_steps, 2)
+        positive("ode.atol", self.atol)
+        positive("ode.rtol", self.rtol)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +93,11 @@ class SdeSettings:
     last_step_size: float = 0.04
 
     def __post_init__(self):
-        _one_of("sde.sampling_method", self.sampling_method, SDE_METHODS)
-        _one_of("sde.diffusion_form", self.diffusion_form, DIFFUSION_FORMS)
-        _one_of("sde.last_step", self.last_step, (None, "Mean", "Tweedie", "Euler"))
-        _at_least("sde.num_steps", self.num_steps, 2)
-        _not_negative("sde.last_step_size", self.last_step_size)
+        one_of("sde.sampling_method", self.sampling_method, SDE_METHODS)
+        one_of("sde.diffusion_form", self.diffusion_form, DIFFUSION_FORMS)
+        one_of("sde.last_step", self.last_step, (None, "Mean", "Tweedie", "Euler"))
+        at_least("sde.num_steps", self.num_steps, 2)
+        not_negative("sde.last_step_size", self.last_step_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +131,12 @@ class DataSettings:
 
     def __post_init__(self):
         for key in ("train_steps", "batch_size", "image_size", "channels", "sample_fid_n", "sample_fid_bs"):
-            _at_least(f"data.{key}", getattr(self, key), 1)
+            at_least(f"data.{key}", getattr(self, key), 1)
         for key in ("num_workers", "video_frames", "sample_fid_every", "sample_vis_n", "max_skipped"):
-            _not_negative(f"data.{key}", getattr(self, key))
-        _one_of("data.order", self.order, ("indexed", "streaming"))
+            not_negative(f"data.{key}", getattr(self, key))
+        one_of("data.order", self.order, ("indexed", "streaming"))
         if self.limit is not None:
-            _at_least("data.limit", self.limit, 1)
+            at_least("data.limit", self.limit, 1)
             if self.order == "streaming":
                 raise SettingsError(
                     f"data.limit={self.limit} needs samples with numbers, a stream has none: use data.order=indexed"
@@ -175,14 +167,14 @@ class LoopSettings:
 
     def __post_init__(self):
         if self.peak_flops is not None:
-            _positive("loop.peak_flops", self.peak_flops)
-        _at_least("loop.keep_last", self.keep_last, 1)
-        _one_of("loop.checkpoint_policy", self.checkpoint_policy, ("none", "block", "selective"))
+            positive("loop.peak_flops", self.peak_flops)
+        at_least("loop.keep_last", self.keep_last, 1)
+        one_of("loop.checkpoint_policy", self.checkpoint_policy, ("none", "block", "selective"))
         for half_life in self.ema_half_life:
-            _at_least("loop.ema_half_life", half_life, 1)
-        _one_of("loop.device", self.device, (None, "cpu"))
+            at_least("loop.ema_half_life", half_life, 1)
+        one_of("loop.device", self.device, (None, "cpu"))
         if self.threads is not None:
-            _at_least("loop.threads", self.threads, 1)
+            at_least("loop.threads", self.threads, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +187,7 @@ class WandbSettings:
     name: str | None = None
 
     def __post_init__(self):
-        _one_of("wandb.mode", self.mode, (None, "online", "offline", "disabled"))
+        one_of("wandb.mode", self.mode, (None, "online", "offline", "disabled"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,18 +233,18 @@ class Settings:
 
     def __post_init__(self):
         for key in ("ckpt_every", "log_every", "grad_accum", "num_fid_samples"):
-            _at_least(key, getattr(self, key), 1)
+            at_least(key, getattr(self, key), 1)
         if self.max_grad_norm is not None:
-            _positive("max_grad_norm", self.max_grad_norm)
+            positive("max_grad_norm", self.max_grad_norm)
         if self.ema_rate is not None and not 0 <= self.ema_rate < 1:
             raise SettingsError(
                 f"ema_rate={self.ema_rate} is not in [0, 1): give a decay such as 0.9999, or null"
             )
-        _not_negative("global_seed", self.global_seed)
-        _one_of("sample_mode", self.sample_mode, (None, "ODE", "SDE"))
-        _one_of("mixed_precision", self.mixed_precision, (None, "no", "fp16", "bf16"))
-        _one_of("resume", self.resume, ("auto", "never"))
-        _one_of("vae", self.vae, ("ema", "mse"))
+        not_negative("global_seed", self.global_seed)
+        one_of("sample_mode", self.sample_mode, (None, "ODE", "SDE"))
+        one_of("mixed_precision", self.mixed_precision, (None, "no", "fp16", "bf16"))
+        one_of("resume", self.resume, ("auto", "never"))
+        one_of("vae", self.vae, ("ema", "mse"))
         low, high = self.cfg_interval
         if not 0 <= low < high <= 1:
             raise SettingsError(f"cfg_interval={list(self.cfg_interval)} is not 0 <= low < high <= 1")
@@ -307,117 +299,12 @@ class Settings:
         Raises:
             SettingsError: an unknown key, a wrong type or an impossible combination, in one line.
         """
+        if "key" in (values.get("wandb") or {}):
+            # Not as an unknown key: its value must appear nowhere.
+            raise SettingsError(WANDB_KEY)
         return parse(cls, values, "")
 
 
 def is_identity(codec: Mapping[str, Any]) -> bool:
     """Whether a codec's node leaves values as they are, up to a scale."""
     return str(codec.get("_target_", "")).endswith(".IdentityCodec")
-
-
-def parse(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    """Build the dataclass ``cls`` from a mapping, checking names and types; ``prefix`` is the key's path."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    kwargs = {}
-    for key, value in values.items():
-        if prefix + key == "wandb.key":
-            # Not with unknown_key: the value must appear nowhere.
-            raise SettingsError(WANDB_KEY)
-        if key not in fields:
-            raise SettingsError(unknown_key(prefix + key, [prefix + name for name in fields]))
-        kwargs[key] = convert(prefix + key, value, hints[key])
-    missing = [
-        prefix + f.name
-        for f in fields.values()
-        if f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-        and f.name not in kwargs
-    ]
-    if missing:
-        raise SettingsError(f"{missing[0]} is missing: give {missing[0]}=VALUE")
-    return cls(**kwargs)
-
-
-def unknown_key(key: str, known: list[str]) -> str:
-    """One line for a key that does not exist, with near matches."""
-    close = difflib.get_close_matches(key, known, n=3, cutoff=0.85) or difflib.get_close_matches(
-        key, known, n=1
-    )
-    siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
-    hint = (
-        f"did you mean {' or '.join(close)}?"
-        if close
-        else f"known here: {', '.join(sorted(siblings or known))}"
-    )
-    if key.startswith(("model.", "process.", "codec.", "metrics.", "data.source.", "data.heldout.")):
-        hint += f" A keyword of the class that its YAML does not list is given as +{key}=VALUE"
-    return f"unknown key {key}: {hint}"
-
-
-def convert(key: str, value: Any, hint: Any) -> Any:
-    """``value`` as the annotated type; 0 and 1 pass for booleans, whole floats for integers.
-
-    Raises:
-        SettingsError: the value has another type.
-    """
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return convert(key, value, next(a for a in args if a is not type(None)))
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise SettingsError(f"{key}={value!r} must be a group of keys")
-        return parse(typing.cast(type, hint), value, f"{key}.")
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise SettingsError(f"{key}={value!r} must be a list such as {key}=[...]")
-        inner = args[0]
-        if args[-1] is not Ellipsis and len(value) != len(args):
-            raise SettingsError(f"{key}={list(value)} must have {len(args)} entries, got {len(value)}")
-        return tuple(convert(f"{key}[{i}]", v, inner) for i, v in enumerate(value))
-    if hint is bool and isinstance(value, int) and value in (0, 1):
-        return bool(value)
-    if (
-        hint is float
-        and isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-    ):
-        return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    if (origin or hint) is Mapping and isinstance(value, Mapping):
-        return dict(value)
-    wanted = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(
-        hint, "a group of keys"
-    )
-    raise SettingsError(f"{key}={value!r} must be {wanted}")
-
-
-def _one_of(key: str, value: Any, allowed: tuple) -> None:
-    if value not in allowed:
-        names = ["null" if a is None else str(a) for a in allowed]
-        close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise SettingsError(f"{key}={value} is not one of {', '.join(names)}{hint}")
-
-
-def _positive(key: str, value: float) -> None:
-    if not value > 0:
-        raise SettingsError(f"{key}={value} must be greater than 0")
-
-
-def _not_negative(key: str, value: float) -> None:
-    if value < 0:
-        raise SettingsError(f"{key}={value} must not be negative")
-
-
-def _at_least(key: str, value: int, least: int) -> None:
-    if value < least:
-        raise SettingsError(f"{key}={value} must be at least {least}")

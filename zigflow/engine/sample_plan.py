@@ -20,7 +20,7 @@ from torch import Tensor
 from zigflow.data.decode import DEFAULT_LIMITS, decode
 from zigflow.data.shards import ShardReader
 from zigflow.keyed import KeyedDraws
-from zigflow.settings import SettingsError, convert
+from zigflow.typed import SettingsError, convert
 
 from . import durable
 

@@ -270,7 +270,9 @@ class StreamingMetric(Metric):
             raise ValueError(f"{self.name}: reference={self.reference!r}, but that set was not given")
         images = check_images(f"{self.reference} images", chosen[0])
         if len(images) < 2:
-            raise ValueError(f"{self.name}: the {self.reference} set needs at least 2 images, got {len(images)}")
+            raise ValueError(
+                f"{self.name}: the {self.reference} set needs at least 2 images, got {len(images)}"
+            )
         self.forget_reference()
         for batch in images.split(256):
             self.add_reference(batch)
