@@ -280,7 +280,15 @@ def explain(error: BaseException, config_name: str) -> str | None:
     # Errors of our own are written for the user: a run directory in use, a damaged checkpoint, a NaN loss.
     if not is_foreign(error):
         return _one_line(str(error))
-    storage = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+    storage = (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EEXIST,
+        errno.ENOTDIR,
+    )
     if isinstance(error, OSError) and error.filename and error.errno in storage:
         # Hydra's, when it writes its files.
         remedy = "free space there, make it writable, or choose another run_dir"

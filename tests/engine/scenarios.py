@@ -99,12 +99,25 @@ def random_kills(folder, count, seed):
     }
     newest = 0
     folder = Path(folder)
-    for _ in range(count):
-        (child,) = fork([lambda: training(folder, 10**6, ckpt_every=1, keep_last=2, log_every=1)], 0)
-        # The first 40 ms open the run and restore; kills come there too.
-        time.sleep(draw.uniform(0.01, 0.25))
+    for number in range(count):
+        reading, writing = os.pipe()
+
+        def tell(trainer, record, writing=writing):
+            os.write(writing, b".")
+
+        options = {"ckpt_every": 1, "keep_last": 2, "log_every": 1, "hooks": [tell]}
+        (child,) = fork([lambda options=options: training(folder, 10**6, **options)], 0)
+        os.close(writing)
+        if number % 4:
+            # A few steps and saves from the end of the first step.
+            os.read(reading, 1)
+            time.sleep(draw.uniform(0.0, 0.1))
+        else:
+            # While it starts: opening, restoring, cleaning up.
+            time.sleep(draw.uniform(0.01, 0.25))
         os.kill(child, signal.SIGKILL)
         assert join([child]) == [-9], "the run ended by itself"
+        os.close(reading)
         found["kills"] += 1
         names = (
             [path.name for path in (folder / "checkpoints").glob(".*")] if newest or folder.exists() else []
