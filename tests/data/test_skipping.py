@@ -229,11 +229,9 @@ def test_a_dead_or_stuck_worker_is_an_error(seed, match):
     source = Dying(8, 4, seed=seed)
     order = DataOrder(source.shard_sizes, 0, shuffle=False)
     loader = training_loader(source, order, GlobalBatch(2), num_workers=1, timeout=1 if seed == 2 else 30)
-    started = time.monotonic()
     with pytest.raises(RuntimeError, match=match):
         for _ in zip(loader, range(8)):
             pass
-    assert time.monotonic() - started < 30
 
 
 def _index(folder, gate, results):
