@@ -3,10 +3,12 @@
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,6 +30,7 @@ from zigflow.engine.options import TrainOptions
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.run_dir import check_same_config
 from zigflow.engine.run_state import load_model_state, load_weights
+from zigflow.engine.trackers import Trackers
 from zigflow.engine.trainer import Trainer
 from zigflow.metrics.pictures import save_loss_curve
 from zigflow.official import read_official
@@ -188,8 +191,20 @@ def _split(settings: Settings, processes: int) -> Split:
         raise SettingsError(str(error)) from error
 
 
-def train_from_config(cfg: DictConfig) -> Path:
-    """Train as configured; returns the run directory."""
+@dataclass(frozen=True)
+class Watched:
+    """What looks on while a run trains, as keywords of the trainer: trackers, evaluation, what utilization needs."""
+
+    trackers: Trackers | None = None
+    hooks: tuple[Any, ...] = ()
+    training_flops: float | None = None
+    peak_flops: float | None = None
+
+
+def train_from_config(
+    cfg: DictConfig, watch: Callable[[Settings, Any, Accelerator], Watched] | None = None
+) -> Path:
+    """Train as configured; returns the run directory. ``watch`` says what looks on, given model and accelerator."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     # As it was given: machines may keep their data in different places.
     configuration = json.dumps({**plain, "run_dir": None}, sort_keys=True, default=str)
@@ -264,6 +279,7 @@ def train_from_config(cfg: DictConfig) -> Path:
             exclude_tagged=optim.exclude_tagged_from_decay,
         )  # fmt: skip
 
+    watched = watch(settings, model, accelerator) if watch is not None else Watched()
     trainer = Trainer(
         model=model,
         process=make("process", settings.process),
@@ -293,8 +309,11 @@ def train_from_config(cfg: DictConfig) -> Path:
         epoch_size=epoch_size,
         data_identity={"fingerprint": source.fingerprint, "order": identity},
         accelerator=accelerator,
-        hooks=(_skip_hook(skipped, settings.log_every),) if settings.data.max_skipped else (),
+        hooks=(*watched.hooks, *([_skip_hook(skipped, settings.log_every)] if settings.data.max_skipped else [])),
         plugins=plugin_names,
+        trackers=watched.trackers,
+        training_flops=watched.training_flops,
+        peak_flops=watched.peak_flops,
     )
     counters = trainer.fit()
     run_dir = Path(settings.run_dir)
@@ -305,7 +324,8 @@ def train_from_config(cfg: DictConfig) -> Path:
         )
     if accelerator.is_main_process:
         curve = run_dir / "loss.png"
-        rows = [(r["step"], r["images_seen"], r["loss"]) for r in read_metrics(run_dir / "metrics.jsonl")]
+        lines = read_metrics(run_dir / "metrics.jsonl")
+        rows = [(r["step"], r["images_seen"], r["loss"]) for r in lines if "loss" in r]
         save_loss_curve(curve, rows)
         log.info("trained: %s, loss curve %s", run_dir, curve)
     return run_dir

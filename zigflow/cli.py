@@ -44,8 +44,9 @@ class _Job:
         try:
             if trains:
                 from zigflow.build import train_from_config
+                from zigflow.evaluation_job import watch
 
-                train_from_config(cfg)
+                train_from_config(cfg, watch)
             else:
                 from zigflow.sample_job import sample_from_config
 

@@ -3,9 +3,8 @@
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,23 @@ from zigflow.build import (
     make,
     model_arguments,
 )
-from zigflow.codec import IdentityCodec, to_uint8
-from zigflow.data.loader import evaluation_loader
+from zigflow.codec import IdentityCodec
 from zigflow.engine import checkpoint as checkpoints
+from zigflow.engine.evaluation import Judge
 from zigflow.engine.launch import make_accelerator
 from zigflow.engine.measure import MeasuringRun
 from zigflow.engine.npz import npz_name, write_npz
 from zigflow.engine.ranks import Ranks
-from zigflow.engine.run_state import load_weights, versions
-from zigflow.engine.sample_plan import SampleOptions, SourceRows, class_plan, open_captions, text_plan
+from zigflow.engine.run_state import load_weights
+from zigflow.engine.sample_plan import SampleOptions, class_plan, open_captions, text_plan
 from zigflow.engine.sampling_run import SamplingRun
 from zigflow.engine.tensors import save_tensors
+from zigflow.evaluation_job import build_judge, build_sampling_run, data_texts, results_protocol, sampling_facts
 from zigflow.metrics.base import SampleIds
 from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
 from zigflow.metrics.results import write_results
 from zigflow.official import load_official, read_official
 from zigflow.preflight import check_decoding
-from zigflow.samplers import Guided
 from zigflow.settings import Settings, SettingsError
 from zigflow.stored_config import complete_from_checkpoint, complete_from_defaults
 
@@ -91,26 +90,16 @@ def _sampling_facts(
 ) -> tuple[str, dict[str, Any]]:
     """The folder's name, which tells every other way of sampling apart, and what the samples follow from."""
     settings = trained.settings
-    chosen = settings.sde if settings.sample_mode == "SDE" else settings.ode
-    solver = chosen.sampling_method.replace("/", "-")
+    facts = {"ckpt": ckpt, **sampling_facts(settings, trained.weights, trained.step)}
+    chosen = facts["sampler"]
+    solver = chosen["sampling_method"].replace("/", "-")
     step = "" if trained.step is None else f"_{trained.step}"
-    facts = {
-        "ckpt": ckpt,
-        "weights": trained.weights,
-        "step": trained.step,
-        "sample_mode": settings.sample_mode,
-        "sampler": asdict(chosen),
-        "guidance": {"scale": settings.cfg_scale, "interval": list(settings.cfg_interval)},
-        "process": dict(settings.process),
-        "codec": dict(settings.codec),
-        "precision": settings.mixed_precision or "no",
-        **extra,
-    }
+    facts |= extra
     rest = json.dumps(
         [{k: v for k, v in facts.items() if k != "ckpt"}, batch_size], sort_keys=True, default=str
     )
     name = (
-        f"{trained.weights}{step}_{settings.sample_mode}_{solver}_{chosen.num_steps}_w{settings.cfg_scale:g}"
+        f"{trained.weights}{step}_{settings.sample_mode}_{solver}_{chosen['num_steps']}_w{settings.cfg_scale:g}"
         f"_seed{settings.global_seed}_{hashlib.sha256(rest.encode()).hexdigest()[:6]}"
     )
     return name, facts
@@ -141,43 +130,47 @@ def sample_from_config(cfg: DictConfig) -> Path:
     if settings.likelihood or settings.ode.likelihood or settings.ode.reverse:
         return _measure_data(trained, str(ckpt), options, common)
 
-    if isinstance(common["codec"], IdentityCodec) and model.in_channels not in (1, 3):
-        raise SettingsError(
-            f"the model makes latents of {model.in_channels} channels and codec={settings.codec['_target_']} does "
-            "not decode them: sample with codec=sd_vae codec.path=FOLDER"
-        )
     plan, plan_facts = _conditions(settings, model, options)
     name, facts = _sampling_facts(trained, str(ckpt), options.batch_size, plan_facts)
     folder = Path(settings.sample_dir) if settings.sample_dir else trained.folder / name
     count = settings.num_fid_samples if options.seeds is None else len(options.seeds)
     count = min(count, _DEBUG_BATCHES * options.batch_size) if settings.sample_debug else count
-    frames = getattr(model, "video_frames", 0)
-    run = SamplingRun(
-        **common,
-        shape=(*((frames,) if frames else ()), model.in_channels, *model.img_dim),
-        num_samples=count,
-        ids=None if options.seeds is None else options.seeds[:count],
-        folder=folder,
-        num_classes=max(model.num_classes, 0),
-        label_of=plan,
-        guide=lambda m: Guided(m, settings.cfg_scale, interval=settings.cfg_interval),
-        identity={k: v for k, v in facts.items() if k != "ckpt"},
-        mixed_precision=settings.mixed_precision or "no",
-    )
-    with ranks.together("checking what judges the samples"):
-        if ranks.is_main and not _can_judge(settings, run):
-            settings = replace(settings, metrics=None)
-    judged = bool((settings.metrics or {}).get("_target_") and settings.data.source)
-    result = run.run(keep=judged and ranks.size == 1)
-    ranks.barrier()
-    if not ranks.is_main:
+    run = build_sampling_run(
+        settings, model, codec=common["codec"], num_samples=count, batch_size=options.batch_size, folder=folder,
+        identity={k: v for k, v in facts.items() if k != "ckpt"}, device=accelerator.device, ranks=ranks,
+        ids=None if options.seeds is None else options.seeds[:count], label_of=plan,
+    )  # fmt: skip
+    judge = _ready_judge(settings, run, ranks, common["codec"], accelerator.device)
+    run.open()
+    try:
+        judgement = judge(run)
+    except ValueError as error:
+        raise SettingsError(
+            f"the samples are in {folder}, but metrics ({(settings.metrics or {}).get('_target_')}) cannot judge them: "
+            f"{error}; give metrics=none, or another num_fid_samples"
+        ) from error
+    if not ranks.is_main or judgement is None:
         return folder
-    if ranks.size > 1 or not judged:
-        result = run.collect(None if judged else _SHOWN)
+    grid = _pictures(run, folder, model, options)
+    facts |= {
+        "weights_sha256": run.identity["weights_sha256"],
+        "function_evaluations": run.function_evaluations,
+    }
+    results = write_results(
+        folder / "results.json", judgement.metrics, results_protocol(settings, facts) | judgement.protocol
+    )
+    log.info("sampled %d images: %s, grid %s, results %s", run.num_samples, folder, grid, results)
+    return folder
+
+
+def _pictures(run: SamplingRun, folder: Path, model: Any, options: SampleOptions) -> Path:
+    """The grid, the frames of videos and the one file of all samples, from the samples' own files."""
+    result = run.collect(_SHOWN)
     # Rows of ten for a model without classes.
-    shown = result.images[:_SHOWN]
+    shown = result.images
     rows = np.arange(len(shown)) // 10 if result.labels is None else result.labels[: len(shown)]
     grid = save_sample_grid(folder / "grid.png", shown, rows)
+    frames = getattr(model, "video_frames", 0)
     if frames:
         for index, strip in zip(result.ids, run.images(), strict=True):
             save_frame_grid(folder / "videos" / f"{index:06d}.png", strip, frames)
@@ -186,22 +179,7 @@ def sample_from_config(cfg: DictConfig) -> Path:
         path = folder / npz_name(len(result.ids), height, width)
         write_npz(path, run.images(), len(result.ids), result.labels, frames)
         log.info("all samples in one file: %s", path)
-    try:
-        metrics, protocol = _judge(settings, result)
-    except ValueError as error:
-        raise SettingsError(
-            f"the samples are in {folder}, but metrics ({(settings.metrics or {}).get('_target_')}) cannot judge them: "
-            f"{error}; give metrics=none, or another num_fid_samples"
-        ) from error
-    facts |= {
-        "weights_sha256": result.identity["weights"],
-        "function_evaluations": result.function_evaluations,
-    }
-    results = write_results(
-        folder / "results.json", metrics, {**_protocol(settings, facts, result.ids), **protocol}
-    )
-    log.info("sampled %d images: %s, grid %s, results %s", len(result.ids), folder, grid, results)
-    return folder
+    return grid
 
 
 def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple[Any, dict[str, Any]]:
@@ -220,83 +198,40 @@ def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple
         raise SettingsError(
             f"labels={options.labels} needs a model of classes, this one reads text: drop labels="
         )
-    if options.captions is not None:
-        rows, name = open_captions(options.captions), f"captions={options.captions}"
+    if options.captions is None:
+        plan, rows = data_texts(settings, model)
     else:
-        source = build_source(settings, "heldout") or build_source(settings)
-        if source is None:
-            raise SettingsError(
-                f"a text model needs texts to sample from, data={settings.data.name} has none: give captions=FILE.npy"
-            )
-        rows, name = SourceRows(source), f"data={settings.data.name}"
-    return text_plan(rows, model.d_context, name), {**facts, "captions": rows.fingerprint}
+        rows = open_captions(options.captions)
+        plan = text_plan(rows, model.d_context, f"captions={options.captions}")
+    return plan, {**facts, "captions": rows.fingerprint}
 
 
-def _can_judge(settings: Settings, run: SamplingRun) -> bool:
-    """Ask the metric, before anything is sampled, whether it could judge these samples.
+def _ready_judge(settings: Settings, run: SamplingRun, ranks: Ranks, codec: Any, device: torch.device) -> Judge:
+    """What judges the samples, asked before anything is sampled whether it could.
 
     Raises:
-        SettingsError: it could not, in one line; with ``sample_debug`` the answer is then False instead.
+        SettingsError: it could not, in one line; with ``sample_debug`` the samples are then counted only.
     """
-    node = {k: v for k, v in (settings.metrics or {}).items() if k != "name"}
-    if not node.get("_target_") or not settings.data.source:
-        return True
+    given = {"ranks": ranks, "codec": codec, "device": device, "preview": 0}
     try:
-        metric = make("metrics", node)
-        heldout = build_source(settings, "heldout")
-        metric.set_reference(
-            _reference(build_source(settings)), _reference(heldout) if heldout is not None else None
-        )
+        judge = build_judge(settings, **given)
         labels = run.class_labels()
-        metric.check_request(run.num_samples, None if labels is None else torch.as_tensor(labels))
+        judge.check(run.num_samples, None if labels is None else torch.as_tensor(labels))
     except (SettingsError, ValueError) as error:
         if settings.sample_debug:
             log.warning("not judged: %s", error)
-            return False
+            return build_judge(replace(settings, metrics=None), **given)
         raise SettingsError(
-            f"metrics ({node['_target_']}) cannot judge {run.num_samples} samples: {error}; give metrics=none, "
-            "another num_fid_samples, or say where the data is (data.source.root, data.heldout.root)"
+            f"metrics ({(settings.metrics or {}).get('_target_')}) cannot judge {run.num_samples} samples: {error}; "
+            "give metrics=none, another num_fid_samples, or say where the data is (data.source.root, data.heldout.root)"
         ) from error
-    return True
+    return judge
 
 
-def _reference(source: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """All images of a source as uint8 (N, C, H, W), and their labels."""
-    batches = list(evaluation_loader(source, 256))
-    images = torch.cat([to_uint8(b.pixels) for b in batches])
-    return images, torch.cat([b.labels for b in batches]) if batches[0].labels is not None else None
-
-
-def _judge(settings: Settings, result: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The metric's numbers and protocol; empty without a metric."""
-    node = {k: v for k, v in (settings.metrics or {}).items() if k != "name"}
-    if not node.get("_target_") or not settings.data.source:
-        return {"n": len(result.ids)}, {"metric": None}
-    metric = make("metrics", node)
-    heldout = build_source(settings, "heldout")
-    metric.set_reference(
-        _reference(build_source(settings)), _reference(heldout) if heldout is not None else None
-    )
-    labels = None if result.labels is None else torch.as_tensor(result.labels)
-    metric.update(torch.as_tensor(result.images), labels, torch.as_tensor(result.ids))
-    return metric.compute(), metric.protocol()
-
-
-def _protocol(settings: Settings, facts: Mapping[str, Any], ids: Any) -> dict[str, Any]:
-    """How a number came about, for any of our results."""
+def _counted(ids: Any) -> dict[str, Any]:
     counted = SampleIds()
     counted.add(torch.as_tensor(ids))
-    return {
-        **facts,
-        "n": len(counted),
-        "ids_sha256": counted.sha256(),
-        "seed": settings.global_seed,
-        "steps": facts["sampler"]["num_steps"],
-        "codec_scale": settings.codec.get("scale", 1.0),
-        "reference": {"train": settings.data.source, "heldout": settings.data.heldout},
-        "versions": versions(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
+    return {"n": len(counted), "ids_sha256": counted.sha256()}
 
 
 def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: dict[str, Any]) -> Path:
@@ -340,8 +275,8 @@ def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: 
         metrics = {"noise_mean": float(values.mean()), "noise_std": float(values.std())}
     else:
         metrics = {"bits_per_dim": float(values.mean()), "bits_per_dim_std": float(values.std(correction=0))}
-    facts["weights_sha256"] = run.identity["weights"]
-    results = write_results(folder / "results.json", metrics, _protocol(settings, facts, ids))
+    facts["weights_sha256"] = run.identity["weights_sha256"]
+    results = write_results(folder / "results.json", metrics, results_protocol(settings, facts) | _counted(ids))
     told = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
     log.info("measured %d samples: %s; %s", len(ids), told, results)
     return folder

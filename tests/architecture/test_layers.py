@@ -15,8 +15,8 @@ LAYERS = {
     3: ["model_zigma", "zigflow.models", "zigflow.samplers", "zigflow.metrics", "zigflow.datasets", "zigflow.codec",
         "zigflow.text"],
     4: ["zigflow.engine", "zigflow.official"],
-    5: ["zigflow.build", "zigflow.sample_job", "zigflow.stored_config", "zigflow.plugins", "zigflow.tools",
-        "zigflow.preflight"],
+    5: ["zigflow.build", "zigflow.evaluation_job", "zigflow.sample_job", "zigflow.stored_config", "zigflow.plugins",
+        "zigflow.tools", "zigflow.preflight"],
     6: ["train_acc", "sample_acc", "zigflow.cli"],
 }  # fmt: skip
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

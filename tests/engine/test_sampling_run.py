@@ -158,7 +158,7 @@ def test_a_cut_run_continues(tmp_path):
     [
         ({"seed": 4}, "seed"),
         ({"batch_size": 5}, "batch_size"),
-        ({"model": TinyModel(seed=8)}, "weights"),
+        ({"model": TinyModel(seed=8)}, "weights_sha256"),
         ({"identity": {"guidance": 2.0}}, "guidance"),
     ],
 )
@@ -245,7 +245,7 @@ def test_the_identity_is_plain_json(tmp_path):
     run.run()
     stored = json.loads((tmp_path / "sampling.json").read_text())
     assert stored["sampler"] == "heun"
-    assert stored["weights"] == weights_hash(TinyModel())
+    assert stored["weights_sha256"] == weights_hash(TinyModel())
     assert (
         make_run(tmp_path, identity={"sampler": "heun", "steps": (1, 2)}).run().function_evaluations is None
     )

@@ -246,10 +246,14 @@ def find_latest(directory: Path) -> Checkpoint | None:
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """The verified checkpoint that ``path`` means: its directory, or the newest of a run directory.
 
+    ``RUN_DIR/best`` means the one whose evaluation during training was the best.
+
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
     path = Path(path)
+    if path.name == "best" and not path.exists():
+        path = _best(path.parent)
     if re.fullmatch(r"step-\d+", path.name):
         if not path.is_dir():
             there = [c.path.name for c in list_complete(path.parent)]
@@ -266,6 +270,16 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         found = latest
     verify(found.path)
     return found
+
+
+def _best(run_dir: Path) -> Path:
+    latest = find_latest(run_dir)
+    best = None if latest is None else latest.trainer["counters"].get("best")
+    if latest is None or best is None:
+        raise CheckpointError(
+            f"{run_dir} has no best checkpoint: no evaluation was made during training; give {run_dir} for the newest"
+        )
+    return latest.path.with_name(_name(best["step"]))
 
 
 def clean(directory: Path) -> None:

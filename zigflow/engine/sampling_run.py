@@ -1,4 +1,4 @@
-"""Sampling into a folder of numbered PNG files.
+"""Sampling in fixed batches, into a folder of numbered PNG files or straight to whoever judges the images.
 
 Sample i starts from noise keyed by (seed, i) and is computed in batch ``i // batch_size``, whose size is
 always full, so its image does not depend on how many samples are asked for, on how many processes share the
@@ -111,7 +111,7 @@ class SamplingRun:
         batch_size: the fixed batch, larger than ``num_samples`` or not; the last one is filled up with samples that
             are thrown away.
         seed: of the noise.
-        folder: made when missing.
+        folder: made when missing; None writes nothing, and ``round()`` is the way to the images.
         ids: the numbers of the samples, each once; None for the first ``num_samples``.
         num_classes: sample i has the label ``i % num_classes``; 0 for an unconditional model.
         label_of: another plan, (B,) sample numbers -> (B,) labels (or any condition of the model, which the result
@@ -137,7 +137,7 @@ class SamplingRun:
         num_samples: int = 0,
         batch_size: int,
         seed: int,
-        folder: Path | str,
+        folder: Path | str | None,
         ids: Sequence[int] | None = None,
         num_classes: int = 0,
         label_of: Callable[[Tensor], Any] | None = None,
@@ -161,7 +161,7 @@ class SamplingRun:
         self.process, self.sampler, self.codec = process, sampler, codec
         self.shape = tuple(shape)
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.folder = Path(folder)
+        self.folder = None if folder is None else Path(folder)
         self.num_classes = num_classes
         self._label_of = label_of
         self._guide = guide
@@ -174,13 +174,15 @@ class SamplingRun:
             "shape": list(self.shape),
             "num_classes": num_classes,
             "mixed_precision": mixed_precision,
-            "weights": weights_hash(model),
+            "weights_sha256": weights_hash(model),
             **(identity or {}),
         }
         self._evaluations: int | None = None
 
     def path(self, index: int) -> Path:
         """The file of one sample."""
+        if self.folder is None:
+            raise SamplingFolderError("this sampling run keeps no files; give it a folder")
         return self.folder / f"{index:06d}.png"
 
     def labels(self, ids: Tensor) -> Any:
@@ -202,20 +204,58 @@ class SamplingRun:
             SamplingFolderError: the folder holds samples of another run.
             Exception: whatever the model, the sampler or the codec raises; nothing is replaced or skipped.
         """
-        with self.ranks.together("opening the folder of samples"):
-            if self.ranks.is_main:
-                self._open()
-        batches = range(-(-self.num_samples // self.batch_size))
-        own = list(batches[self.ranks.rank :: self.ranks.size])
         images: dict[int, np.ndarray] = {}
         ids: list[int] = []
+        for part in self._rounds():
+            ids += part
+            images |= part if keep else {}
+        return self._result(ids, images)
+
+    def _rounds(self) -> Iterator[dict[int, np.ndarray]]:
+        self.open()
         hidden = None if self.progress is None else not self.progress
         with self.ranks.together("sampling"):
-            for batch in tqdm(own, unit="batch", disable=hidden if self.ranks.is_main else True):
-                made = self._batch(batch)
-                ids += made
-                images |= made if keep else {}
-        return self._result(ids, images)
+            for number in tqdm(
+                range(self.num_rounds), unit="batch", disable=hidden if self.ranks.is_main else True
+            ):
+                yield self._round(number)
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds in which every process computes one batch; in the last one some have none."""
+        return -(-self.num_samples // (self.batch_size * self.ranks.size))
+
+    @property
+    def function_evaluations(self) -> int | None:
+        """Of the last batch that was computed here, None when all were there."""
+        return self._evaluations
+
+    def open(self) -> None:
+        """Before the first round: make the folder, or check that it is this run's; all processes together.
+
+        Raises:
+            SamplingFolderError: the folder holds samples of another run.
+        """
+        with self.ranks.together("opening the folder of samples"):
+            if self.ranks.is_main and self.folder is not None:
+                self._open(self.folder)
+
+    def round(self, number: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """This process's batch of a round: images uint8 (B, C, H, W), ids (B,), labels (B,); None without a batch.
+
+        Samples that only fill the last batch up are not among them.
+        """
+        images = self._round(number)
+        if not images:
+            return None
+        ids = torch.tensor(sorted(images))
+        labels = self._class_labels(ids.numpy())
+        stacked = torch.from_numpy(np.stack([images[i] for i in ids.tolist()]))
+        return stacked, ids, None if labels is None else torch.from_numpy(labels)
+
+    def _round(self, number: int) -> dict[int, np.ndarray]:
+        batch = number * self.ranks.size + self.ranks.rank
+        return self._batch(batch) if batch * self.batch_size < self.num_samples else {}
 
     def collect(self, keep: int | None = None) -> SamplingResult:
         """All samples, read back from the folder: for the main process, once every process is through ``run()``.
@@ -278,11 +318,11 @@ class SamplingRun:
             return None
         return self.labels(torch.from_numpy(ids)).cpu().numpy()
 
-    def _open(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".*.png.tmp"):
+    def _open(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.png.tmp"):
             durable.unlink(leftover)
-        claim_folder(self.folder, IDENTITY, self.identity, any(self.folder.glob("[0-9]*.png")))
+        claim_folder(folder, IDENTITY, self.identity, any(folder.glob("[0-9]*.png")))
 
     def _batch(self, number: int) -> dict[int, np.ndarray]:
         first = number * self.batch_size
@@ -295,12 +335,15 @@ class SamplingRun:
         filled = [self.ids[place % self.num_samples] for place in places] if self._chosen else list(places)
         pixels = self._sample(torch.tensor(filled))
         for place, index in enumerate(wanted):
-            if index not in there:
-                there[index] = pixels[place]
+            if index in there:
+                continue
+            there[index] = pixels[place]
+            if self.folder is not None:
                 durable.replace_bytes(self.path(index), [_png(there[index])], durable=False)
         return there
 
-    @torch.inference_mode()
+    # Not inference mode: what a model caches in it could never be trained with, and this runs between steps too.
+    @torch.no_grad()
     def _sample(self, ids: Tensor) -> np.ndarray:
         """(B, C, H, W) uint8 of the samples ``ids`` (B,)."""
         draws = KeyedDraws(self.seed, ids).to(self.device)
@@ -319,6 +362,8 @@ class SamplingRun:
         return pixels.cpu().numpy()
 
     def _read(self, index: int) -> np.ndarray | None:
+        if self.folder is None:
+            return None
         path = self.path(index)
         if not path.is_file():
             return None

@@ -96,4 +96,4 @@ class WandbTracker:
         return {"id": self.id}
 
     def finish(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()

@@ -131,7 +131,7 @@ class Trainer:
         )  # fmt: skip
         self._saved_step: int | None = None
         self._save_asked = False
-        self.trackers = trackers or Trackers()
+        self.trackers = Trackers() if trackers is None else trackers
         interval = process.interval("train") if hasattr(process, "interval") else (0.0, 1.0)
         self.monitor = Monitor(
             self.counters, self.ranks, interval=interval, training_flops=training_flops, peak_flops=peak_flops,

@@ -1,0 +1,221 @@
+"""How a configuration samples and judges: for ``sample_acc.py``, while it trains, and for folders of images."""
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from scans.plot import plot_scans
+from zigflow.build import Watched, build_codec, build_sampler, build_source, make
+from zigflow.codec import IdentityCodec
+from zigflow.engine.evaluation import Judge
+from zigflow.engine.in_loop import InLoopEvaluation
+from zigflow.engine.peak import peak_flops
+from zigflow.engine.ranks import Ranks
+from zigflow.engine.run_state import versions
+from zigflow.engine.sample_plan import SourceRows, text_plan
+from zigflow.engine.sampling_run import SamplingRun
+from zigflow.engine.step import StepRecord
+from zigflow.engine.track_tensorboard import TensorBoardTracker, import_writer
+from zigflow.engine.track_wandb import WandbTracker, import_wandb
+from zigflow.engine.trackers import Trackers
+from zigflow.engine.trainer import Trainer
+from zigflow.nn.flops import count_flops
+from zigflow.samplers import Guided
+from zigflow.settings import Settings, SettingsError
+
+log = logging.getLogger(__name__)
+
+
+def build_sampling_run(
+    settings: Settings,
+    model: torch.nn.Module,
+    *,
+    codec: Any,
+    num_samples: int,
+    batch_size: int,
+    folder: Path | None,
+    identity: Mapping[str, Any],
+    device: torch.device,
+    ranks: Ranks,
+    ids: Sequence[int] | None = None,
+    label_of: Any = None,
+) -> SamplingRun:
+    """How a configuration samples, for sample_acc.py and for evaluation during training.
+
+    Raises:
+        SettingsError: the codec does not decode the model's latents, or there are no texts for a text model.
+    """
+    if isinstance(codec, IdentityCodec) and model.in_channels not in (1, 3):
+        raise SettingsError(
+            f"the model makes latents of {model.in_channels} channels and codec={settings.codec['_target_']} does "
+            "not decode them: sample with codec=sd_vae codec.path=FOLDER"
+        )
+    frames = (model.video_frames,) if getattr(model, "video_frames", 0) else ()
+    return SamplingRun(
+        model=model,
+        process=make("process", settings.process),
+        sampler=build_sampler(settings),
+        codec=codec,
+        shape=(*frames, model.in_channels, *model.img_dim),
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=settings.global_seed,
+        folder=folder,
+        num_classes=max(model.num_classes, 0),
+        ids=ids,
+        label_of=data_texts(settings, model)[0] if label_of is None and model.has_text else label_of,
+        guide=lambda m: Guided(m, settings.cfg_scale, interval=settings.cfg_interval),
+        identity=identity,
+        device=device,
+        ranks=ranks,
+        mixed_precision=settings.mixed_precision or "no",
+        progress=settings.loop.progress,
+    )
+
+
+def data_texts(settings: Settings, model: Any) -> tuple[Any, SourceRows]:
+    """Sample i is conditioned on the text of held-out sample i modulo their number; the rows themselves too."""
+    source = build_source(settings, "heldout") or build_source(settings)
+    if source is None:
+        raise SettingsError(
+            f"a text model needs texts to sample from, data={settings.data.name} has none: give captions=FILE.npy"
+        )
+    rows = SourceRows(source)
+    return text_plan(rows, model.d_context, f"data={settings.data.name}"), rows
+
+
+def build_judge(
+    settings: Settings, *, ranks: Ranks, codec: Any, device: torch.device | str, preview: int
+) -> Judge:
+    """The metric of a configuration with its real images; without a metric or data it counts the samples only."""
+    node = {k: v for k, v in (settings.metrics or {}).items() if k != "name"}
+    metric = train = heldout = None
+    if node.get("_target_") and settings.data.source:
+        metric = make("metrics", node)
+        train, heldout = build_source(settings), build_source(settings, "heldout")
+    return Judge(metric, train, heldout, ranks=ranks, codec=codec, device=device, preview=preview)
+
+
+def sampling_facts(settings: Settings, weights: str, step: int | None) -> dict[str, Any]:
+    """What samples follow from, beside the weights themselves."""
+    chosen = settings.sde if settings.sample_mode == "SDE" else settings.ode
+    return {
+        "weights": weights,
+        "step": step,
+        "sample_mode": settings.sample_mode,
+        "sampler": asdict(chosen),
+        "guidance": {"scale": settings.cfg_scale, "interval": list(settings.cfg_interval)},
+        "process": dict(settings.process),
+        "codec": dict(settings.codec),
+        "precision": settings.mixed_precision or "no",
+    }
+
+
+def results_protocol(settings: Settings, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """How a number came about, for any of our results; the samples' number and hash are still to be added."""
+    return {
+        **facts,
+        "seed": settings.global_seed,
+        "steps": (facts.get("sampler") or {}).get("num_steps"),
+        "codec_scale": settings.codec.get("scale", 1.0),
+        "reference": {"train": settings.data.source, "heldout": settings.data.heldout},
+        "versions": versions(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def watch(settings: Settings, model: Any, accelerator: Accelerator) -> Watched:
+    """What looks on while a configuration trains."""
+    device, ranks = (
+        accelerator.device,
+        Ranks(accelerator.device if accelerator.device.type == "cuda" else "cpu"),
+    )
+    precision = settings.mixed_precision or accelerator.mixed_precision
+    hooks: list[Any] = []
+    trackers = _trackers(settings, ranks.is_main)
+    if settings.use_wandb or settings.loop.tensorboard:
+        hooks.append(_ScanPicture(settings, model))
+    if settings.data.sample_fid_every:
+        hooks.append(_in_loop_evaluation(settings, ranks, device))
+    return Watched(
+        trackers=trackers,
+        hooks=tuple(hooks),
+        training_flops=_training_flops(model),
+        peak_flops=settings.loop.peak_flops or peak_flops(device, precision),
+    )
+
+
+def _training_flops(model: Any) -> float | None:
+    try:
+        return count_flops(model).training
+    except ValueError as error:
+        log.info("%s, so no utilization is logged", error)
+        return None
+
+
+def _in_loop_evaluation(settings: Settings, ranks: Ranks, device: torch.device) -> InLoopEvaluation:
+    data = settings.data
+    codec = build_codec(settings, device)
+    judge = build_judge(settings, ranks=ranks, codec=codec, device=device, preview=data.sample_vis_n)
+
+    def make_run(model: torch.nn.Module, weights: str) -> SamplingRun:
+        return build_sampling_run(
+            settings, model, codec=codec, num_samples=data.sample_fid_n, batch_size=data.sample_fid_bs,
+            folder=None, identity=sampling_facts(settings, weights, None), device=device, ranks=ranks,
+        )  # fmt: skip
+
+    def protocol(run: SamplingRun, weights: str, step: int) -> dict[str, Any]:
+        facts = sampling_facts(settings, weights, step) | {
+            "weights_sha256": run.identity["weights_sha256"], "function_evaluations": run.function_evaluations
+        }  # fmt: skip
+        return results_protocol(settings, facts)
+
+    return InLoopEvaluation(every=data.sample_fid_every, judge=judge, make_run=make_run, protocol=protocol)
+
+
+def _trackers(settings: Settings, is_main: bool) -> Trackers:
+    """The trackers that are switched on; packages that are missing are told of before the first step."""
+    makers = {}
+    chosen = settings.wandb
+    try:
+        if settings.use_wandb:
+            import_wandb()
+            makers["wandb"] = partial(
+                WandbTracker, entity=chosen.entity, project=chosen.project, mode=chosen.mode, name=chosen.name
+            )
+        if settings.loop.tensorboard:
+            import_writer()
+            makers["tensorboard"] = TensorBoardTracker
+    except ImportError as error:
+        raise SettingsError(str(error)) from error
+    return Trackers(makers if is_main else {})
+
+
+class _ScanPicture:
+    """A hook: the scan orders of the model, drawn once for the trackers."""
+
+    def __init__(self, settings: Settings, model: Any):
+        chosen = settings.scan.get("name", "from_model")
+        self._name = settings.model.get("scan_type") if chosen == "from_model" else chosen
+        self._grid = getattr(model, "grid", None)
+
+    def begin(self, trainer: Trainer) -> None:
+        if self._name is None or self._grid is None or trainer.counters.step or not trainer.trackers:
+            return
+        file = Path(trainer.options.run_dir) / "scans.png"
+        try:
+            plot_scans([str(self._name)], *self._grid[1:], str(file))
+        except ValueError as error:
+            log.info("the scan orders of %s are not drawn: %s", self._name, error)
+        else:
+            trainer.trackers.image("scans", file, 0)
+
+    def __call__(self, trainer: Trainer, record: StepRecord) -> None:
+        pass
