@@ -1,0 +1,88 @@
+"""``evaluate``: judge images that lie in a folder or an archive, as ``sample_acc.py`` judges its own."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from zigflow import plugins
+from zigflow.settings import SettingsError
+
+USAGE = """usage: python -m zigflow.tools evaluate samples=FOLDER|FILE.npz [output=FILE] [GROUP=CHOICE] [KEY=VALUE]
+
+Judge PNG files of a folder, or the arrays of an npz file (arr_0: uint8 (N, H, W, C); arr_1, if it is there: labels),
+with the metrics and the real images of a configuration, as train_acc.py composes it (data=..., metrics=...).
+The result is written to FOLDER/results.json (FILE.results.json for an archive) with its protocol."""
+
+
+def main(argv: list[str]) -> int:
+    """Judge, write the results, print them."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    given = dict(argument.split("=", 1) for argument in argv if argument.startswith(("samples=", "output=")))
+    if "samples" not in given:
+        raise SettingsError("samples is missing: give samples=FOLDER of PNG files, or samples=FILE.npz")
+    overrides = [argument for argument in argv if argument.partition("=")[0] not in given]
+    try:
+        settings = plugins.validated(plugins.compose_config([*overrides, "run_dir=outputs/evaluated"]))
+    except Exception as error:
+        line = plugins.explain(error, "default")
+        if line is None:
+            raise
+        raise ValueError(line) from error
+    samples = Path(given["samples"])
+    output = given.get("output")
+    plugins.load_plugins()
+    written, metrics = evaluate(settings, samples, None if output is None else Path(output))
+    for name, value in metrics.items():
+        print(f"{name:40s} {value}")
+    print(written)
+    return 0
+
+
+def evaluate(settings: Any, samples: Path, output: Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """Judge ``samples`` as configured; returns the results file and the numbers.
+
+    Raises:
+        ValueError: no images, images of several sizes, or a metric that cannot judge them.
+    """
+    import torch
+
+    from zigflow.engine.ranks import Ranks
+    from zigflow.evaluation_job import build_judge, results_protocol
+    from zigflow.metrics.results import read_results, write_results
+    from zigflow.metrics.stored_images import StoredImages
+
+    if settings.loop.threads is not None:
+        torch.set_num_threads(settings.loop.threads)
+    images = StoredImages(samples)
+    if output is None:
+        output = samples / "results.json" if samples.is_dir() else samples.with_suffix(".results.json")
+    # What sample_acc.py wrote about how these images were made stays true.
+    before: dict[str, Any] = {}
+    if samples.is_dir() and (samples / "results.json").is_file():
+        before = read_results(samples / "results.json")[1]
+    elif samples.is_dir() and (samples / "sampling.json").is_file():
+        before = json.loads((samples / "sampling.json").read_text(encoding="utf-8"))
+    facts = {
+        key: before.get(key)
+        for key in (
+            "weights", "weights_sha256", "step", "sample_mode", "sampler", "guidance", "process", "codec", "precision",
+            "seed", "ckpt", "function_evaluations",
+        )
+    }  # fmt: skip
+    judge = build_judge(settings, ranks=Ranks(), codec=None, device="cpu", preview=0)
+    if judge.metric is None:
+        raise SettingsError("there is nothing to judge with: give metrics=NAME and data=NAME with a source")
+    judgement = judge(images)
+    assert judgement is not None
+    protocol = {
+        **results_protocol(settings, facts),
+        "seed": facts["seed"],
+        "codec_scale": (facts["codec"] or {}).get("scale"),
+        "samples": str(samples.resolve()),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **judgement.protocol,
+    }
+    return write_results(output, judgement.metrics, protocol), judgement.metrics
