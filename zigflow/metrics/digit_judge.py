@@ -313,7 +313,7 @@ class DigitJudge(Metric):
     def protocol(self) -> dict[str, Any]:
         """Seeds, sizes, spaces and thresholds."""
         return super().protocol() | {
-            "seed": self.seed,
+            "judge_seed": self.seed,
             "train_n": len(self._train[0]) if self._train else 0,
             "heldout_n": len(self._heldout[0]) if self._heldout else 0,
             "classifier": "ensemble of two small convolutional nets, fitted on the training half alone",

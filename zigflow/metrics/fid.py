@@ -164,8 +164,8 @@ def check_weights(path: str | Path | None) -> str:
     """
     if path is None:
         raise ValueError(
-            "FID needs the weights of its Inception network, and none are named: give metrics.inception_weights=PATH of "
-            "weights-inception-2015-12-05-6726825d.pth, which torch-fidelity publishes, or metrics=none"
+            "FID needs the weights of its Inception network, and none are named: give metrics.inception_weights=PATH "
+            "of weights-inception-2015-12-05-6726825d.pth, which torch-fidelity publishes, or metrics=none"
         )
     path = Path(path)
     if not path.is_file():

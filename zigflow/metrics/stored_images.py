@@ -97,7 +97,7 @@ class StoredImages:
             with Image.open(file) as image:
                 if image.mode not in ("L", "RGB"):
                     image = image.convert("RGB")
-                array = np.asarray(image)
+                array = np.array(image)
         except (OSError, SyntaxError) as error:
             raise ValueError(f"{file} is no image: {error}") from error
         array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
