@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from zigflow.build import Watched, build_codec, build_sampler, build_source, mak
 from zigflow.codec import IdentityCodec
 from zigflow.engine.evaluation import Judge
 from zigflow.engine.in_loop import InLoopEvaluation
+from zigflow.engine.launch import launched_precision
 from zigflow.engine.peak import peak_flops
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.run_state import versions
@@ -137,7 +138,8 @@ def watch(settings: Settings, model: Any, accelerator: Accelerator) -> Watched:
         accelerator.device,
         Ranks(accelerator.device if accelerator.device.type == "cuda" else "cpu"),
     )
-    precision = settings.mixed_precision or accelerator.mixed_precision
+    precision = settings.mixed_precision or launched_precision()
+    settings = replace(settings, mixed_precision=precision)
     hooks: list[Any] = []
     trackers = _trackers(settings, ranks.is_main)
     if settings.use_wandb or settings.loop.tensorboard:
