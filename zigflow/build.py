@@ -309,7 +309,10 @@ def train_from_config(
         epoch_size=epoch_size,
         data_identity={"fingerprint": source.fingerprint, "order": identity},
         accelerator=accelerator,
-        hooks=(*watched.hooks, *([_skip_hook(skipped, settings.log_every)] if settings.data.max_skipped else [])),
+        hooks=(
+            *watched.hooks,
+            *([_skip_hook(skipped, settings.log_every)] if settings.data.max_skipped else []),
+        ),
         plugins=plugin_names,
         trackers=watched.trackers,
         training_flops=watched.training_flops,

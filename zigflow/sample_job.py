@@ -33,7 +33,13 @@ from zigflow.engine.run_state import load_weights
 from zigflow.engine.sample_plan import SampleOptions, class_plan, open_captions, text_plan
 from zigflow.engine.sampling_run import SamplingRun
 from zigflow.engine.tensors import save_tensors
-from zigflow.evaluation_job import build_judge, build_sampling_run, data_texts, results_protocol, sampling_facts
+from zigflow.evaluation_job import (
+    build_judge,
+    build_sampling_run,
+    data_texts,
+    results_protocol,
+    sampling_facts,
+)
 from zigflow.metrics.base import SampleIds
 from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
 from zigflow.metrics.results import write_results
@@ -206,7 +212,9 @@ def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple
     return plan, {**facts, "captions": rows.fingerprint}
 
 
-def _ready_judge(settings: Settings, run: SamplingRun, ranks: Ranks, codec: Any, device: torch.device) -> Judge:
+def _ready_judge(
+    settings: Settings, run: SamplingRun, ranks: Ranks, codec: Any, device: torch.device
+) -> Judge:
     """What judges the samples, asked before anything is sampled whether it could.
 
     Raises:
@@ -276,7 +284,9 @@ def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: 
     else:
         metrics = {"bits_per_dim": float(values.mean()), "bits_per_dim_std": float(values.std(correction=0))}
     facts["weights_sha256"] = run.identity["weights_sha256"]
-    results = write_results(folder / "results.json", metrics, results_protocol(settings, facts) | _counted(ids))
+    results = write_results(
+        folder / "results.json", metrics, results_protocol(settings, facts) | _counted(ids)
+    )
     told = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
     log.info("measured %d samples: %s; %s", len(ids), told, results)
     return folder

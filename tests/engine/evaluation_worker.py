@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import distributed
@@ -14,6 +15,7 @@ from tests.engine.worker import trainer
 from zigflow.engine.evaluation import Judge
 from zigflow.engine.log import read_metrics
 from zigflow.engine.ranks import Ranks
+from zigflow.metrics.results import read_results
 
 
 def main():
@@ -53,6 +55,18 @@ def main():
             losses.append([(x["step"], x["loss"], x["loss_by_time"]) for x in lines if "loss" in x])
         assert losses[0] == losses[1] == losses[2], "a line's bits do not depend on where the run was cut"
         assert [step for step, *_ in losses[0]] == [1, 4]
+    # Sharded parameters: every process calls the model equally often.
+    sharded = trainer(folder / "sharded", ranks, accelerator, steps=4, hooks=[in_loop(ranks, 2)], shard=True)
+    sharded.fit()
+    assert all(hasattr(p, "full_tensor") for p in sharded.model.parameters())
+    if ranks.is_main:
+        for step in (2, 4):
+            evaluated = [
+                read_results(folder / n / "eval" / f"step-{step:07d}.json") for n in ("straight", "sharded")
+            ]
+            (plain_metrics, plain_protocol), (metrics, protocol) = evaluated
+            assert metrics["frechet"] == pytest.approx(plain_metrics["frechet"], rel=1e-2)
+            assert protocol["ids_sha256"] == plain_protocol["ids_sha256"]
     (folder / f"done_{ranks.rank}.json").write_text("{}")
     distributed.destroy_process_group()
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from zigflow.codec import IdentityCodec, to_uint8
 from zigflow.data.loader import evaluation_loader
@@ -229,6 +230,10 @@ def averaged_weights(model: nn.Module, ema: EmaProfiles, device: torch.device) -
         model.eval()
         yield f"ema_{names[0]}" if names else "model"
     finally:
+        for module in model.modules():
+            # After a call without a backward pass a sharded module may still hold its gathered weights.
+            if isinstance(module, FSDPModule):
+                module.reshard()
         with torch.no_grad():
             for name, weight in named_floating(model).items() if names else ():
                 weight.copy_(kept[name])

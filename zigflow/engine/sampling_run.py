@@ -178,6 +178,9 @@ class SamplingRun:
             **(identity or {}),
         }
         self._evaluations: int | None = None
+        # A sharded model gathers its weights over the processes at every call, and solvers that control their step
+        # make as many calls as a batch needs: so the processes compute the same batch, and one of them counts it.
+        self._alike = self.ranks.size > 1 and any(hasattr(p, "full_tensor") for p in model.parameters())
 
     def path(self, index: int) -> Path:
         """The file of one sample."""
@@ -222,8 +225,9 @@ class SamplingRun:
 
     @property
     def num_rounds(self) -> int:
-        """Rounds in which every process computes one batch; in the last one some have none."""
-        return -(-self.num_samples // (self.batch_size * self.ranks.size))
+        """Rounds in which every process has one batch or none."""
+        batches = -(-self.num_samples // self.batch_size)
+        return batches if self._alike else -(-batches // self.ranks.size)
 
     @property
     def function_evaluations(self) -> int | None:
@@ -254,7 +258,11 @@ class SamplingRun:
         return stacked, ids, None if labels is None else torch.from_numpy(labels)
 
     def _round(self, number: int) -> dict[int, np.ndarray]:
-        batch = number * self.ranks.size + self.ranks.rank
+        size, rank = self.ranks.size, self.ranks.rank
+        if self._alike:
+            images = self._batch(number)
+            return images if number % size == rank else {}
+        batch = number * size + rank
         return self._batch(batch) if batch * self.batch_size < self.num_samples else {}
 
     def collect(self, keep: int | None = None) -> SamplingResult:
@@ -327,7 +335,9 @@ class SamplingRun:
     def _batch(self, number: int) -> dict[int, np.ndarray]:
         first = number * self.batch_size
         wanted = self.ids[first : first + self.batch_size]
-        there = {index: image for index in wanted if (image := self._read(index)) is not None}
+        # Computing alike, no process may find what another has just written and stay behind.
+        known = () if self._alike else wanted
+        there = {index: image for index in known if (image := self._read(index)) is not None}
         if len(there) == len(wanted):
             return there
         # Filled up by the numbers that a longer run has there, or by the chosen ones from the first on.

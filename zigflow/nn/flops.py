@@ -57,7 +57,8 @@ def scan_flops(batch: int, tokens: int, channels: int, states: int, skip: bool, 
 
 
 def _scan(u, delta, A, B, C, D, z, *_: Any, **__: Any) -> int:
-    return scan_flops(*u, A[1], D is not None, z is not None)
+    batch, tokens, channels = u
+    return scan_flops(batch, tokens, channels, A[1], D is not None, z is not None)
 
 
 def _conv(x, weight, bias, *_: Any, **__: Any) -> int:
@@ -69,7 +70,7 @@ def _formulas() -> dict[Any, Any]:
     return {torch.ops.zigflow.chunked_scan: _scan, torch.ops.zigflow.shifted_conv: _conv}
 
 
-def one_sample(model: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
+def one_sample(model: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """(x, t, y) of one sample on the meta device, by the attributes that every model family has.
 
     ``in_channels`` and ``img_dim`` (h, w); ``video_frames`` T > 0: x is (1, T, C, h, w), else (1, C, h, w);
@@ -105,8 +106,7 @@ def count_flops(model: nn.Module, *inputs: Any) -> FlopCount:
         for name, value in model.named_parameters()
     }
     training = {module: module.training for module in model.modules()}
-    # No depth limit: the table picks its rows itself.
-    counter = FlopCounterMode(display=False, depth=None, custom_mapping=_formulas())
+    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     model.eval()
     try:
         with torch.no_grad(), use_backend("torch"), counter:
