@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.zigma_shards import LAYOUTS, save_autoencoder, write_shards
 from zigflow import plugins
+from zigflow.engine.sample_plan import SampleOptions
 from zigflow.preflight import check_decoding, check_training
 from zigflow.settings import Settings, SettingsError
 from zigflow.stored_config import complete_from_defaults
@@ -70,8 +71,8 @@ def compose(overrides, name="default"):
 
 def sampling_settings(overrides):
     given = compose(overrides, "sample")
-    for key in ("weights", "offline_sample_local_bs"):
-        given.pop(key)
+    given.pop("weights")
+    SampleOptions.take_from(given)
     return Settings.from_mapping(complete_from_defaults(given, given["ckpt"]))
 
 

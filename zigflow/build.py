@@ -108,11 +108,11 @@ def make(key: str, node: Mapping[str, Any]) -> Any:
         return instantiate(dict(node), _convert_="all")
     except Exception as error:
         cause = error.__cause__ if error.__cause__ is not None else error
-        if not plugins.is_foreign(cause):
-            raise cause from error
         mistakes = (ValueError, TypeError, KeyError, ImportError, FileNotFoundError, NotADirectoryError)
         if isinstance(cause, mistakes):
             raise SettingsError(f"{key} ({node.get('_target_')}): {cause}") from error
+        if not plugins.is_foreign(cause):
+            raise cause from error
         raise
 
 

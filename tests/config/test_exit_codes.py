@@ -32,7 +32,7 @@ def run(monkeypatch, folder, work):
 
 
 def claiming(then=None):
-    def work(cfg):
+    def work(cfg, watch=None):
         exits.note.claim(cfg.run_dir, 0)
         exits.note.step = 7
         if then is not None:
@@ -69,7 +69,7 @@ def test_a_foreign_error_keeps_its_traceback_and_is_noted(monkeypatch, tmp_path)
 
 
 def test_an_error_that_follows_a_signal_is_the_signal(monkeypatch, tmp_path):
-    def work(cfg):
+    def work(cfg, watch=None):
         exits.note.claim(cfg.run_dir, 0)
         stop.received = "SIGUSR1"
         raise RuntimeError("connection closed by peer")
@@ -80,7 +80,7 @@ def test_an_error_that_follows_a_signal_is_the_signal(monkeypatch, tmp_path):
 
 
 def test_a_stop_while_building_is_noted_unless_another_run_writes_there(monkeypatch, tmp_path):
-    def work(cfg):
+    def work(cfg, watch=None):
         raise Stopped("early")
 
     code, note = run(monkeypatch, tmp_path, work)
@@ -95,7 +95,7 @@ def test_a_stop_while_building_is_noted_unless_another_run_writes_there(monkeypa
 
 
 def test_a_mistake_takes_its_fresh_directory_away_and_no_other(monkeypatch, tmp_path):
-    def work(cfg):
+    def work(cfg, watch=None):
         raise SettingsError("model.use_pe=7")
 
     assert run(monkeypatch, tmp_path, work) == (2, None)

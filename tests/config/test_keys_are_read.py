@@ -13,12 +13,6 @@ NOT_STEERING = {
     "note": "free text, kept in the checkpoint",
     "dist": "the official layout's empty group",
     "data.is_video": "checked against data.video_frames",
-    "use_wandb": "refused until tracking exists",
-    "wandb": "for tracking",
-    "data.sample_fid_n": "for evaluation during training",
-    "data.sample_fid_every": "for evaluation during training",
-    "data.sample_fid_bs": "for evaluation during training",
-    "data.sample_vis_n": "for evaluation during training",
 }
 
 

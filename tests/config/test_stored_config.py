@@ -3,6 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
+from zigflow.engine.sample_plan import SampleOptions
 from zigflow.plugins import compose_config
 from zigflow.settings import Settings, SettingsError
 from zigflow.stored_config import complete_from_checkpoint, complete_from_defaults
@@ -14,8 +15,8 @@ def plain(overrides=(), name="default"):
 
 def completed(*overrides, stored=()):
     given = plain(overrides, "sample")
-    for key in ("weights", "offline_sample_local_bs"):
-        given.pop(key)
+    given.pop("weights")
+    SampleOptions.take_from(given)
     return complete_from_checkpoint(given, plain(stored), "run")
 
 

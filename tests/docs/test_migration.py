@@ -13,6 +13,7 @@ from PIL import Image
 from scans import list_scans
 from tests.zigma_shards import save_autoencoder
 from zigflow import plugins
+from zigflow.engine.sample_plan import SampleOptions
 from zigflow.preflight import check_training
 from zigflow.settings import Settings
 from zigflow.stored_config import complete_from_defaults
@@ -65,8 +66,8 @@ def test_training_commands_pass_every_check_before_the_device(command, folders):
 @pytest.mark.parametrize("command", [c for c in OURS + THEIRS if "sample_acc.py" in c])
 def test_sampling_commands_compose(command, folders):
     given = compose(overrides_of(command), "sample")
-    for key in ("weights", "offline_sample_local_bs"):
-        given.pop(key)
+    given.pop("weights")
+    SampleOptions.take_from(given)
     if given["ckpt"].endswith(".pt"):
         settings = Settings.from_mapping(complete_from_defaults(given, given["ckpt"]))
         assert settings.codec["scale"] == 0.18215

@@ -202,7 +202,7 @@ def test_a_cut_evaluation_is_made_up_for(tmp_path):
 
 def test_rounds_without_a_folder_are_those_with_one(tmp_path):
     files, memory = sampling_run(folder=tmp_path), sampling_run()
-    files.fill()
+    files.run(keep=False)
     for number in range(3):
         for a, b in zip(files.round(number), memory.round(number), strict=True):
             assert torch.equal(a, b)
