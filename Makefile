@@ -32,7 +32,8 @@ test: $(VENV)/.installed lint
 	$(PY) -m pytest -n $(WORKERS) -q
 
 test-slow: $(VENV)/.installed
-	$(PY) -m pytest -q -m slow
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q -m "slow and not whole_machine"
+	$(PY) -m pytest -q -m whole_machine
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
