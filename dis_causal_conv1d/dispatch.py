@@ -64,7 +64,8 @@ class Dispatcher(Generic[CallT]):
             return self._named(call, name)
         refusals = []
         for backend in self.backends:
-            reason = backend.unavailable() or backend.accepts(call)
+            # The cheap question first: a backend may compile its kernel to answer the other one.
+            reason = backend.accepts(call) or backend.unavailable()
             if reason is None:
                 return backend
             refusals.append(f"{backend.name}: {reason}")

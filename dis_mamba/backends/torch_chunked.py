@@ -20,9 +20,8 @@ from torch import Tensor
 from dis_causal_conv1d.dispatch import transform_reason
 
 from .call import ScanCall, state_dtype
+from .gradient import CHUNK, register
 
-# At N = 16 the boundary states of 32-token chunks are half the size of one activation (B, L, E).
-CHUNK = 32
 _LOG2_E = math.log2(math.e)
 _BLOCK_ELEMENTS_CPU = 1 << 19
 _BLOCK_ELEMENTS_DEVICE = 1 << 25
@@ -297,47 +296,4 @@ def _contract_channels(weight_RTX: Tensor, block: Tensor) -> Tensor:
     return torch.bmm(weight, block.flatten(0, 1).transpose(1, 2)).view(block.shape[:3])
 
 
-@torch.library.register_fake("zigflow::chunked_scan")
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
-    boundaries = (u.shape[1] + CHUNK - 1) // CHUNK - 1
-    states = u.new_empty((u.shape[0], boundaries, A.shape[1], u.shape[2]), dtype=state_dtype(u.dtype))
-    return u.new_empty(u.shape), states
-
-
-@torch.library.register_fake("zigflow::chunked_scan_backward")
-def _(grad, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse):
-    dtype = state_dtype(u.dtype)
-    return (
-        u.new_empty(u.shape),
-        delta.new_empty(delta.shape),
-        A.new_empty(A.shape),
-        B.new_empty(B.shape),
-        C.new_empty(C.shape),
-        u.new_empty(0, dtype=dtype) if D is None else D.new_empty(D.shape),
-        u.new_empty(0) if z is None else z.new_empty(z.shape),
-        u.new_empty(0, dtype=dtype) if delta_bias is None else delta_bias.new_empty(delta_bias.shape),
-    )
-
-
-def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.delta_softplus, ctx.reverse = inputs
-    states = output[1]
-    ctx.mark_non_differentiable(states)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, states)
-
-
-def _backward(ctx, grad, _):
-    *tensors, states = ctx.saved_tensors
-    if grad is None:
-        return (None,) * 10
-    grads = chunked_scan_backward(grad, *tensors, states, ctx.delta_softplus, ctx.reverse)
-    return *(g if t is not None else None for g, t in zip(grads, tensors, strict=True)), None, None
-
-
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError("selective_scan: backend 'torch' has no second derivative: use backend='reference'")
-
-
-torch.library.register_autograd("zigflow::chunked_scan", _backward, setup_context=_save)
-torch.library.register_autograd("zigflow::chunked_scan_backward", _no_double_backward)
+register("zigflow::chunked_scan", "zigflow::chunked_scan_backward", chunked_scan_backward, "torch")
