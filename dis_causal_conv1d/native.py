@@ -23,6 +23,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+from torch import Tensor
+
 HEADERS = Path(__file__).parent / "csrc"
 # Not -ffast-math: it would break the compensated sums, and make inf and NaN undefined.
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared")
@@ -157,6 +159,18 @@ def cache_folder() -> Path:
         return Path(named).expanduser() / "native"
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.path.expanduser(base)) / "zigflow" / "native"
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """The address of a tensor's data, 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def rows_in_one_piece(tensor: Tensor | None) -> Tensor | None:
+    """The tensor itself where its last dimension lies in one piece, else a contiguous copy."""
+    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()
 
 
 @cache

@@ -15,6 +15,7 @@ from torch import Tensor
 from dis_causal_conv1d.dispatch import transform_reason
 
 from .call import ConvCall
+from .gradient import accumulator, register
 
 _BLOCK_ELEMENTS_CPU = 1 << 18
 _BLOCK_ELEMENTS_DEVICE = 1 << 27
@@ -38,7 +39,7 @@ class TorchConv:
 @torch.library.custom_op("zigflow::shifted_conv", mutates_args=())
 def shifted_conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
     """The convolution (B,L,E) in the dtype of ``x``, accumulated in float32 (float64 for float64)."""
-    dtype = _accumulator(x.dtype)
+    dtype = accumulator(x.dtype)
     out = x.new_empty(x.shape)
     with torch.autocast(x.device.type, enabled=False):
         taps_WE, bias = _parameters(weight, bias, dtype)
@@ -53,7 +54,7 @@ def shifted_conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, each in its tensor's dtype; the last is empty without a bias."""
-    dtype = _accumulator(x.dtype)
+    dtype = accumulator(x.dtype)
     width = weight.shape[1]
     grad_x = x.new_empty(x.shape)
     grad_taps_WE = torch.zeros((width, x.shape[2]), dtype=dtype, device=x.device)
@@ -105,39 +106,4 @@ def _parameters(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tupl
     return weight.to(dtype).t().contiguous(), None if bias is None else bias.to(dtype)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@torch.library.register_fake("zigflow::shifted_conv")
-def _(x, weight, bias, silu, reverse):
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake("zigflow::shifted_conv_backward")
-def _(grad, x, weight, bias, silu, reverse):
-    no_bias = x.new_empty(0, dtype=_accumulator(x.dtype))
-    return (
-        x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
-        no_bias if bias is None else bias.new_empty(bias.shape),
-    )
-
-
-def _save(ctx, inputs, output) -> None:
-    x, weight, bias, ctx.silu, ctx.reverse = inputs
-    ctx.save_for_backward(x, weight, bias)
-
-
-def _backward(ctx, grad):
-    x, weight, bias = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias = shifted_conv_backward(grad, x, weight, bias, ctx.silu, ctx.reverse)
-    return grad_x, grad_weight, None if bias is None else grad_bias, None, None
-
-
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError("causal_conv1d: backend 'torch' has no second derivative: use backend='reference'")
-
-
-torch.library.register_autograd("zigflow::shifted_conv", _backward, setup_context=_save)
-torch.library.register_autograd("zigflow::shifted_conv_backward", _no_double_backward)
+register("zigflow::shifted_conv", "zigflow::shifted_conv_backward", shifted_conv_backward, "torch")

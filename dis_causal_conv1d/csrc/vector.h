@@ -42,7 +42,6 @@ struct Lanes<float> {
   static constexpr float least = -127.0f, most = 128.0f;
   static constexpr float log2e = 1.4426950408889634f;
   static constexpr float ln2 = 0.6931471805599453f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  static constexpr int exp_degree = 7;
 };
 
 template <>
@@ -56,7 +55,6 @@ struct Lanes<double> {
   static constexpr double log2e = 1.4426950408889634074;
   static constexpr double ln2 = 0.69314718055994530942;
   static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
-  static constexpr int exp_degree = 13;
 };
 
 template <class S>
@@ -161,32 +159,46 @@ INLINE Vec<S> clamp(Vec<S> x) {
   return x > Lanes<S>::most ? splat<S>(Lanes<S>::most) : x;
 }
 
-// e^r for |r| <= ln(2) / 2, by Taylor's series.
-template <class S>
-INLINE Vec<S> exp_near_zero(Vec<S> r) {
-  constexpr int degree = Lanes<S>::exp_degree;
-  double factorial = 1;
-  for (int k = 2; k <= degree; k++) factorial *= k;
-  Vec<S> p = splat<S>(S(1 / factorial));
+// e^r for |r| <= ln(2) / 2: a minimax polynomial, relative error 2e-8, and Taylor's series.
+INLINE Vec<float> exp_near_zero(Vec<float> r) {
+  Vec<float> p = r * 0.0013842862099409103f + 0.008374189957976341f;
+  p = p * r + 0.041668012738227844f;
+  p = p * r + 0.16666430234909058f;
+  p = p * r + 0.4999999403953552f;
+  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+INLINE Vec<double> exp_near_zero(Vec<double> r) {
+  double factorial = 6227020800.0;  // 13!
+  Vec<double> p = splat<double>(1 / factorial);
 #pragma GCC unroll 16
-  for (int k = degree; k > 0; k--) {
+  for (int k = 13; k > 0; k--) {
     factorial /= k;
-    p = p * r + S(1 / factorial);
+    p = p * r + 1 / factorial;
   }
   return p;
 }
+
+#ifdef ZIGFLOW_AVX512
+// 2^(j/32)
+alignas(64) static const float ROOTS[32] = {
+    1.0f, 1.02189715f, 1.04427378f, 1.0671404f, 1.09050773f, 1.11438674f, 1.13878863f, 1.16372486f,
+    1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f, 1.29683955f, 1.32523664f, 1.35425555f, 1.38390988f,
+    1.41421356f, 1.44518081f, 1.47682615f, 1.50916443f, 1.54221083f, 1.57598085f, 1.61049033f, 1.64575548f,
+    1.68179283f, 1.7186193f, 1.75625216f, 1.79470908f, 1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f,
+};
+#endif
 
 // 2^x for the decay of the states. float: relative error below 1.5e-7, 2^0 = 1 exactly, zero and infinity where they
 // belong; results below 2^-126 lose precision.
 INLINE Vec<float> exp2(Vec<float> x) {
 #ifdef ZIGFLOW_AVX512
-  // f = x - floor(x); the minimax polynomial on [0, 1) has its constant term pinned to 1.
-  const Vec<float> f = (Vec<float>)_mm512_reduce_ps((__m512)x, 0x09);
-  Vec<float> p = f * 0.0018671322613954544f + 0.009017025120556355f;
-  p = p * f + 0.05579991638660431f;
-  p = p * f + 0.24016444385051727f;
-  p = p * f + 0.6931512951850891f;
-  p = p * f + 1.0f;
+  // x = floor(x) + j / 32 + f: a table of 2^(j/32), a polynomial for 2^f whose constant term is 1, the exponent by
+  // scalef. The sum with 1.5 * 2^18, rounded down, holds j in its last five bits, which are those the table reads.
+  const __m512 shifted = _mm512_add_round_ps((__m512)x, _mm512_set1_ps(393216.0f), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const Vec<float> f = (Vec<float>)_mm512_reduce_ps((__m512)x, 0x59);
+  const __m512 root = _mm512_permutex2var_ps(_mm512_load_ps(ROOTS), _mm512_castps_si512(shifted), _mm512_load_ps(ROOTS + 16));
+  const Vec<float> p = (Vec<float>)root * ((f * 0.24265269935131073f + 0.6931237578392029f) * f + 1.0f);
   return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
   x = clamp<float>(x);
@@ -204,19 +216,30 @@ INLINE Vec<double> exp2(Vec<double> x) {
   x = clamp<double>(x);
   const Vec<double> shifted = x + Lanes<double>::magic;
   const Vec<double> f = x - (shifted - Lanes<double>::magic);
-  return scale<double>(exp_near_zero<double>(f * Lanes<double>::ln2), shifted);
+  return scale<double>(exp_near_zero(f * Lanes<double>::ln2), shifted);
 }
 
-// e^x to the last bit or two.
+// e^x to the last bit or two; below the least normal number the result may be 0, at the top inf.
 template <class S>
 INLINE Vec<S> exp(Vec<S> x) {
+  constexpr S least = Lanes<S>::least * Lanes<S>::ln2, most = Lanes<S>::most * Lanes<S>::ln2;
+#ifdef ZIGFLOW_AVX512
+  if constexpr (sizeof(S) == 4) {
+    // The operands' order lets a NaN pass.
+    const __m512 above = _mm512_max_ps(_mm512_set1_ps(2 * least), (__m512)x);
+    const Vec<S> kept = (Vec<S>)_mm512_min_ps(_mm512_set1_ps(2 * most), above);
+    const Vec<S> n = (Vec<S>)_mm512_roundscale_ps((__m512)(kept * Lanes<S>::log2e), 0x08);
+    const Vec<S> r = (kept - n * Lanes<S>::ln2_high) - n * Lanes<S>::ln2_low;
+    return (Vec<S>)_mm512_scalef_ps((__m512)exp_near_zero(r), (__m512)n);
+  }
+#endif
   const Vec<S> shifted = clamp<S>(x * Lanes<S>::log2e) + Lanes<S>::magic;
   const Vec<S> n = shifted - Lanes<S>::magic;
   // Where the clamp acted, r is far from zero and the result 0 or inf whatever the polynomial says.
   Vec<S> r = (x - n * Lanes<S>::ln2_high) - n * Lanes<S>::ln2_low;
   r = n >= Lanes<S>::most ? Vec<S>{} : r;
   r = n <= Lanes<S>::least ? Vec<S>{} : r;
-  return scale<S>(exp_near_zero<S>(r), shifted);
+  return scale<S>(exp_near_zero(r), shifted);
 }
 
 // log(1 + w) for 0 <= w <= 1, to relative precision.
@@ -253,6 +276,12 @@ INLINE Vec<S> softplus(Vec<S> x, Vec<S>* slope) {
 template <class S>
 INLINE Vec<S> sigmoid(Vec<S> x) {
   return S(1) / (exp<S>(-x) + S(1));
+}
+
+// Asks for the cache lines that hold `count` elements, to be read, or written.
+template <bool WRITE, class T>
+INLINE void fetch(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, WRITE, 2);
 }
 
 // The walk's token i lies at row `at(i)`.

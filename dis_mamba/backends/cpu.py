@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dis_causal_conv1d.dispatch import transform_reason
-from dis_causal_conv1d.native import NativeLibrary, parallel_address
+from dis_causal_conv1d.native import NativeLibrary, parallel_address, pointer, rows_in_one_piece
 
 from .call import ScanCall, state_dtype
 from .gradient import CHUNK, empty_gradients, empty_outputs, register
@@ -97,7 +97,7 @@ def _run(tensors, grad, outputs, grads, delta_softplus: bool, reverse: bool) -> 
     """Pack the arguments as the struct ``Call`` of scan.cpp says, allocate its workspace, and run it."""
     u, delta, A, B, C, D, z, bias = tensors
     B_size, L, E = u.shape
-    sequences = [_rows(t) for t in (u, delta, B, C, z, grad)]
+    sequences = [rows_in_one_piece(t) for t in (u, delta, B, C, z, grad)]
     u, delta, B, C, z, grad = sequences
     A, D, bias = (None if t is None else t.contiguous() for t in (A, D, bias))
     strides = [s for t in sequences for s in ((0, 0) if t is None else t.stride()[:2])]
@@ -109,9 +109,9 @@ def _run(tensors, grad, outputs, grads, delta_softplus: bool, reverse: bool) -> 
     def pack(workspace: int) -> bytes:
         return _CALL.pack(
             *(B_size, L, E, A.shape[1], delta_softplus, reverse, threads, _DTYPES[u.dtype], parallel_address()),
-            *map(_pointer, (u, delta, A, B, C, D, z, bias, grad)),
+            *map(pointer, (u, delta, A, B, C, D, z, bias, grad)),
             *strides,
-            *map(_pointer, outputs),
+            *map(pointer, outputs),
             *pointers,
             workspace,
         )
@@ -119,17 +119,6 @@ def _run(tensors, grad, outputs, grads, delta_softplus: bool, reverse: bool) -> 
     backward = grad is not None
     workspace = torch.empty(function(pack(0), backward, True), dtype=torch.uint8)
     function(pack(workspace.data_ptr()), backward, False)
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _rows(tensor: Tensor | None) -> Tensor | None:
-    """The tensor itself where its last dimension lies in one piece, else a copy."""
-    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
-        return tensor
-    return tensor.contiguous()
 
 
 register("zigflow::cpu_scan", "zigflow::cpu_scan_backward", cpu_scan_backward, "cpu")

@@ -21,7 +21,7 @@ constexpr int CHUNK = ZIGFLOW_CHUNK;
 constexpr int BLOCK = 8;
 
 #if ZIGFLOW_VECTOR_BYTES >= 64
-constexpr int FORWARD_VECTORS = 1, FORWARD_STATES = 16, BACKWARD_VECTORS = 2, BACKWARD_STATES = 4;
+constexpr int FORWARD_VECTORS = 2, FORWARD_STATES = 8, BACKWARD_VECTORS = 1, BACKWARD_STATES = 4;
 #else
 constexpr int FORWARD_VECTORS = 1, FORWARD_STATES = 4, BACKWARD_VECTORS = 1, BACKWARD_STATES = 4;
 #endif
@@ -51,7 +51,7 @@ int64_t groups_of(const Call& c) { return least_of<int64_t>(c.batch, 16); }
 // Vectors in a block of the backward pass: enough blocks to share the work out, by shape alone.
 template <class S>
 int64_t block_of(const Call& c) {
-  const int64_t wanted = vectors_of<S>(c) * groups_of(c) / 48;
+  const int64_t wanted = vectors_of<S>(c) * groups_of(c) / 12 / 2 * 2;
   return wanted < 2 ? 2 : least_of<int64_t>(wanted, BLOCK);
 }
 
@@ -160,6 +160,7 @@ void forward_task(const Call& c, const Vec<State<T>>* rates, ForwardScratch<Stat
   const T *u = static_cast<const T*>(c.u) + row * c.u_row + e0, *delta = static_cast<const T*>(c.delta) + row * c.delta_row + e0;
   const T* z = c.z ? static_cast<const T*>(c.z) + row * c.z_row + e0 : nullptr;
   T* out = static_cast<T*>(c.out) + row * L * E + e0;
+  const int64_t width = least_of<int64_t>(vectors * V<S>, E - e0);
   int lanes[BLOCK];
   Vec<S> bias[BLOCK], D[BLOCK];
   for (int v = 0; v < vectors; v++) {
@@ -177,6 +178,13 @@ void forward_task(const Call& c, const Vec<State<T>>* rates, ForwardScratch<Stat
     take_chunk(static_cast<const T*>(c.C) + row * c.C_row, c.C_token, walk, start, count, N, s.C);
     for (int i = 0; i < count; i++) {
       const int64_t l = walk.at(start + i);
+      if (start + CHUNK + i < L) {
+        const int64_t next = walk.at(start + CHUNK + i);
+        fetch<false>(u + next * c.u_token, width);
+        fetch<false>(delta + next * c.delta_token, width);
+        if (z) fetch<false>(z + next * c.z_token, width);
+      }
+      fetch<true>(out + l * E, width);
       for (int v = 0; v < vectors; v++) {
         Vec<S> step = load(delta + l * c.delta_token + v * V<S>, lanes[v]) + bias[v];
         if (c.softplus) step = softplus<S>(step, nullptr);
@@ -204,7 +212,7 @@ void forward_task(const Call& c, const Vec<State<T>>* rates, ForwardScratch<Stat
         if (c.D) y += D[v] * load(u + l * c.u_token + v * V<S>, lanes[v]);
         if (z) {
           const Vec<S> gate = load(z + l * c.z_token + v * V<S>, lanes[v]);
-          y *= gate * sigmoid<S>(gate);
+          y = y * gate / (exp<S>(-gate) + S(1));
         }
         store(out + l * E + v * V<S>, y, lanes[v]);
       }
@@ -224,7 +232,7 @@ int64_t forward(const Call& c, bool count_only) {
   if (count_only) return shared + own * c.threads + 64;
 
   const int64_t wanted = c.batch * vectors / (8 * c.threads);
-  const int64_t block = wanted < 1 ? 1 : least_of<int64_t>(wanted, BLOCK / 2);
+  const int64_t block = wanted < 1 ? 1 : least_of<int64_t>(wanted, BLOCK);
   const int64_t blocks = ceil_div(vectors, block);
   pack_rates<S>(c, rates);
   parallel_for(c.parallel, c.threads, c.batch * blocks, [&](int64_t task, int64_t thread) {
@@ -376,18 +384,13 @@ INLINE Vec<S> fold(const Vec<S>* vectors) {
                                           std::make_integer_sequence<int, V<S>>());
 }
 
-// The sums over the lanes of `count` times `states` vectors, written to out[at(i) * N + n].
-template <class S>
-void sum_lanes(const Vec<S>* vectors, int count, int states, const Walk& walk, int64_t start, int64_t N, S* out) {
-  for (int first = 0; first < count * states; first += V<S>) {
-    S sums[V<S>];
-    store_full(sums, fold<S, V<S>>(vectors + first));
-    const int have = least_of(V<S>, count * states - first);
-    for (int j = 0; j < have; j++) {
-      const int i = (first + j) / states, n = (first + j) % states;
-      out[walk.at(start + i) * N + n] = sums[j];
-    }
-  }
+// The sums over the lanes of `count` times STATES vectors, written to out[at(i) * N + n].
+template <class S, int STATES>
+void sum_lanes(const Vec<S>* vectors, int count, const Walk& walk, int64_t start, int64_t N, S* out) {
+  static_assert(V<S> % STATES == 0 || STATES % V<S> == 0, "");
+  alignas(64) S sums[(CHUNK + V<S>)*STATES];
+  for (int first = 0; first < count * STATES; first += V<S>) store_full(sums + first, fold<S, V<S>>(vectors + first));
+  for (int i = 0; i < count; i++) memcpy(out + walk.at(start + i) * N, sums + i * STATES, STATES * sizeof(S));
 }
 
 template <class S>
@@ -415,6 +418,7 @@ void backward_row(const Call& c, const Vec<State<T>>* rate, const BackwardScratc
   const T* z = c.z ? static_cast<const T*>(c.z) + row * c.z_row + e0 : nullptr;
   T *grad_u = static_cast<T*>(c.grad_u) + row * L * E + e0, *grad_delta = static_cast<T*>(c.grad_delta) + row * L * E + e0;
   T* grad_z = z ? static_cast<T*>(c.grad_z) + row * L * E + e0 : nullptr;
+  const int64_t width = least_of<int64_t>(vectors * V<S>, E - e0);
   int lanes[BLOCK];
   Vec<S> bias[BLOCK], D[BLOCK];
   for (int v = 0; v < vectors; v++) {
@@ -434,6 +438,16 @@ void backward_row(const Call& c, const Vec<State<T>>* rate, const BackwardScratc
         s.state[v * N + n] = chunk > 0 ? load(kept + n * E + v * V<S>, lanes[v]) : Vec<S>{};
     for (int i = 0; i < count; i++) {
       const int64_t l = walk.at(start + i);
+      if (chunk > 0) {
+        const int64_t next = walk.at(start - CHUNK + i);
+        fetch<false>(u + next * c.u_token, width);
+        fetch<false>(delta + next * c.delta_token, width);
+        fetch<false>(grad + next * c.grad_token, width);
+        if (z) fetch<false>(z + next * c.z_token, width);
+      }
+      fetch<true>(grad_u + l * E, width);
+      fetch<true>(grad_delta + l * E, width);
+      if (z) fetch<true>(grad_z + l * E, width);
       for (int v = 0; v < vectors; v++) {
         const int64_t at = v * CHUNK + i, offset = v * V<S>;
         Vec<S> step = load(delta + l * c.delta_token + offset, lanes[v]) + bias[v];
@@ -459,8 +473,9 @@ void backward_row(const Call& c, const Vec<State<T>>* rate, const BackwardScratc
       for (; v + BACKWARD_VECTORS <= vectors; v += BACKWARD_VECTORS)
         some(count, N, n, v == 0, rate + v * N, s.from(v, N));
       for (; v < vectors; v++) one(count, N, n, v == 0, rate + v * N, s.from(v, N));
-      sum_lanes<S>(s.sum_B, count, states, walk, start, N, part_B + row * L * N + n);
-      sum_lanes<S>(s.sum_C, count, states, walk, start, N, part_C + row * L * N + n);
+      const auto sum = states == 1 ? sum_lanes<S, 1> : sum_lanes<S, BACKWARD_STATES>;
+      sum(s.sum_B, count, walk, start, N, part_B + row * L * N + n);
+      sum(s.sum_C, count, walk, start, N, part_C + row * L * N + n);
       n += states;
     }
     for (int i = 0; i < count; i++) {
@@ -482,13 +497,15 @@ void backward_row(const Call& c, const Vec<State<T>>* rate, const BackwardScratc
 // Element i of `total` = the sum over `parts` pieces that lie `stride` apart, in their order.
 template <class T>
 void sum_parts(const Call& c, const State<T>* parts_of, int64_t parts, int64_t stride, T* total) {
-  constexpr int64_t piece = 4096;
+  using S = State<T>;
+  constexpr int64_t piece = 256 * V<S>;
   parallel_for(c.parallel, c.threads, ceil_div(stride, piece), [&](int64_t task, int64_t) {
     const int64_t end = least_of(stride, (task + 1) * piece);
-    for (int64_t i = task * piece; i < end; i++) {
-      State<T> sum = parts_of[i];
-      for (int64_t part = 1; part < parts; part++) sum += parts_of[part * stride + i];
-      from_state(sum, total + i);
+    for (int64_t i = task * piece; i < end; i += V<S>) {
+      const int lanes = int(least_of<int64_t>(V<S>, end - i));
+      Vec<S> sum = load(parts_of + i, lanes);
+      for (int64_t part = 1; part < parts; part++) sum += load(parts_of + part * stride + i, lanes);
+      store(total + i, sum, lanes);
     }
   });
 }
