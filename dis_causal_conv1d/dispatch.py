@@ -3,10 +3,14 @@
 An operation has a tuple of backends, fastest first; the last one is the definition. ``backend="auto"`` takes the
 first that accepts the call and logs the choice once. A backend that is named explicitly runs or raises. What a
 backend raises while it runs reaches the caller: nothing falls back to a slower path.
+
+Environment: ``ZIGFLOW_BACKEND`` names the backend of every call that says "auto", as if the whole process ran inside
+``use_backend``.
 """
 
 import difflib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
@@ -60,6 +64,11 @@ class Dispatcher(Generic[CallT]):
         """
         if name == "auto":
             name = _preferred
+        if name == "auto":
+            name = _from_environment()
+            known = ["auto", *(backend.name for backend in self.backends)]
+            if name not in known:
+                raise _unknown(f"{self.op}: ZIGFLOW_BACKEND", name, known[1:])
         if name != "auto":
             return self._named(call, name)
         refusals = []
@@ -128,6 +137,11 @@ def transform_reason(tensors: Sequence[Tensor | None]) -> str | None:
 @torch.compiler.assume_constant_result
 def _inside_functorch() -> bool:
     return maybe_current_level() is not None
+
+
+@torch.compiler.assume_constant_result
+def _from_environment() -> str:
+    return os.environ.get("ZIGFLOW_BACKEND") or "auto"
 
 
 @torch.compiler.assume_constant_result

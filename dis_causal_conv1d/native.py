@@ -27,7 +27,15 @@ from torch import Tensor
 
 HEADERS = Path(__file__).parent / "csrc"
 # Not -ffast-math: it would break the compensated sums, and make inf and NaN undefined.
-_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared")
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fPIC",
+    "-shared",
+)
 # The first set that the compiler knows: ARM compilers say -mcpu, and some know neither.
 _TARGETS = (("-march=native",), ("-mcpu=native",), ())
 _log = logging.getLogger(__name__)
@@ -77,7 +85,12 @@ class NativeLibrary:
             raise NativeError(reason)
         return self._library
 
-    def _obtain(self) -> ctypes.CDLL:
+    def plan(self) -> tuple[list[str], Path]:
+        """The command that compiles the library, without its output, and the binary's path in the cache.
+
+        Raises:
+            NativeError: there is no compiler that runs.
+        """
         command = compiler()
         flags = [
             *_FLAGS,
@@ -86,6 +99,10 @@ class NativeLibrary:
             *(f"-D{name}={value}" for name, value in self.defines.items()),
         ]
         path = cache_folder() / f"{self.source.stem}-{self._key(command, flags)}.so"
+        return [*command, *flags, f"-I{HEADERS}", str(self.source)], path
+
+    def _obtain(self) -> ctypes.CDLL:
+        command, path = self.plan()
         try:
             if path.exists():
                 _check_owner(path)
@@ -93,7 +110,7 @@ class NativeLibrary:
                     return ctypes.CDLL(str(path))
                 except OSError:  # a damaged file is made anew
                     _log.info("%s cannot be loaded, compiling it again", path)
-            _compile([*command, *flags, f"-I{HEADERS}", str(self.source)], path)
+            _compile(command, path)
             return ctypes.CDLL(str(path))
         except OSError as error:
             raise NativeError(f"the kernel cache {path.parent} cannot be used: {error}") from error
@@ -210,6 +227,8 @@ def _compile(command: list[str], path: Path) -> None:
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             raise NativeError(f"{command[0]} cannot compile {path.stem}: {' '.join(lines[:1])[:300]}")
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)

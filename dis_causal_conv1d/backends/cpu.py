@@ -80,10 +80,18 @@ def _run(x: Tensor, weight: Tensor, bias, grad, outputs, silu: bool, reverse: bo
     def pack(workspace: int) -> bytes:
         tensors = map(pointer, (x, weight, bias, grad))
         return _CALL.pack(
-            *sizes, _DTYPES[x.dtype], parallel_address(), *tensors, *strides, *map(pointer, outputs), workspace
+            *sizes,
+            _DTYPES[x.dtype],
+            parallel_address(),
+            *tensors,
+            *strides,
+            *map(pointer, outputs),
+            workspace,
         )
 
-    workspace = torch.empty(function(pack(0), backward, True), dtype=torch.uint8) if backward else None
+    workspace = (
+        torch.empty(-(-function(pack(0), backward, True) // 4), dtype=torch.float32) if backward else None
+    )
     function(pack(pointer(workspace)), backward, False)
 
 

@@ -108,7 +108,17 @@ def _run(tensors, grad, outputs, grads, delta_softplus: bool, reverse: bool) -> 
 
     def pack(workspace: int) -> bytes:
         return _CALL.pack(
-            *(B_size, L, E, A.shape[1], delta_softplus, reverse, threads, _DTYPES[u.dtype], parallel_address()),
+            *(
+                B_size,
+                L,
+                E,
+                A.shape[1],
+                delta_softplus,
+                reverse,
+                threads,
+                _DTYPES[u.dtype],
+                parallel_address(),
+            ),
             *map(pointer, (u, delta, A, B, C, D, z, bias, grad)),
             *strides,
             *map(pointer, outputs),
@@ -117,7 +127,7 @@ def _run(tensors, grad, outputs, grads, delta_softplus: bool, reverse: bool) -> 
         )
 
     backward = grad is not None
-    workspace = torch.empty(function(pack(0), backward, True), dtype=torch.uint8)
+    workspace = torch.empty(-(-function(pack(0), backward, True) // 4), dtype=torch.float32)
     function(pack(workspace.data_ptr()), backward, False)
 
 

@@ -108,10 +108,26 @@ def test_use_backend_refuses_an_unknown_name():
         pass
 
 
-def test_both_operations_try_torch_before_reference_and_list_what_exists():
+def test_the_environment_names_a_backend(make, monkeypatch):
+    op = make(FakeBackend("first"), FakeBackend("second", limit=3))
+    monkeypatch.setenv("ZIGFLOW_BACKEND", "second")
+    assert op.run(Call(1)) == "second"
+    assert op.run(Call(1), "first") == "first"
+    with use_backend("first"):
+        assert op.run(Call(1)) == "first"
+    with pytest.raises(ValueError, match="'second' does not take this call"):
+        op.run(Call(4))
+    monkeypatch.setenv("ZIGFLOW_BACKEND", "frst")
+    with pytest.raises(ValueError, match="ZIGFLOW_BACKEND: unknown backend 'frst'. Did you mean 'first'"):
+        op.run(Call(1))
+    monkeypatch.setenv("ZIGFLOW_BACKEND", "auto")
+    assert op.run(Call(1)) == "first"
+
+
+def test_both_operations_try_the_fastest_first_and_list_what_exists():
     for listing in (available_backends(), dis_mamba.available_backends()):
         names = list(listing)
-        assert names.index("torch") < names.index("reference") == len(names) - 1
+        assert names.index("cpu") < names.index("torch") < names.index("reference") == len(names) - 1
         assert listing["torch"] is None
         assert listing["reference"] is None
 
