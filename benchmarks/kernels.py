@@ -1,0 +1,314 @@
+"""The selective scan and the mixer against their peers, in one process: correctness first, then interleaved timings.
+
+A contender whose output or gradients are wrong at any shape stops the run: nothing wrong is timed. Every round times
+every contender once; the least of all rounds counts, since other programs can only add to it. Peers that are not
+installed are named and left out (mambapy 1.2: pip install mambapy).
+
+    python benchmarks/kernels.py --threads 2 --output benchmarks/results/NAME.json
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dis_mamba
+from dis_causal_conv1d.native import NativeLibrary, compiler, compiler_version, parallel_address
+from dis_mamba import MambaMixer, selective_scan
+
+SHAPES = {"cpu": [(8, 64, 256, 16), (4, 256, 1536, 16), (1, 1024, 1536, 16)]}
+TARGETS = {"forward over reference": (20, 40, 50), "forward and backward over mambapy": (45, 60, 70)}
+OUTPUT_LIMIT, GRADIENT_LIMIT = 1e-4, 1e-3  # of the largest value; docs/numerics.md
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to compute the scan: ``run(**arguments)`` with softplus on the step. ``gradients``: time those too."""
+
+    name: str
+    device: str
+    run: Callable[..., Tensor]
+    gradients: bool = True
+
+
+def contenders(device: str) -> tuple[list[Contender], dict[str, str]]:
+    """Those that run on ``device``, and why the others do not."""
+    found, missing = [], {}
+    for name, reason in dis_mamba.available_backends().items():
+        if reason is not None:
+            missing[name] = reason
+            continue
+
+        def ours(backend=name, **arguments):
+            return selective_scan(**arguments, delta_softplus=True, backend=backend)
+
+        # The reference is timed forward only: its tape holds a state for every token.
+        found.append(Contender(name, device, ours, gradients=name != "reference"))
+    if device == "cpu":
+        try:
+            from mambapy.pscan import pscan
+        except ImportError as error:
+            missing["mambapy"] = str(error)
+        else:
+            found.append(Contender("mambapy", device, lambda **arguments: mambapy_scan(pscan, **arguments)))
+    return found, missing
+
+
+def mambapy_scan(pscan, u, delta, A, B, C, D, z, delta_bias):
+    """The scan as mambapy's block computes it around its ``pscan``."""
+    dt = F.softplus(delta + delta_bias)
+    decay = torch.exp(dt.unsqueeze(-1) * A)
+    drive = dt.unsqueeze(-1) * B.unsqueeze(2) * u.unsqueeze(-1)
+    states = pscan(decay, drive)
+    return ((states @ C.unsqueeze(-1)).squeeze(3) + D * u) * F.silu(z)
+
+
+def arguments(shape, dtype=torch.float32, device="cpu"):
+    """Leaf tensors as a mixer at its initialization makes them: steps of 1e-3 to 1e-1, A = -1..-N."""
+    batch, length, channels, states = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator).to(device, dtype)
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    step = torch.exp(torch.empty(channels).uniform_(-6.9, -2.3, generator=generator))
+    values = {
+        "u": normal(batch, length, channels),
+        "delta": normal(batch, length, channels) * 0.3,
+        "A": -torch.arange(1, states + 1, device=device, dtype=wide).repeat(channels, 1),
+        "B": normal(batch, length, states),
+        "C": normal(batch, length, states),
+        "D": torch.ones(channels, device=device, dtype=wide),
+        "z": normal(batch, length, channels),
+        "delta_bias": torch.log(torch.expm1(step)).to(device, wide),
+    }
+    return {name: value.requires_grad_() for name, value in values.items()}
+
+
+def check(contender: Contender, shape, dtype=torch.float32) -> float:
+    """The largest error against the definition in float64, as a part of what is allowed.
+
+    The output is checked at the shape itself, gradients at up to 96 tokens and 192 channels of it.
+
+    Raises:
+        SystemExit: the contender is wrong; a wrong kernel is not timed.
+    """
+    batch, length, channels, states = shape
+    worst = 0.0
+    for size, with_gradients in (
+        (shape, False),
+        ((batch, min(length, 96), min(channels, 192), states), contender.gradients),
+    ):
+        got_inputs = arguments(size, dtype, contender.device)
+        want_inputs = {k: v.detach().double().requires_grad_(with_gradients) for k, v in got_inputs.items()}
+        with torch.set_grad_enabled(with_gradients):
+            got = contender.run(**got_inputs)
+            want = selective_scan(**want_inputs, delta_softplus=True, backend="reference")
+        pairs = {"output": (got, want, OUTPUT_LIMIT)}
+        if with_gradients:
+            grads = torch.autograd.grad(got.double().square().sum(), list(got_inputs.values()))
+            wanted = torch.autograd.grad(want.square().sum(), list(want_inputs.values()))
+            for name, one, other in zip(got_inputs, grads, wanted, strict=True):
+                pairs[f"gradient of {name}"] = (one, other, GRADIENT_LIMIT)
+        for name, (one, other, limit) in pairs.items():
+            error = ((one.double() - other).abs().max() / other.abs().max()).item()
+            if not error <= limit:
+                raise SystemExit(f"{contender.name} at {size}: {name} is off by {error:.1e}, not timed")
+            worst = max(worst, error / limit)
+    return worst
+
+
+def interleaved(functions: dict[str, Callable[[], object]], seconds: float, least_rounds: int = 5):
+    """Least milliseconds of every function over rounds in which each runs once."""
+    best = dict.fromkeys(functions, float("inf"))
+    for function in functions.values():
+        function()
+    start, rounds = time.perf_counter(), 0
+    while rounds < least_rounds or time.perf_counter() - start < seconds:
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            best[name] = min(best[name], 1e3 * (time.perf_counter() - began))
+        rounds += 1
+    return best
+
+
+def saved_share(run, values) -> float:
+    """Bytes that a forward pass keeps for backward beside its arguments, over those of one activation."""
+    mine = {value.untyped_storage().data_ptr() for value in values.values()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in mine:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run(**values)
+    return sum(kept.values()) / (out.numel() * out.element_size())
+
+
+def roof(threads: int) -> dict[str, float]:
+    """States per nanosecond of the scan's arithmetic in registers, on ``threads`` threads."""
+    function = NativeLibrary(Path(__file__).parent / "roof.cpp").load().zigflow_roof
+    function.argtypes, function.restype = [ctypes.c_int64] * 4, ctypes.c_int64
+    found = {}
+    for name, backward in (("forward", 0), ("backward", 1)):
+        best = 0.0
+        for _ in range(300):
+            began = time.perf_counter_ns()
+            states = function(parallel_address(), threads, 10000, backward) * threads
+            best = max(best, states / (time.perf_counter_ns() - began))
+        found[name] = best
+    return found
+
+
+def time_scans(found: list[Contender], shape, seconds: float) -> dict:
+    values = {c.name: arguments(shape, device=c.device) for c in found}
+    weight = torch.randn(shape[:3])
+
+    def forward(contender):
+        with torch.no_grad():
+            contender.run(**values[contender.name])
+
+    def both(contender):
+        leaves = values[contender.name]
+        torch.autograd.grad(contender.run(**leaves), list(leaves.values()), weight)
+
+    fast = [c for c in found if c.name == "cpu"]
+    slow = [c for c in found if c.name != "cpu"]
+    result = {}
+    for kind, function, some in (
+        ("forward", forward, (fast, slow)),
+        ("forward and backward", both, (fast, [c for c in slow if c.gradients])),
+    ):
+        names = {c.name: partial(function, c) for group in some for c in group}
+        best = interleaved(names, seconds)
+        # What lasts a millisecond is disturbed more than what lasts a second, and is given more rounds.
+        more = interleaved({c.name: partial(function, c) for c in fast}, seconds / 2, 50)
+        result[kind] = {name: min(ms, more.get(name, ms)) for name, ms in best.items()}
+    result["saved / activation"] = {c.name: saved_share(c.run, values[c.name]) for c in found if c.gradients}
+    return result
+
+
+def time_mixers(backends: list[str], shape, seconds: float) -> dict:
+    """Whole mixers, and their own matrix products alone, forward and backward."""
+    batch, length, channels, states = shape
+    width = channels // 2
+    x = torch.randn(batch, length, width, requires_grad=True)
+    weight = torch.randn(batch, length, width)
+    functions = {}
+    for backend in backends:
+        mixer = MambaMixer(width, d_state=states, backend=backend)
+        leaves = [x, *mixer.parameters()]
+        functions[backend] = lambda mixer=mixer, leaves=leaves: torch.autograd.grad(mixer(x), leaves, weight)
+    rank = mixer.dt_rank
+    products = [
+        (torch.randn(batch * length, i, requires_grad=True), torch.randn(o, i, requires_grad=True))
+        for i, o in (
+            (width, 2 * channels),
+            (channels, rank + 2 * states),
+            (rank, channels),
+            (channels, width),
+        )
+    ]
+    outputs = [torch.randn(batch * length, w.shape[0]) for _, w in products]
+
+    def matrix_products():
+        for (a, w), g in zip(products, outputs, strict=True):
+            torch.autograd.grad(F.linear(a, w), (a, w), g)
+
+    return interleaved({"matrix products": matrix_products, **functions}, seconds, 20)
+
+
+def ratios(scan: dict, mixer: dict, shape, roofs: dict[str, float]) -> dict:
+    """What the targets speak of."""
+    forward, both = scan["forward"], scan["forward and backward"]
+    states = shape[0] * shape[1] * shape[2] * shape[3]
+    found = {"forward over reference": forward["reference"] / forward["cpu"]}
+    if "mambapy" in both:
+        found["forward and backward over mambapy"] = both["mambapy"] / both["cpu"]
+        found["torch: forward and backward over mambapy"] = both["mambapy"] / both["torch"]
+    found["mixer over its matrix products"] = mixer["cpu"] / mixer["matrix products"]
+    found["share of the roof, forward"] = states / (1e6 * forward["cpu"]) / roofs["forward"]
+    found["share of the roof, backward"] = states / (1e6 * (both["cpu"] - forward["cpu"])) / roofs["backward"]
+    return found
+
+
+def environment(threads: int) -> dict:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    root = Path(__file__).resolve().parents[1]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    report = {
+        "command": " ".join(["python", *sys.argv]),
+        "hardware": f"{model or platform.processor()}, {threads} of {os.cpu_count()} cores",
+        "commit": commit.stdout.strip(),
+        "torch": torch.__version__,
+        "compiler": compiler_version(tuple(compiler())).splitlines()[0],
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+    try:
+        from importlib.metadata import version
+
+        report["mambapy"] = version("mambapy")
+    except ImportError:
+        pass
+    return report
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each comparison at each shape")
+    parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    found, missing = contenders("cpu")
+    if "cpu" in missing:
+        raise SystemExit(f"the cpu backend cannot run here: {missing['cpu']}")
+    report = {**environment(options.threads), "missing": missing, "shapes": {}}
+    for shape in SHAPES["cpu"]:
+        checks = {c.name: check(c, shape) for c in found}
+        print(f"{shape}: correct; largest error / allowed { ({k: round(v, 4) for k, v in checks.items()}) }")
+    if options.check_only:
+        return
+    for shape in SHAPES["cpu"]:
+        roofs = roof(options.threads)
+        scan = time_scans(found, shape, options.seconds)
+        mixer = time_mixers(["cpu", "torch"], shape, options.seconds)
+        row = {
+            "scan, ms": scan,
+            "mixer forward and backward, ms": mixer,
+            "roof, states/ns": roofs,
+            "ratios": ratios(scan, mixer, shape, roofs),
+        }
+        report["shapes"][str(shape)] = row
+        print(json.dumps({str(shape): row["ratios"]}, indent=1))
+    text = json.dumps(report, indent=2)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
