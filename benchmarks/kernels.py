@@ -29,7 +29,6 @@ from dis_causal_conv1d.native import NativeLibrary, compiler, compiler_version, 
 from dis_mamba import MambaMixer, selective_scan
 
 SHAPES = {"cpu": [(8, 64, 256, 16), (4, 256, 1536, 16), (1, 1024, 1536, 16)]}
-TARGETS = {"forward over reference": (20, 40, 50), "forward and backward over mambapy": (45, 60, 70)}
 OUTPUT_LIMIT, GRADIENT_LIMIT = 1e-4, 1e-3  # of the largest value; docs/numerics.md
 
 
@@ -56,6 +55,7 @@ def contenders(device: str) -> tuple[list[Contender], dict[str, str]]:
 
         # The reference is timed forward only: its tape holds a state for every token.
         found.append(Contender(name, device, ours, gradients=name != "reference"))
+    found.append(Contender("published loop", device, published_loop, gradients=False))
     if device == "cpu":
         try:
             from mambapy.pscan import pscan
@@ -64,6 +64,22 @@ def contenders(device: str) -> tuple[list[Contender], dict[str, str]]:
         else:
             found.append(Contender("mambapy", device, lambda **arguments: mambapy_scan(pscan, **arguments)))
     return found, missing
+
+
+def published_loop(u, delta, A, B, C, D, z, delta_bias):
+    """The loop over tokens in the arrangement of mamba-ssm's published reference: channels before tokens, the decays
+    and the driving terms of all tokens made first. Its autograd backward is quadratic in L; it is timed forward.
+    """
+    u, dt, B, C, z = (t.transpose(1, 2) for t in (u, F.softplus(delta + delta_bias), B, C, z))
+    decay = torch.exp(torch.einsum("bdl,dn->bdln", dt, A))
+    drive = torch.einsum("bdl,bnl,bdl->bdln", dt, B, u)
+    state = u.new_zeros(u.shape[0], *A.shape)
+    outputs = []
+    for token in range(u.shape[2]):
+        state = decay[:, :, token] * state + drive[:, :, token]
+        outputs.append(torch.einsum("bdn,bn->bd", state, C[:, :, token]))
+    y = (torch.stack(outputs, dim=2) + u * D[:, None]) * F.silu(z)
+    return y.transpose(1, 2)
 
 
 def mambapy_scan(pscan, u, delta, A, B, C, D, z, delta_bias):
@@ -241,7 +257,10 @@ def ratios(scan: dict, mixer: dict, shape, roofs: dict[str, float]) -> dict:
     """What the targets speak of."""
     forward, both = scan["forward"], scan["forward and backward"]
     states = shape[0] * shape[1] * shape[2] * shape[3]
-    found = {"forward over reference": forward["reference"] / forward["cpu"]}
+    found = {
+        "forward over reference": forward["reference"] / forward["cpu"],
+        "forward over the published loop": forward["published loop"] / forward["cpu"],
+    }
     if "mambapy" in both:
         found["forward and backward over mambapy"] = both["mambapy"] / both["cpu"]
         found["torch: forward and backward over mambapy"] = both["mambapy"] / both["torch"]

@@ -183,9 +183,9 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def rows_in_one_piece(tensor: Tensor | None) -> Tensor | None:
+def rows_in_one_piece(tensor: Tensor) -> Tensor:
     """The tensor itself where its last dimension lies in one piece, else a contiguous copy."""
-    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
     return tensor.contiguous()
 

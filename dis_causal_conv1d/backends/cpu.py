@@ -70,7 +70,7 @@ def cpu_conv_backward(
 def _run(x: Tensor, weight: Tensor, bias, grad, outputs, silu: bool, reverse: bool) -> None:
     """Pack the arguments as the struct ``Call`` of conv.cpp says, allocate its workspace, and run it."""
     batch, length, channels = x.shape
-    x, grad = rows_in_one_piece(x), rows_in_one_piece(grad)
+    x, grad = rows_in_one_piece(x), None if grad is None else rows_in_one_piece(grad)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     strides = (*x.stride()[:2], *((0, 0) if grad is None else grad.stride()[:2]))
     sizes = (batch, length, channels, weight.shape[1], silu, reverse, torch.get_num_threads())

@@ -95,35 +95,27 @@ def cpu_scan_backward(
 
 def _run(tensors, grad, outputs, grads, delta_softplus: bool, reverse: bool) -> None:
     """Pack the arguments as the struct ``Call`` of scan.cpp says, allocate its workspace, and run it."""
-    u, delta, A, B, C, D, z, bias = tensors
-    B_size, L, E = u.shape
-    sequences = [rows_in_one_piece(t) for t in (u, delta, B, C, z, grad)]
-    u, delta, B, C, z, grad = sequences
-    A, D, bias = (None if t is None else t.contiguous() for t in (A, D, bias))
+    u, delta, B, C = (rows_in_one_piece(tensors[i]) for i in (0, 1, 3, 4))
+    z, grad = (None if t is None else rows_in_one_piece(t) for t in (tensors[6], grad))
+    A, D, bias = (None if t is None else t.contiguous() for t in (tensors[2], tensors[5], tensors[7]))
+    sequences = (u, delta, B, C, z, grad)
     strides = [s for t in sequences for s in ((0, 0) if t is None else t.stride()[:2])]
-    threads = torch.get_num_threads()
+    sizes = (
+        *u.shape,
+        tensors[2].shape[1],
+        delta_softplus,
+        reverse,
+        torch.get_num_threads(),
+        _DTYPES[u.dtype],
+    )
+    absent = [t is None for t in tensors]
     function = LIBRARY.load().zigflow_scan
-    absent = (False, False, False, False, False, tensors[5] is None, tensors[6] is None, tensors[7] is None)
     pointers = [0 if a else g.data_ptr() for g, a in zip(grads, absent, strict=False)] or [0] * 8
 
     def pack(workspace: int) -> bytes:
+        tensors = map(pointer, (u, delta, A, B, C, D, z, bias, grad))
         return _CALL.pack(
-            *(
-                B_size,
-                L,
-                E,
-                A.shape[1],
-                delta_softplus,
-                reverse,
-                threads,
-                _DTYPES[u.dtype],
-                parallel_address(),
-            ),
-            *map(pointer, (u, delta, A, B, C, D, z, bias, grad)),
-            *strides,
-            *map(pointer, outputs),
-            *pointers,
-            workspace,
+            *sizes, parallel_address(), *tensors, *strides, *map(pointer, outputs), *pointers, workspace
         )
 
     backward = grad is not None
