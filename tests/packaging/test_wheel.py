@@ -35,6 +35,8 @@ def test_every_yaml_and_data_source_travels(wheel):
     for folder, suffix in (("config", "*.yaml"), ("datasets", "*.py")):
         for path in (ROOT / folder).rglob(suffix):
             assert f"zigflow/{path.relative_to(ROOT)}" in names
+    for path in [*ROOT.glob("dis_*/csrc/*.cpp"), *ROOT.glob("dis_*/csrc/*.h")]:
+        assert str(path.relative_to(ROOT)) in names
 
 
 def test_the_wheel_trains_and_samples(python, tmp_path):
