@@ -180,6 +180,7 @@ class ZigMa(nn.Module):
     """
 
     time_scale = 1.0
+    time_factor = 1000.0  # of the time embedding; diffusion processes feed so much less
 
     def __init__(
         self,

@@ -59,9 +59,10 @@ def build_sampling_run(
             "not decode them: sample with codec=sd_vae codec.path=FOLDER"
         )
     frames = (model.video_frames,) if getattr(model, "video_frames", 0) else ()
+    process = make("process", settings.process)
     return SamplingRun(
         model=model,
-        process=make("process", settings.process),
+        process=process,
         sampler=build_sampler(settings),
         codec=codec,
         shape=(*frames, model.in_channels, *model.img_dim),
@@ -72,7 +73,7 @@ def build_sampling_run(
         num_classes=max(model.num_classes, 0),
         ids=ids,
         label_of=data_texts(settings, model)[0] if label_of is None and model.has_text else label_of,
-        guide=lambda m: Guided(m, settings.cfg_scale, interval=settings.cfg_interval),
+        guide=lambda m: Guided(m, settings.cfg_scale, interval=settings.cfg_interval, process=process),
         identity=identity,
         device=device,
         ranks=ranks,
@@ -106,7 +107,9 @@ def build_judge(
 
 def sampling_facts(settings: Settings, weights: str, step: int | None) -> dict[str, Any]:
     """What samples follow from, beside the weights themselves."""
-    chosen = settings.sde if settings.sample_mode == "SDE" else settings.ode
+    chosen = {"SDE": settings.sde, "diffusion": settings.diffusion}.get(
+        settings.sample_mode or "", settings.ode
+    )
     return {
         "weights": weights,
         "step": step,

@@ -114,10 +114,17 @@ def test_half_precision_data_are_joined_in_float32():
     assert x_t.dtype == velocity.dtype == torch.float32
 
 
+def test_the_channels_of_a_learned_variance_are_dropped():
+    x1, x0, t = batch()
+    plain = Flow().loss(lambda x, t, y: 2 * x, x1, x0, t)
+    learned = Flow().loss(lambda x, t, y: torch.cat([2 * x, x / 0], 1), x1, x0, t)
+    assert torch.equal(plain, learned)
+
+
 def test_shape_errors_name_the_shapes():
     x1, x0, t = batch()
-    with pytest.raises(ValueError, match=r"\(7, 4, 3, 4\).*\(7, 2, 3, 4\)"):
-        Flow().loss(lambda x, t, y: torch.cat([x, x], 1), x1, x0, t)
+    with pytest.raises(ValueError, match=r"\(7, 6, 3, 4\).*\(7, 2, 3, 4\)"):
+        Flow().loss(lambda x, t, y: torch.cat([x, x, x], 1), x1, x0, t)
     with pytest.raises(ValueError, match="must agree"):
         Flow().interpolate(x1, x0[:3], t)
     with pytest.raises(ValueError, match=r"shape \(7,\)"):

@@ -124,6 +124,10 @@ class Flow:
         """t times ``model.time_scale`` (1 where the model has none)."""
         return t * getattr(model, "time_scale", 1.0)
 
+    def process_time(self, net_time: Tensor, model: Any) -> Tensor:
+        """The inverse of :meth:`time_map`."""
+        return net_time / getattr(model, "time_scale", 1.0)
+
     def interpolate(self, x1: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x_t, d x_t / dt), each of the shape of x1 in the working dtype.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from zigflow.registry import Registry, unknown_name
 
 from .process import PREDICTIONS
+from .schedules import LinearBeta, Schedule
 
 HALF_PI = math.pi / 2
 
@@ -195,7 +196,7 @@ class GVP(Interpolant):
 
 @INTERPOLANTS.register("VP")
 class VP(Interpolant):
-    """Variance preserving with beta linear in 1 - t (Song et al. 2021, eq. 32, time reversed).
+    """Variance preserving with beta linear in 1 - t (Song et al. 2021, eq. 32, time reversed), or any schedule.
 
     log alpha = -(beta_max - beta_min) (1-t)^2 / 4 - beta_min (1-t) / 2, sigma^2 = 1 - alpha^2.
     alpha(0) is small but not zero, so t = 0 is regular; sigma' is infinite at t = 1.
@@ -203,13 +204,11 @@ class VP(Interpolant):
 
     noise_end_is_singular = False
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
-        self.beta_min = beta_min
-        self.beta_max = beta_max
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, schedule: Schedule | None = None):
+        self.schedule = LinearBeta(beta_min, beta_max) if schedule is None else schedule
 
     def _log_alpha(self, t: Tensor) -> Tensor:
-        s = 1 - t
-        return -0.25 * (self.beta_max - self.beta_min) * s**2 - 0.5 * self.beta_min * s
+        return self.schedule.log_alpha(1 - t)
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._log_alpha(t).exp()
@@ -227,7 +226,7 @@ class VP(Interpolant):
         return -self.alpha(t) * self.d_alpha(t) / self.sigma(t)
 
     def d_alpha_over_alpha(self, t: Tensor) -> Tensor:
-        return 0.5 * (self.beta_min + (1 - t) * (self.beta_max - self.beta_min))
+        return self.schedule.rate(1 - t)
 
     def d_sigma_over_sigma(self, t: Tensor) -> Tensor:
         return -self.alpha(t) * self.d_alpha(t) / self._variance(t)
@@ -249,7 +248,4 @@ class VP(Interpolant):
         return 2 * self._log_alpha(t) - self._variance(t).log()
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        minus_log_alpha = -0.5 * torch.nn.functional.logsigmoid(log_snr)
-        half_min = 0.5 * self.beta_min
-        root = (half_min**2 + (self.beta_max - self.beta_min) * minus_log_alpha).sqrt()
-        return 1 - 2 * minus_log_alpha / (half_min + root)
+        return 1 - self.schedule.time_of_log_alpha(0.5 * torch.nn.functional.logsigmoid(log_snr))

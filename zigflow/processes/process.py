@@ -41,6 +41,10 @@ class Process(Protocol):
         """The time that the network is fed, (B,), for process times (B,)."""
         ...
 
+    def process_time(self, net_time: Tensor, model: Any) -> Tensor:
+        """The inverse of :meth:`time_map`."""
+        ...
+
     def loss(self, model: ModelFunction, x1: Tensor, x0: Tensor, t: Tensor, y: Any = None) -> Tensor:
         """One loss per sample, (B,)."""
         ...
@@ -103,20 +107,43 @@ def over_batch(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
 
 
+def channel_axis(x: Tensor) -> int:
+    """The axis of the channels: third from the end for images and videos, 1 for vectors and sequences."""
+    return 1 if x.ndim < 4 else x.ndim - 3
+
+
+def predict_with_variance(
+    process: Process, model: ModelFunction, x: Tensor, t: Tensor, y: Any = None
+) -> tuple[Tensor, Tensor | None]:
+    """Call ``model`` at process time ``t``; its prediction and, of twice as many channels, the variance logits.
+
+    Returns:
+        The prediction in the working dtype of x and its shape, and the second half of the channels, or None.
+
+    Raises:
+        ValueError: the output has neither the shape of ``x`` nor twice its channels.
+    """
+    output = model(x, process.time_map(t, model).to(working_dtype(x)), y)
+    axis = channel_axis(x)
+    doubled = x.ndim > 1 and output.ndim == x.ndim and output.shape[axis] == 2 * x.shape[axis]
+    value, variance = output.chunk(2, axis) if doubled else (output, None)
+    if value.shape != x.shape:
+        raise ValueError(
+            f"the model returned shape {tuple(output.shape)} for a state of shape {tuple(x.shape)}; a "
+            f"{process.prediction} prediction has the state's shape, with a learned variance twice its channels"
+        )
+    return value.to(working_dtype(x)), None if variance is None else variance.to(working_dtype(x))
+
+
 def predict(process: Process, model: ModelFunction, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
     """Call ``model`` at process time ``t`` and return its prediction in the working dtype of ``x``.
 
+    The channels of a learned variance are dropped: only ancestral steps and the variational bound use them.
+
     Raises:
-        ValueError: the prediction does not have the shape of ``x``.
+        ValueError: as :func:`predict_with_variance`.
     """
-    output = model(x, process.time_map(t, model), y)
-    if output.shape != x.shape:
-        raise ValueError(
-            f"the model returned shape {tuple(output.shape)} for a state of shape {tuple(x.shape)}; a "
-            f"{process.prediction} prediction has the state's shape (a model with learned variance has to "
-            "drop those channels under this process)"
-        )
-    return output.to(working_dtype(x))
+    return predict_with_variance(process, model, x, t, y)[0]
 
 
 def mean_over_sample(value: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
-"""Samplers: ODE and SDE solvers, guidance and likelihood; they know processes, not models."""
+"""Samplers: ODE and SDE solvers, chains, DPM-Solver, guidance, likelihood; they know processes, not models."""
 
 from . import ode_adaptive, ode_fixed
+from .chain import Bound, ChainSampler, variational_bound
+from .dpm_solver import DpmSolver
 from .guidance import Guided
 from .likelihood import Likelihood
 from .ode import OdeSampler
@@ -9,6 +11,9 @@ from .solver import SAMPLERS, SamplingError, Solution
 
 __all__ = [
     "SAMPLERS",
+    "Bound",
+    "ChainSampler",
+    "DpmSolver",
     "Guided",
     "Likelihood",
     "OdeSampler",
@@ -17,4 +22,5 @@ __all__ = [
     "Solution",
     "ode_adaptive",
     "ode_fixed",
+    "variational_bound",
 ]

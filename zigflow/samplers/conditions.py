@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zigflow.keyed import KeyedDraws
+
 
 def map_tensors(function: Callable[..., Tensor], *values: Any) -> Any:
     """Apply ``function`` to the tensors of equally built values: None, Tensor, dataclass, mapping, list, tuple.
@@ -49,3 +51,14 @@ def padding_index(rows: int, size: int, device: torch.device) -> Tensor:
             f"a batch of {rows} samples cannot be padded to batch_size {size}; give 1..{size} samples"
         )
     return torch.arange(size, device=device).clamp_max(rows - 1)
+
+
+def pad_batch(
+    x: Tensor, y: Any, draws: KeyedDraws | None, size: int | None
+) -> tuple[Tensor, Any, KeyedDraws | None]:
+    """State, condition and draws padded to ``size`` rows; None leaves them as they are."""
+    if size is None:
+        return x, y, draws
+    index = padding_index(x.shape[0], size, x.device)
+    y = map_tensors(lambda part: part[index.to(part.device)], y)
+    return x[index], y, None if draws is None else draws.select(index.to(draws.ids.device))

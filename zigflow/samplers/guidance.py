@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zigflow.processes.process import channel_axis
+
 from .conditions import concatenate
 
 
@@ -17,7 +19,8 @@ class Guided:
         scale: w, a number or one per sample (B,); 1 is off and calls the model once, undoubled.
         interval: (low, high) process times between which guidance acts; elsewhere the output is conditional.
         channels: guide the first so many channels only; the rest is the conditional output (official DiT
-            and DiS checkpoints: 3).
+            and DiS checkpoints: 3). None: those of the prediction; a learned variance stays conditional.
+        process: whose times ``interval`` is about; None: those that a flow feeds.
 
     Published scales s with s = w - 1 (U-ViT, DiM) are converted by the caller.
 
@@ -33,6 +36,7 @@ class Guided:
         interval: tuple[float, float] = (0.0, 1.0),
         channels: int | None = None,
         skip_outside: bool = True,
+        process: Any = None,
     ):
         if not isinstance(scale, Tensor) and not math.isfinite(scale):
             raise ValueError(f"the guidance scale is {scale}; give a finite number (1 = off)")
@@ -48,6 +52,7 @@ class Guided:
         self.interval = (low, high)
         self.channels = channels
         self.skip_outside = skip_outside
+        self.process = process
         if self.active and not callable(getattr(model, "null_condition", None)):
             raise ValueError(
                 f"guidance with scale {scale} asks {type(model).__name__} for an output without condition, but it has "
@@ -62,6 +67,10 @@ class Guided:
     def time_scale(self) -> float:
         return getattr(self.model, "time_scale", 1.0)
 
+    @property
+    def time_factor(self) -> float:
+        return getattr(self.model, "time_factor", 1.0)
+
     def null_condition(self, y: Any) -> Any:
         return self.model.null_condition(y)
 
@@ -71,7 +80,7 @@ class Guided:
         Where the samples of a batch are at different times, whether all of them are outside would depend on the
         neighbours, and so would a sample's bits.
         """
-        return Guided(self.model, self.scale, self.interval, self.channels, skip_outside=False)
+        return Guided(self.model, self.scale, self.interval, self.channels, False, self.process)
 
     def __call__(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         """Guided output (B, ...) for x (B, ...), net times t (B,) and a condition y.
@@ -97,22 +106,21 @@ class Guided:
         guided = uncond + weight * (cond - uncond)
         if inside is not None:
             guided = torch.where(inside.reshape(weight.shape), guided, cond)
-        if self.channels is None:
+        axis = channel_axis(cond)
+        channels = min(x.shape[axis], cond.shape[axis]) if self.channels is None else self.channels
+        rest = cond.shape[axis] - channels
+        if rest < 0:
+            raise ValueError(f"guidance on {channels} channels of an output with {cond.shape[axis]}")
+        if rest == 0:
             return guided
-        axis = 1 if cond.ndim < 4 else cond.ndim - 3
-        if self.channels > cond.shape[axis]:
-            raise ValueError(f"guidance on {self.channels} channels of an output with {cond.shape[axis]}")
-        rest = cond.shape[axis] - self.channels
-        return torch.cat(
-            [guided.narrow(axis, 0, self.channels), cond.narrow(axis, self.channels, rest)], dim=axis
-        )
+        return torch.cat([guided.narrow(axis, 0, channels), cond.narrow(axis, channels, rest)], dim=axis)
 
     def _inside(self, t: Tensor) -> Tensor | None:
         """(B,) mask of samples that are guided at net time t; None where the interval is all of [0, 1]."""
         low, high = self.interval
         if low <= 0 and high >= 1:
             return None
-        process_time = t / self.time_scale
+        process_time = t / self.time_scale if self.process is None else self.process.process_time(t, self)
         return (process_time >= low) & (process_time <= high)
 
     def _weights(self, inside: Tensor | None, x: Tensor) -> Tensor:

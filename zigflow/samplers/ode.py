@@ -20,7 +20,7 @@ from .solver import SAMPLERS, Callback, Drift, OdeSolver, Solution, SolverSettin
 
 
 def ode_names() -> list[str]:
-    return [name for name in SAMPLERS.names() if not name.startswith("sde/")]
+    return [name for name in SAMPLERS.names() if not name.startswith(("sde/", "diffusion/"))]
 
 
 class OdeSampler:
@@ -55,7 +55,7 @@ class OdeSampler:
         interval: tuple[float, float] | None = None,
         batch_size: int | None = None,
     ):
-        if method not in SAMPLERS or method.startswith("sde/"):
+        if method not in ode_names():
             raise unknown_name("ODE sampler", method, ode_names())
         if num_steps < 2:
             raise ValueError(

@@ -98,7 +98,8 @@ class SamplerRegistry(Registry[object]):
 
 
 SAMPLERS = SamplerRegistry("sampler")
-"""ODE solvers by their own name, steps of SDE solvers as ``sde/<name>``, torchdiffeq's as ``torchdiffeq/<name>``."""
+"""ODE solvers by their own name, steps of SDE solvers as ``sde/<name>``, samplers of diffusion processes as
+``diffusion/<name>``, torchdiffeq's as ``torchdiffeq/<name>``."""
 
 
 def full_time(t: float, x: Tensor) -> Tensor:

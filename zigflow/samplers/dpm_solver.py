@@ -1,0 +1,349 @@
+"""DPM-Solver and DPM-Solver++: exponential integrators of the probability-flow ODE in lambda = log(alpha / sigma).
+
+Lu et al. 2022a (DPM-Solver: noise form), 2022b (DPM-Solver++: data form). In lambda the ODE has an exact linear
+part, and the step from a to b, H = lambda_b - lambda_a in the noise form and minus that in the data form, is
+
+    x_b = A x_a - S [phi1 m + phi2 m' + phi3 m'' ...],  phi1 = expm1(H), phi2 = phi1 / H - 1, phi3 = phi2 / H - 1/2
+
+with A = alpha_b / alpha_a, S = sigma_b, m the noise, or A = sigma_b / sigma_a, S = alpha_b, m the data; m' and
+m'' are finite differences in units of H. Both forms are one code with one sign.
+
+Why our own and not diffusers' schedulers: those round times to integers, keep float32 tables, and do not make the
+single-step variants that U-ViT's results were sampled with, nor the adaptive one. Here all coefficients are float64,
+and lambda comes from expm1 where the published code loses up to 1e-3 of it near the data. Further differences: the
+adaptive variant controls each sample's step by its own error (``coupled`` is the published way), and its last step
+ends on the interval's end exactly.
+
+Shapes: x (B, ...), every time and coefficient (B,).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zigflow.keyed import KeyedDraws
+from zigflow.processes import Process, predict
+from zigflow.processes.process import ModelFunction, over_batch, working_dtype
+from zigflow.registry import unknown_name
+
+from .conditions import pad_batch
+from .dpm_grids import GRIDS, VARIANTS, Span, plan
+from .guidance import Guided
+from .solver import SAMPLERS, Callback, FiniteWatch, SamplingError, name_rows
+
+FORMS = {"dpm_solver": "noise", "dpm_solver++": "data"}
+CORRECTIONS = ("dpm_solver", "taylor")
+for _name in FORMS:
+    SAMPLERS.register(f"diffusion/{_name}", _name)
+
+Evaluate = Callable[[Tensor, "Node"], Tensor]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A time of every sample and what the schedule says there, in float64."""
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    lam: Tensor
+
+    @classmethod
+    def at(cls, path: Any, t: Tensor) -> "Node":
+        return cls(t, path.alpha(t), path.sigma(t), path.log_snr(t) / 2)
+
+    @classmethod
+    def of_lambda(cls, path: Any, lam: Tensor) -> "Node":
+        return cls.at(path, path.time_of_log_snr(2 * lam))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The step formulas. ``form``: "noise" or "data"; ``correction``: how second and third order enter."""
+
+    path: Any
+    form: str
+    correction: str
+
+    def advance(self, x: Tensor, a: Node, b: Node, terms: list[tuple[Tensor | float, int, Tensor]]) -> Tensor:
+        """A x - S sum of factor * phi_k * value over ``terms`` (factor, k, value)."""
+        noise = self.form == "noise"
+        H = b.lam - a.lam if noise else a.lam - b.lam
+        phi1 = torch.expm1(H)
+        phi2 = phi1 / H - 1
+        phis = (phi1, phi2, phi2 / H - 0.5)
+        ratio, scale = (b.alpha / a.alpha, b.sigma) if noise else (b.sigma / a.sigma, b.alpha)
+        result = over_batch(ratio.to(x.dtype), x) * x
+        for factor, k, value in terms:
+            result = result - over_batch((scale * factor * phis[k - 1]).to(x.dtype), x) * value
+        return result
+
+    def first(self, x: Tensor, a: Node, b: Node, m: Tensor) -> Tensor:
+        return self.advance(x, a, b, [(1.0, 1, m)])
+
+    def inner(self, a: Node, b: Node, share: float) -> Node:
+        """The node at a share of the way in lambda."""
+        return Node.of_lambda(self.path, a.lam + share * (b.lam - a.lam))
+
+    def second(self, x: Tensor, a: Node, mid: Node, b: Node, m: Tensor, at_mid: Tensor) -> Tensor:
+        """Order 2 from the values at a and at a node between."""
+        share = (mid.lam - a.lam) / (b.lam - a.lam)
+        change = at_mid - m
+        correction = (0.5 / share, 1, change) if self.correction == "dpm_solver" else (1 / share, 2, change)
+        return self.advance(x, a, b, [(1.0, 1, m), correction])
+
+    def third_node(self, x: Tensor, a: Node, n1: Node, n2: Node, m: Tensor, at_n1: Tensor) -> Tensor:
+        """The state at the second of two inner nodes, from the values at a and at the first."""
+        factor = (n2.lam - a.lam) / (n1.lam - a.lam)
+        return self.advance(x, a, n2, [(1.0, 1, m), (factor, 2, at_n1 - m)])
+
+    def third(
+        self, x: Tensor, a: Node, n1: Node, n2: Node, b: Node, m: Tensor, at_n1: Tensor, at_n2: Tensor
+    ) -> Tensor:
+        """Order 3 from the values at a and at two nodes between."""
+        h = b.lam - a.lam
+        r1, r2 = (n1.lam - a.lam) / h, (n2.lam - a.lam) / h
+        if self.correction == "dpm_solver":
+            return self.advance(x, a, b, [(1.0, 1, m), (1 / r2, 2, at_n2 - m)])
+        # First and second differences of the parabola through the three values.
+        d1, d2 = at_n1 - m, at_n2 - m
+        gap = r2 - r1
+        return self.advance(
+            x, a, b,
+            [(1.0, 1, m), (r2 / (r1 * gap), 2, d1), (-r1 / (r2 * gap), 2, d2),
+             (-2 / (r1 * gap), 3, d1), (2 / (r2 * gap), 3, d2)],
+        )  # fmt: skip
+
+    def multistep(self, x: Tensor, nodes: list[Node], b: Node, values: list[Tensor], order: int) -> Tensor:
+        """A step of ``order`` to b from the last nodes and the values there, the latest last."""
+        a, m = nodes[-1], values[-1]
+        if order == 1:
+            return self.first(x, a, b, m)
+        h = b.lam - a.lam
+        r0 = (a.lam - nodes[-2].lam) / h
+        recent = m - values[-2]
+        if order == 2:
+            half = (0.5 / r0, 1, recent) if self.correction == "dpm_solver" else (1 / r0, 2, recent)
+            return self.advance(x, a, b, [(1.0, 1, m), half])
+        r1 = (nodes[-2].lam - nodes[-3].lam) / h
+        older = values[-2] - values[-3]
+        total = r0 + r1
+        share = r0 / total
+        return self.advance(
+            x, a, b,
+            [(1.0, 1, m), ((1 + share) / r0, 2, recent), (-share / r1, 2, older),
+             (1 / (r0 * total), 3, recent), (-1 / (r1 * total), 3, older)],
+        )  # fmt: skip
+
+
+class DpmSolver:
+    """Deterministic sampling by DPM-Solver.
+
+    Args:
+        method: "dpm_solver" (noise form) or "dpm_solver++" (data form).
+        variant: "singlestep" (num_steps // order steps of that order), "fast" (as many steps of the order as
+            fit, then a lower one), "multistep" (earlier values instead of inner nodes), "adaptive".
+        num_steps: calls of the model, which the variants "fast" and "multistep" make exactly; unused by "adaptive".
+        order: 1, 2 or 3 (adaptive: 2 or 3).
+        grid: of the steps: "logSNR" (even in lambda), "time_uniform", "time_quadratic".
+        correction: "dpm_solver" or "taylor", how the higher orders enter; they differ beyond their order.
+        lower_order_final: multistep ends with lower orders, steadier with few steps.
+        interval: (low, high) process times instead of the process's own.
+        atol, rtol, max_steps, coupled: of "adaptive", per sample and on the root mean square over its elements;
+            coupled: one step for all samples, as published.
+        batch_size: pad smaller batches to this size, so that a sample's bits do not depend on how many there are.
+
+    ``num_function_evaluations`` counts the calls of the model in the last run.
+
+    Raises:
+        UnknownNameError: an unknown name.
+        ValueError: a number out of range.
+    """
+
+    def __init__(
+        self,
+        method: str = "dpm_solver++",
+        variant: str = "fast",
+        num_steps: int = 50,
+        order: int = 3,
+        grid: str = "time_uniform",
+        correction: str = "dpm_solver",
+        lower_order_final: bool = False,
+        interval: tuple[float, float] | None = None,
+        atol: float = 0.0078,
+        rtol: float = 0.05,
+        max_steps: int = 10_000,
+        coupled: bool = False,
+        batch_size: int | None = None,
+    ):
+        for what, name, known in (
+            ("DPM-Solver", method, list(FORMS)),
+            ("variant", variant, list(VARIANTS)),
+            ("grid", grid, list(GRIDS)),
+            ("correction", correction, list(CORRECTIONS)),
+        ):
+            if name not in known:
+                raise unknown_name(what, name, known)
+        if not (2 if variant == "adaptive" else 1) <= order <= 3:
+            raise ValueError(f"order is {order}; give 1, 2 or 3, and 2 or 3 for the adaptive variant")
+        if num_steps < order:
+            raise ValueError(
+                f"num_steps is {num_steps}, fewer than order {order}; give more, or a lower order"
+            )
+        if not (atol >= 0 and rtol >= 0 and atol + rtol > 0):
+            raise ValueError(f"atol is {atol} and rtol {rtol}; give numbers >= 0 that are not both 0")
+        self.method, self.variant, self.num_steps, self.order = method, variant, num_steps, order
+        self.grid, self.correction, self.lower_order_final = grid, correction, lower_order_final
+        self.interval = interval
+        self.atol, self.rtol, self.max_steps, self.coupled = atol, rtol, max_steps, coupled
+        self.batch_size = batch_size
+        self.num_function_evaluations = 0
+
+    @torch.no_grad()
+    def sample(
+        self,
+        process: Process,
+        model: ModelFunction,
+        x0: Tensor,
+        y: Any = None,
+        draws: KeyedDraws | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Samples (B, ...) in float32 (float64 for float64 noise) from initial noise x0 (B, ...).
+
+        ``draws`` is accepted for symmetry with the stochastic samplers; nothing is drawn.
+
+        Raises:
+            TypeError: the process has no path of alpha and sigma.
+            ValueError: lambda is infinite at an end of the interval.
+            SamplingError: a state is not finite, or the adaptive variant takes too many steps.
+        """
+        x, y, _ = pad_batch(x0.to(working_dtype(x0)), y, None, self.batch_size)
+        path: Any = getattr(process, "path", None)
+        if path is None:
+            raise TypeError(f"{type(process).__name__} has no path of alpha and sigma; use its own sampler")
+        if self.variant == "adaptive" and isinstance(model, Guided) and not self.coupled:
+            model = model.always_doubled()
+        form = FORMS[self.method]
+        self.num_function_evaluations = 0
+
+        def evaluate(x: Tensor, node: Node) -> Tensor:
+            self.num_function_evaluations += 1
+            output = predict(process, model, x, node.t, y)
+            return process.noise(output, x, node.t) if form == "noise" else process.data(output, x, node.t)
+
+        low, high = process.interval("ode") if self.interval is None else self.interval
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        first, last = (
+            Node.at(path, torch.full((len(x),), end, dtype=wide, device=x.device)) for end in (low, high)
+        )
+        if not bool(torch.isfinite(first.lam).all() and torch.isfinite(last.lam).all()):
+            raise ValueError(
+                f"log(alpha / sigma) is infinite at an end of the interval ({low}, {high}) of {process!r}; give "
+                "interval=(low, high) inside it"
+            )
+        steps = Steps(path, form, self.correction)
+        if self.variant == "adaptive":
+            x = self._adaptive(steps, evaluate, x, first, last, callback)
+        else:
+            spans = plan(self.variant, self.grid, self.num_steps, self.order, path, low, high)
+            x = self._fixed(steps, evaluate, x, spans, callback)
+        return x[: len(x0)]
+
+    def _fixed(
+        self, steps: Steps, evaluate: Evaluate, x: Tensor, spans: list[Span], callback: Callback | None
+    ) -> Tensor:
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+
+        def node(t: float) -> Node:
+            return Node.at(steps.path, torch.full((len(x),), t, dtype=wide, device=x.device))
+
+        watch = FiniteWatch(x)
+        nodes: list[Node] = []
+        values: list[Tensor] = []
+        for number, span in enumerate(spans, 1):
+            a, b = nodes[-1] if nodes else node(span.times[0]), node(span.times[-1])
+            if self.variant == "multistep":
+                nodes, values = [*nodes[-3:], a] if not nodes else nodes, [*values, evaluate(x, a)][-3:]
+                left = len(spans) - number + 1
+                order = min(self.order, number, left if self.lower_order_final else self.order)
+                x = steps.multistep(x, nodes, b, values, order)
+                nodes = [*nodes, b][-3:]
+            else:
+                x = self._single(steps, evaluate, x, a, [node(t) for t in span.times[1:-1]], b)
+                nodes = [b]
+            watch.check(x, number, last=number == len(spans))
+            if callback is not None:
+                callback(number, b.t.to(x.dtype), x)
+        return x
+
+    def _single(
+        self, steps: Steps, evaluate: Evaluate, x: Tensor, a: Node, inner: list[Node], b: Node
+    ) -> Tensor:
+        m = evaluate(x, a)
+        if not inner:
+            return steps.first(x, a, b, m)
+        at_n1 = evaluate(steps.first(x, a, inner[0], m), inner[0])
+        if len(inner) == 1:
+            return steps.second(x, a, inner[0], b, m, at_n1)
+        at_n2 = evaluate(steps.third_node(x, a, inner[0], inner[1], m, at_n1), inner[1])
+        return steps.third(x, a, inner[0], inner[1], b, m, at_n1, at_n2)
+
+    def _adaptive(
+        self,
+        steps: Steps,
+        evaluate: Evaluate,
+        x: Tensor,
+        first: Node,
+        last: Node,
+        callback: Callback | None,
+    ) -> Tensor:
+        """Lu et al. 2022a, appendix C.3: orders k-1 and k from the same values, error of their difference."""
+        watch, here, previous = FiniteWatch(x), first, x
+        tiny = 1e-9 * (last.lam - first.lam)
+        h = torch.full_like(first.lam, 0.05)
+        for number in range(1, self.max_steps + 1):
+            active = here.lam < last.lam - tiny
+            # Rows that have arrived walk back instead, where the model is at home; the result is thrown away.
+            target = torch.where(active, here.lam + h, torch.maximum(here.lam - 0.05, first.lam))
+            ends = active & (here.lam + h >= last.lam - tiny)
+            b = Node.at(steps.path, torch.where(ends, last.t, steps.path.time_of_log_snr(2 * target)))
+            lower, higher = self._pair(steps, evaluate, x, here, b)
+            allowed = (self.rtol * torch.maximum(lower.abs(), previous.abs())).clamp_min(self.atol)
+            error = ((higher - lower) / allowed).flatten(1).double().square().mean(1).sqrt()
+            error = torch.where(active, error, 0.0)
+            if self.coupled:
+                error = error.max().expand_as(error)
+            accept = active & (error <= 1)
+            x, previous = (
+                torch.where(over_batch(accept, x), new, old) for new, old in ((higher, x), (lower, previous))
+            )
+            pairs = ((b.t, here.t), (b.alpha, here.alpha), (b.sigma, here.sigma), (b.lam, here.lam))
+            here = Node(*(torch.where(accept, new, old) for new, old in pairs))
+            # A step that is not finite fails here, and not as one that is rejected for ever.
+            watch.check(torch.where(over_batch(active, x), higher, x), number)
+            h = torch.minimum(0.9 * h * error.pow(-1 / self.order), last.lam - here.lam)
+            if callback is not None:
+                callback(number, here.t.to(x.dtype), x)
+            if not bool((here.lam < last.lam - tiny).any()):
+                watch.check(x, number, last=True)
+                return x
+        late = (here.lam < last.lam - tiny).cpu()
+        raise SamplingError(
+            f"{name_rows(late)} did not arrive in max_steps={self.max_steps} steps; raise atol, rtol or max_steps"
+        )
+
+    def _pair(self, steps: Steps, evaluate: Evaluate, x: Tensor, a: Node, b: Node) -> tuple[Tensor, Tensor]:
+        """The states at b of order k - 1 and of order k."""
+        m = evaluate(x, a)
+        if self.order == 2:
+            mid = steps.inner(a, b, 0.5)
+            at_mid = evaluate(steps.first(x, a, mid, m), mid)
+            return steps.first(x, a, b, m), steps.second(x, a, mid, b, m, at_mid)
+        n1, n2 = steps.inner(a, b, 1 / 3), steps.inner(a, b, 2 / 3)
+        at_n1 = evaluate(steps.first(x, a, n1, m), n1)
+        at_n2 = evaluate(steps.third_node(x, a, n1, n2, m, at_n1), n2)
+        return steps.second(x, a, n1, b, m, at_n1), steps.third(x, a, n1, n2, b, m, at_n1, at_n2)
