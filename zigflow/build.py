@@ -35,7 +35,7 @@ from zigflow.engine.trainer import Trainer
 from zigflow.metrics.pictures import save_loss_curve
 from zigflow.official import read_official
 from zigflow.preflight import check_training
-from zigflow.samplers import OdeSampler, SdeSampler
+from zigflow.samplers import ChainSampler, DpmSolver, OdeSampler, SdeSampler
 from zigflow.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,15 @@ def _build_stream(settings: Settings, node: Mapping[str, Any]) -> StreamSource:
 
 
 def build_sampler(settings: Settings):
-    """The sampler that ``sample_mode`` and the groups ``ode`` and ``sde`` describe."""
+    """The sampler that ``sample_mode`` and the groups ``ode``, ``sde`` and ``diffusion`` describe."""
+    if settings.sample_mode == "diffusion":
+        chosen = settings.diffusion
+        if chosen.sampling_method in ("ddpm", "ddim"):
+            return ChainSampler(chosen.sampling_method, chosen.num_steps, chosen.eta, chosen.clip_denoised)
+        return DpmSolver(
+            chosen.sampling_method, chosen.variant, int(chosen.num_steps), chosen.order, chosen.grid,
+            chosen.correction, chosen.lower_order_final, atol=chosen.atol, rtol=chosen.rtol,
+        )  # fmt: skip
     if settings.sample_mode == "SDE":
         sde = settings.sde
         return SdeSampler(

@@ -15,6 +15,9 @@ PATH_TYPES = ("Linear", "GVP", "VP")
 PREDICTIONS = ("velocity", "score", "noise", "data")
 ODE_METHODS = ("euler", "midpoint", "heun", "heun2", "heun3", "rk4", "rk4_classic", "dopri5", "bosh3")
 SDE_METHODS = ("Euler", "Heun")
+DIFFUSION_METHODS = ("ddpm", "ddim", "dpm_solver", "dpm_solver++")
+DPM_VARIANTS = ("singlestep", "fast", "multistep", "adaptive")
+DPM_GRIDS = ("logSNR", "time_uniform", "time_quadratic")
 DIFFUSION_FORMS = (
     "constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing", "inccreasing-decreasing",
 )  # fmt: skip
@@ -98,6 +101,49 @@ class SdeSettings:
         one_of("sde.last_step", self.last_step, (None, "Mean", "Tweedie", "Euler"))
         at_least("sde.num_steps", self.num_steps, 2)
         not_negative("sde.last_step_size", self.last_step_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionSettings:
+    """Group ``diffusion``: the samplers of the processes gaussian, vp and sd_discrete.
+
+    ``num_steps`` is text: a number, or for ddpm and ddim a spacing such as ddim50 or 10,15,20.
+    """
+
+    sampling_method: str = "ddim"
+    num_steps: str = "50"
+    eta: float = 0.0
+    clip_denoised: bool = False
+    variant: str = "fast"
+    order: int = 3
+    grid: str = "time_uniform"
+    correction: str = "dpm_solver"
+    lower_order_final: bool = False
+    atol: float = 0.0078
+    rtol: float = 0.05
+
+    def __post_init__(self):
+        one_of("diffusion.sampling_method", self.sampling_method, DIFFUSION_METHODS)
+        one_of("diffusion.variant", self.variant, DPM_VARIANTS)
+        one_of("diffusion.grid", self.grid, DPM_GRIDS)
+        one_of("diffusion.correction", self.correction, ("dpm_solver", "taylor"))
+        one_of("diffusion.order", self.order, (1, 2, 3))
+        positive("diffusion.atol", self.atol)
+        positive("diffusion.rtol", self.rtol)
+        if not 0 <= self.eta <= 1:
+            raise SettingsError(f"diffusion.eta={self.eta} is not in [0, 1]: 0 is deterministic, 1 ancestral")
+        if self.eta and self.sampling_method != "ddim":
+            raise SettingsError(
+                f"diffusion.eta={self.eta} is for diffusion.sampling_method=ddim, not {self.sampling_method}: drop it"
+            )
+        if self.sampling_method.startswith("dpm_solver"):
+            if not self.num_steps.isdecimal() or int(self.num_steps) < self.order:
+                raise SettingsError(
+                    f"diffusion.num_steps={self.num_steps} must be a number, {self.order} (diffusion.order) at least, "
+                    f"for diffusion.sampling_method={self.sampling_method}"
+                )
+            if self.variant == "adaptive" and self.order == 1:
+                raise SettingsError("diffusion.variant=adaptive needs diffusion.order=2 or 3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +246,7 @@ class Settings:
     ode: OdeSettings
     sde: SdeSettings
     loop: LoopSettings
+    diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
     model: Mapping[str, Any]
     scan: Mapping[str, Any]
     process: Mapping[str, Any]
@@ -241,7 +288,7 @@ class Settings:
                 f"ema_rate={self.ema_rate} is not in [0, 1): give a decay such as 0.9999, or null"
             )
         not_negative("global_seed", self.global_seed)
-        one_of("sample_mode", self.sample_mode, (None, "ODE", "SDE"))
+        one_of("sample_mode", self.sample_mode, (None, "ODE", "SDE", "diffusion"))
         one_of("mixed_precision", self.mixed_precision, (None, "no", "fp16", "bf16"))
         one_of("resume", self.resume, ("auto", "never"))
         one_of("vae", self.vae, ("ema", "mse"))
@@ -260,10 +307,17 @@ class Settings:
                 f"{model.get('class_dropout_prob', 0)}; train with model.class_dropout_prob=0.1, or set cfg_scale=1"
             )
         likelihood = self.likelihood or self.ode.likelihood
-        if (likelihood or self.ode.reverse) and self.sample_mode == "SDE":
+        inverts = (
+            self.sample_mode == "diffusion"
+            and self.diffusion.sampling_method == "ddim"
+            and not self.diffusion.eta
+        )
+        if (likelihood or (self.ode.reverse and not inverts)) and self.sample_mode in ("SDE", "diffusion"):
             raise SettingsError(
-                "likelihood=true and ode.reverse=true need the ODE: set sample_mode=ODE, not SDE"
+                f"likelihood=true and ode.reverse=true need the ODE: set sample_mode=ODE, not {self.sample_mode} (ddim "
+                "with diffusion.eta=0 can be reversed, too)"
             )
+        self._check_process()
         if likelihood and self.ode.reverse:
             raise SettingsError("likelihood=true and ode.reverse=true exclude each other: choose one")
         if (likelihood or self.ode.reverse) and self.cfg_scale != 1:
@@ -290,6 +344,22 @@ class Settings:
         if frames != self.data.video_frames:
             raise SettingsError(
                 f"model.video_frames={frames} and data.video_frames={self.data.video_frames} differ: make them equal"
+            )
+
+    def _check_process(self) -> None:
+        target = str(self.process.get("_target_", ""))
+        if self.sample_mode == "diffusion" and target.endswith(".Flow"):
+            raise SettingsError(
+                "sample_mode=diffusion has no steps for process=flow: set sample_mode=ODE or SDE, or train with "
+                "process=gaussian, vp or sd_discrete"
+            )
+        spaced = (
+            self.diffusion.sampling_method in ("ddpm", "ddim") and not self.diffusion.num_steps.isdecimal()
+        )
+        if self.sample_mode == "diffusion" and spaced and target.endswith(".VariancePreserving"):
+            raise SettingsError(
+                f"diffusion.num_steps={self.diffusion.num_steps}: process=vp is continuous and has no steps to space, "
+                "give a number"
             )
 
     @classmethod

@@ -31,10 +31,17 @@ def test_names_that_settings_check_are_the_registered_ones():
     from zigflow.processes.diffusion_forms import DIFFUSION_FORMS
     from zigflow.processes.interpolants import INTERPOLANTS
     from zigflow.samplers import SAMPLERS
+    from zigflow.samplers.dpm_grids import GRIDS, VARIANTS
 
     names = SAMPLERS.names()
-    assert set(settings.ODE_METHODS) == {n for n in names if not n.startswith(("sde/", "torchdiffeq/"))}
+    assert set(settings.ODE_METHODS) == {
+        n for n in names if not n.startswith(("sde/", "diffusion/", "torchdiffeq/"))
+    }
     assert {f"sde/{n}" for n in settings.SDE_METHODS} == {n for n in names if n.startswith("sde/")}
+    assert {f"diffusion/{n}" for n in settings.DIFFUSION_METHODS} == {
+        n for n in names if n.startswith("diffusion/")
+    }
+    assert set(settings.DPM_VARIANTS) == set(VARIANTS) and set(settings.DPM_GRIDS) == set(GRIDS)
     assert set(settings.DIFFUSION_FORMS) == set(DIFFUSION_FORMS.names())
     assert set(settings.PATH_TYPES) == set(INTERPOLANTS.names())
     assert set(settings.OPTIMIZERS) == set(OPTIMIZERS.names())
@@ -162,6 +169,13 @@ def test_presets_and_command_line_take_precedence_in_this_order():
         (["ode.num_steps=1"], ["ode.num_steps"]),
         (["optim.betas=[0.9]"], ["optim.betas", "2"]),
         (["cfg_interval=[0.9,0.1]"], ["cfg_interval"]),
+        (["sample_mode=diffusion"], ["sample_mode=diffusion", "process=gaussian"]),
+        (["process=vp", "sample_mode=diffusion", "diffusion.num_steps=ddim50"], ["diffusion.num_steps=ddim50"]),
+        (["diffusion.sampling_method=dim"], ["diffusion.sampling_method", "ddim"]),
+        (["diffusion.sampling_method=dpm_solver", "diffusion.num_steps=2"], ["diffusion.num_steps=2", "order"]),
+        (["diffusion.eta=2"], ["diffusion.eta"]),
+        (["diffusion.sampling_method=ddpm", "diffusion.eta=1"], ["diffusion.eta", "ddim"]),
+        (["process=gaussian", "sample_mode=diffusion", "likelihood=1"], ["likelihood", "ODE"]),
         (["likelihood=1", "sample_mode=SDE"], ["likelihood", "ODE"]),
         (["likelihood=1", "cfg_scale=2"], ["likelihood", "cfg_scale"]),
         (["ode.reverse=1", "sample_mode=SDE"], ["ode.reverse", "ODE"]),

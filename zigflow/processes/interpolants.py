@@ -194,7 +194,6 @@ class GVP(Interpolant):
         return torch.atan(torch.exp(log_snr / 2)) / HALF_PI
 
 
-@INTERPOLANTS.register("VP")
 class VP(Interpolant):
     """Variance preserving with beta linear in 1 - t (Song et al. 2021, eq. 32, time reversed), or any schedule.
 
@@ -249,3 +248,6 @@ class VP(Interpolant):
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
         return 1 - self.schedule.time_of_log_alpha(0.5 * torch.nn.functional.logsigmoid(log_snr))
+
+
+INTERPOLANTS.register("VP", VP)

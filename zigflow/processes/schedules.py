@@ -40,17 +40,21 @@ BETAS.register("squaredcos_cap_v2", cosine_betas)
 @BETAS.register("scaled_linear")
 def scaled_linear_betas(num_steps: int) -> Tensor:
     """Stable Diffusion: linear in the square root, 0.00085 to 0.012."""
-    return quadratic_betas(num_steps, 0.00085, 0.012)
+    return _quadratic(num_steps, 0.00085, 0.012)
 
 
 @BETAS.register("quad")
-def quadratic_betas(num_steps: int, first: float = 1e-4, last: float = 0.02) -> Tensor:
+def quadratic_betas(num_steps: int) -> Tensor:
+    return _quadratic(num_steps, 1e-4, 0.02)
+
+
+def _quadratic(num_steps: int, first: float, last: float) -> Tensor:
     return torch.linspace(first**0.5, last**0.5, num_steps, dtype=torch.float64) ** 2
 
 
 @BETAS.register("const")
-def constant_betas(num_steps: int, value: float = 0.02) -> Tensor:
-    return torch.full((num_steps,), value, dtype=torch.float64)
+def constant_betas(num_steps: int) -> Tensor:
+    return torch.full((num_steps,), 0.02, dtype=torch.float64)
 
 
 @BETAS.register("jsd")
@@ -169,7 +173,8 @@ class Cosine:
         return self._angle_per_time() * (s + self.offset)
 
     def log_alpha(self, s: Tensor) -> Tensor:
-        return torch.cos(self._angle(s)).log() - self._log_first
+        # Rounded, the difference could exceed 0 at s = 0, and 1 - alpha^2 have no root.
+        return (torch.cos(self._angle(s)).log() - self._log_first).clamp_max(0)
 
     def rate(self, s: Tensor) -> Tensor:
         return self._angle_per_time() * torch.tan(self._angle(s))

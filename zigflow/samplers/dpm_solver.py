@@ -267,7 +267,7 @@ class DpmSolver:
         for number, span in enumerate(spans, 1):
             a, b = nodes[-1] if nodes else node(span.times[0]), node(span.times[-1])
             if self.variant == "multistep":
-                nodes, values = [*nodes[-3:], a] if not nodes else nodes, [*values, evaluate(x, a)][-3:]
+                nodes, values = nodes or [a], [*values, evaluate(x, a)][-3:]
                 left = len(spans) - number + 1
                 order = min(self.order, number, left if self.lower_order_final else self.order)
                 x = steps.multistep(x, nodes, b, values, order)
@@ -318,9 +318,8 @@ class DpmSolver:
             if self.coupled:
                 error = error.max().expand_as(error)
             accept = active & (error <= 1)
-            x, previous = (
-                torch.where(over_batch(accept, x), new, old) for new, old in ((higher, x), (lower, previous))
-            )
+            taken = over_batch(accept, x)
+            x, previous = torch.where(taken, higher, x), torch.where(taken, lower, previous)
             pairs = ((b.t, here.t), (b.alpha, here.alpha), (b.sigma, here.sigma), (b.lam, here.lam))
             here = Node(*(torch.where(accept, new, old) for new, old in pairs))
             # A step that is not finite fails here, and not as one that is rejected for ever.

@@ -108,8 +108,10 @@ def _samplers() -> dict[str, str]:
     from zigflow.samplers import SAMPLERS
 
     def key(name: str) -> str:
-        known = name.removeprefix("sde/")
-        return f"sde.sampling_method={known}" if name.startswith("sde/") else f"ode.sampling_method={known}"
+        group, slash, known = name.partition("/")
+        if slash and group in ("sde", "diffusion"):
+            return f"{group}.sampling_method={known}"
+        return f"ode.sampling_method={name}"
 
     return {name: key(name) for name in SAMPLERS.names()}
 
