@@ -91,7 +91,7 @@ class MeasuringRun:
             "batch_size": batch_size,
             "available": self.available,
             "data": str(getattr(source, "fingerprint", "")),
-            "weights": weights_hash(model),
+            "weights_sha256": weights_hash(model),
             **(identity or {}),
         }
 

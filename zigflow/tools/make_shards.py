@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, cover_crop, decode_image
+from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, decode_image
 from zigflow.data.files import publishing_folder
+from zigflow.data.published_crops import CROPS
 from zigflow.data.shard_index import INDEX_NAME, load_folder_index
 from zigflow.data.split import stratified_split
 from zigflow.data.writer import ShardWriter, encode_png
@@ -166,7 +167,7 @@ def _run_folder(args: argparse.Namespace) -> None:
         except DecodeError as error:
             raise DecodeError(f"{path}: {error}") from error
         if args.resize:
-            image = np.array(cover_crop(Image.fromarray(image), args.resize, args.resize))
+            image = np.array(CROPS[args.crop](Image.fromarray(image), args.resize))
             out = {"image.png": encode_png(image)}
         else:
             args.sizes.add(image.shape[:2])
@@ -215,6 +216,10 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--input", type=Path, required=True, help=what)
         if name == "folder":
             sub.add_argument("--resize", type=int, help="crop to the center and resize to this many pixels")
+            sub.add_argument(
+                "--crop", choices=list(CROPS), default="cover", help="how --resize crops; adm: ADM and DiT's ImageNet, "
+                "lanczos: U-ViT's COCO (cover)",
+            )  # fmt: skip
         if name == "idx":
             sub.add_argument("--labels", type=Path, help="the idx file of the labels")
     return parser

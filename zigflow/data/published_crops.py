@@ -1,0 +1,39 @@
+"""The center crops that published models' data were made with, for comparable numbers; PIL images in and out.
+
+``cover`` is ours (:func:`zigflow.data.decode.cover_crop`): crop, then one antialiased bicubic resize.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from .decode import cover_crop
+
+
+def halving_crop(image: Any, size: int) -> Any:
+    """ADM's and DiT's ImageNet: halve by boxes while twice too large, bicubic to the size, cut out the center."""
+    from PIL import Image
+
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def lanczos_crop(image: Any, size: int) -> Any:
+    """U-ViT's COCO: cut out the central square, Lanczos to the size."""
+    from PIL import Image
+
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), Image.Resampling.LANCZOS)
+
+
+CROPS: dict[str, Callable[[Any, int], Any]] = {
+    "cover": lambda image, size: cover_crop(image, size, size),
+    "adm": halving_crop,
+    "lanczos": lanczos_crop,
+}
