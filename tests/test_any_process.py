@@ -39,7 +39,9 @@ def sample(run_dir, target, *overrides):
     return [np.asarray(Image.open(path)) for path in sorted(target.glob("[0-9]*.png"))]
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize(
+    "name", [n if n in ("gaussian", "vp") else pytest.param(n, marks=pytest.mark.slow) for n in PROCESSES]
+)
 def test_a_model_trains_resumes_and_samples(name, tmp_path):
     overrides = PROCESSES[name]
     whole = train(tmp_path / "whole", 2, overrides)

@@ -132,11 +132,11 @@ def test_ddim_converges_to_the_flow_and_back(name):
 @pytest.mark.parametrize(
     "sampler",
     [
-        ChainSampler("ddpm", 250),
-        ChainSampler("ddim", 100, eta=0.5),
-        ChainSampler("ddim", 250, eta=1.0),
+        ChainSampler("ddpm", 100),
+        ChainSampler("ddim", 50, eta=0.5),
+        ChainSampler("ddim", 100, eta=1.0),
         DpmSolver("dpm_solver++", "multistep", 20, 2, "logSNR"),
-        OdeSampler("heun", 200),
+        OdeSampler("heun", 60),
         SdeSampler("Euler", 250, "SBDM", last_step_size=1e-3),
     ],
     ids=lambda s: f"{type(s).__name__}-{s.method}-{getattr(s, 'eta', '')}",
