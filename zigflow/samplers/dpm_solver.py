@@ -145,7 +145,8 @@ class DpmSolver:
     Args:
         method: "dpm_solver" (noise form) or "dpm_solver++" (data form).
         variant: "singlestep" (num_steps // order steps of that order), "fast" (as many steps of the order as
-            fit, then a lower one), "multistep" (earlier values instead of inner nodes), "adaptive".
+            fit, then a lower one), "multistep" (earlier values instead of inner nodes; it starts with a step of order
+            1, whose error keeps the global order at 2), "adaptive".
         num_steps: calls of the model, which the variants "fast" and "multistep" make exactly; unused by "adaptive".
         order: 1, 2 or 3 (adaptive: 2 or 3).
         grid: of the steps: "logSNR" (even in lambda), "time_uniform", "time_quadratic".
