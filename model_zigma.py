@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dis_causal_conv1d.dispatch import transform_reason
 from dis_mamba import BiMambaMixer, MambaMixer, ParallelMambaMixer
 from scans import parse_scan_type
 from zigflow.nn import (
@@ -44,6 +43,7 @@ from zigflow.nn import (
     RMSNorm,
     TimestepEmbedder,
     check_divisible,
+    check_labels,
     drop_path_scales,
     dropped_conditions,
     interpolate_positions,
@@ -474,23 +474,8 @@ class ZigMa(nn.Module):
         if y is None or y.shape != (batch,) or y.is_floating_point():
             given = None if y is None else f"{tuple(y.shape)} {y.dtype}"
             raise ValueError(f"this model reads class labels: y must be integers ({batch},), got {given}")
-        self._check_labels(y)
+        check_labels(y, self.num_classes, self.class_dropout_prob > 0)
         return t_emb_BD + self.y_embedder(y, dropped_B), None, None
-
-    def _check_labels(self, y_B: Tensor) -> None:
-        """Name a label that the table has no row for, where looking at the values costs no device transfer."""
-        if torch.compiler.is_compiling() or type(y_B) is not Tensor or y_B.device.type != "cpu":
-            return
-        if transform_reason((y_B,)) is not None:
-            return
-        smallest, largest = int(y_B.min()), int(y_B.max())
-        null = self.class_dropout_prob > 0
-        if smallest < 0 or largest >= self.num_classes + null:
-            hint = f", or {self.num_classes} for no class" if null else ""
-            raise ValueError(
-                f"the labels run from {smallest} to {largest}, this model has num_classes={self.num_classes}: give "
-                f"labels 0..{self.num_classes - 1}{hint}, or build it with num_classes={largest + 1} or more"
-            )
 
     def _positions(self, name: str, grid: tuple[int, int, int]) -> Tensor:
         return interpolate_positions(self.get_parameter(name), self.grid, grid)

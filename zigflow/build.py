@@ -33,7 +33,7 @@ from zigflow.engine.run_state import load_model_state, load_weights
 from zigflow.engine.trackers import Trackers
 from zigflow.engine.trainer import Trainer
 from zigflow.metrics.pictures import save_loss_curve
-from zigflow.official import read_official
+from zigflow.official import family_of, read_official
 from zigflow.preflight import check_training
 from zigflow.samplers import ChainSampler, DpmSolver, OdeSampler, SdeSampler
 from zigflow.settings import Settings, SettingsError
@@ -350,7 +350,7 @@ def _start_from(ckpt: str, model: torch.nn.Module, config: Mapping[str, Any]) ->
     """
     try:
         if Path(ckpt).suffix in OFFICIAL_SUFFIXES:
-            load_model_state(model, read_official(ckpt, "zigma").state_dict)
+            load_model_state(model, read_official(ckpt, family_of(config["model"])).state_dict)
         else:
             stored = checkpoints.open_checkpoint(ckpt)
             check_same_config(config, stored.config, sections=("model", "scan"))

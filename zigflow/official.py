@@ -4,12 +4,14 @@ Official ``.pt`` files are pickles. They are read with ``weights_only=True`` und
 the types that the family's layout holds; anything else in the file is refused by name.
 """
 
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,12 +22,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Family:
-    """One published code base: how its model is built here and what its files may contain."""
+    """One published code base: how its model is built here and what its files may contain.
 
-    build: Callable[..., nn.Module]
-    allowed_types: Callable[[], list[Any]]
+    Attributes:
+        target: our class, as a configuration names it.
+        allowed_types: what its files may hold beside tensors and plain containers.
+        arguments: the published constructor's keywords, with ours, as keywords of our class.
+        optional_keys: weights that an official file need not have.
+        check: refuses what cannot be loaded.
+        ctor_kwargs: the constructor's keywords from the training arguments that a file holds, or None.
+    """
+
+    target: str
+    allowed_types: Callable[[], list[Any]] = list
+    arguments: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda given, ours: {
+        **given,
+        **ours,
+    }
     optional_keys: Callable[[str], bool] = lambda key: False
     check: Callable[[Mapping[str, Any], Mapping[str, Any]], None] = lambda ctor_kwargs, ours: None
+    ctor_kwargs: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = lambda config: None
 
 
 @dataclass(frozen=True)
@@ -36,12 +52,6 @@ class OfficialFile:
     ctor_kwargs: dict[str, Any] | None
     step: int | None
     config: dict[str, Any] = field(default_factory=dict)
-
-
-def _build_zigma(ctor_kwargs: Mapping[str, Any], ours: Mapping[str, Any]) -> nn.Module:
-    from model_zigma import ZigMa
-
-    return ZigMa(**{**ctor_kwargs, **ours})
 
 
 def _check_zigma(ctor_kwargs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -69,14 +79,131 @@ def _zigma_types() -> list[Any]:
     return [dict, list, AnyType, DictConfig, ListConfig, ContainerMetadata, Metadata, AnyNode, defaultdict]
 
 
+def _zigma_kwargs(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    model = config.get("model", {})
+    return model.get("params") if isinstance(model, dict) else None
+
+
+def _namespace() -> list[Any]:
+    """The command-line arguments that DiT's and SiT's training scripts store as ``args``."""
+    from argparse import Namespace
+
+    return [Namespace]
+
+
+def _renamed(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """``given`` with official keywords as ours; our own names stay."""
+    both = [(old, new) for old, new in names.items() if old in given and new in given]
+    if both:
+        raise ValueError(f"{' and '.join(both[0])} are one keyword: give one of them")
+    return {names.get(key, key): value for key, value in given.items()}
+
+
+_DIT_NAMES = {"input_size": "img_dim", "hidden_size": "embed_dim"}
+
+
+def _dit_arguments(given: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Guidance acts on three channels, as published, unless ``guided_channels`` says otherwise."""
+    return {"guided_channels": 3, **_renamed(given, _DIT_NAMES), **ours}
+
+
+def _sit_arguments(given: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = _dit_arguments(given, ours)
+    return {"drop_sigma": arguments.get("learn_sigma", True), **arguments}
+
+
+def _dit_kwargs(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """From ``args.model`` such as "DiT-XL/2", ``args.image_size`` and ``args.num_classes``."""
+    from zigflow.models.dit import SIZES
+
+    size, _, patch = str(config.get("model", "")).partition("-")[2].partition("/")
+    if size.lower() not in SIZES or not patch.isdigit() or not isinstance(config.get("image_size"), int):
+        return None
+    hidden, depth, heads = SIZES[size.lower()]
+    return {
+        "input_size": config["image_size"] // 8,
+        "patch_size": int(patch),
+        "hidden_size": hidden,
+        "depth": depth,
+        "num_heads": heads,
+        "num_classes": config.get("num_classes", 1000),
+    }
+
+
+_UVIT_NAMES = {"img_size": "img_dim", "in_chans": "in_channels"}
+_UVIT_TEXT_NAMES = {**_UVIT_NAMES, "clip_dim": "d_context", "num_clip_token": "n_context_token"}
+
+
+def _uvit_arguments(given: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """The published ``num_classes`` counts the null class; with ``class_dropout_prob`` of ours it is the last row."""
+    arguments = _renamed({k: v for k, v in given.items() if k != "name"}, _UVIT_NAMES)
+    if arguments.pop("qk_scale", None) is not None:
+        raise ValueError("qk_scale had no effect in the published attention: leave it out")
+    null_is_counted = ours.get("class_dropout_prob", 0) > 0 and "class_dropout_prob" not in given
+    if null_is_counted and "num_classes" not in ours and arguments.get("num_classes", -1) > 0:
+        arguments["num_classes"] -= 1
+    return {**arguments, **ours}
+
+
+def _uvit_text_arguments(given: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    text = {"has_text": True, "d_context": 768, "n_context_token": 77}
+    return {**text, **_uvit_arguments(_renamed(given, _UVIT_TEXT_NAMES), ours)}
+
+
+_UVIT_WEIGHTS = "nnet_ema.pth"
+
 FAMILIES: dict[str, Family] = {
     "zigma": Family(
-        _build_zigma,
+        "model_zigma.ZigMa",
         _zigma_types,
         optional_keys=lambda k: k.startswith("blocks.") and k.endswith(".pos_embed"),
         check=_check_zigma,
+        ctor_kwargs=_zigma_kwargs,
     ),
+    "dit": Family("zigflow.models.dit.DiT", _namespace, _dit_arguments, ctor_kwargs=_dit_kwargs),
+    "sit": Family("zigflow.models.dit.DiT", _namespace, _sit_arguments, ctor_kwargs=_dit_kwargs),
+    "uvit": Family("zigflow.models.uvit.UViT", arguments=_uvit_arguments),
+    "uvit_t2i": Family("zigflow.models.uvit.UViT", arguments=_uvit_text_arguments),
 }
+
+
+def family_of(model: Mapping[str, Any]) -> str:
+    """The family whose official files fit a model's node (``_target_`` and keywords).
+
+    Raises:
+        ValueError: no published code base has that model.
+    """
+    target = model.get("_target_")
+    found = [name for name, known in FAMILIES.items() if known.target == target]
+    if not found:
+        raise ValueError(
+            f"there are no official checkpoints of {target}: known are {', '.join(k.target for k in FAMILIES.values())}"
+        )
+    second = {"dit": model.get("drop_sigma"), "uvit": model.get("has_text")}.get(found[0])
+    return found[1] if second else found[0]
+
+
+def target_of(family: str) -> str:
+    """Our class for a family, as a configuration names it.
+
+    Raises:
+        UnknownNameError: the family is not known.
+    """
+    return _family(family).target
+
+
+def read_null_text(path: str | Path) -> Tensor:
+    """The encoded empty prompt (S, d_context) from an ``empty_context.npy``; no pickled content is read.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    array = np.load(path, allow_pickle=False)
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise ValueError(
+            f"{path} holds {array.dtype} of shape {array.shape}, a null text is floats (S, d_context)"
+        )
+    return torch.from_numpy(array.astype(np.float32))
 
 
 def _family(name: str) -> Family:
@@ -94,17 +221,35 @@ def strip_wrappers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {clean(key): value for key, value in state_dict.items()}
 
 
+def official_arguments(family: str, ctor_kwargs: Mapping[str, Any], **ours: Any) -> dict[str, Any]:
+    """The keywords of our class for a published model, what is implied there made explicit.
+
+    Raises:
+        UnknownNameError: the family is not known.
+        ValueError: a keyword is given twice, or cannot be taken over.
+    """
+    return _family(family).arguments(ctor_kwargs, ours)
+
+
 def load_official(
-    family: str, ctor_kwargs: Mapping[str, Any], state_dict: Mapping[str, Tensor], **ours: Any
+    family: str,
+    ctor_kwargs: Mapping[str, Any],
+    state_dict: Mapping[str, Tensor],
+    *,
+    null_text: Tensor | None = None,
+    **ours: Any,
 ) -> nn.Module:
     """Our model with an official checkpoint's weights.
 
     Args:
-        family: the published code base ("zigma").
-        ctor_kwargs: keywords as the official constructor takes them.
+        family: the published code base: "zigma", "dit", "sit", "uvit" or "uvit_t2i".
+        ctor_kwargs: keywords as the official constructor takes them, or as our class does.
         state_dict: tensors as the official checkpoint holds them; wrapper prefixes are removed.
+        null_text: (S, d_context), the encoded empty prompt that guidance of a text model needs; official files do
+            not hold it.
         ours: keywords of our own, such as ``official_temporal_reversal=True``; ``scan_seed``, which random scans need,
-            counts only here.
+            counts only here. For "uvit", ``class_dropout_prob`` > 0 says that the last row of ``num_classes`` is the
+            null class.
 
     Returns:
         The module in eval mode, float32.
@@ -112,13 +257,26 @@ def load_official(
     Raises:
         UnknownNameError: the family is not known.
         ValueError: keys are missing, left over or of another shape, the first ones are named; or the checkpoint was
-            trained along random orders, which it does not hold, and ``scan_seed`` is not given.
+            trained along random orders, which it does not hold, and ``scan_seed`` is not given; or a null text is
+            needed and not given.
     """
     known = _family(family)
     known.check(ctor_kwargs, ours)
-    model = known.build(ctor_kwargs, ours).float()
+    if null_text is not None:
+        ours = {"class_dropout_prob": ctor_kwargs.get("class_dropout_prob", 0.1), **ours}
+    module, _, name = known.target.rpartition(".")
+    build = getattr(importlib.import_module(module), name)
+    model = build(**official_arguments(family, ctor_kwargs, **ours)).float()
     own = model.state_dict()
     given = {k: v.float() if v.is_floating_point() else v for k, v in strip_wrappers(state_dict).items()}
+    if null_text is not None:
+        given["null_text"] = null_text.float()
+    elif "null_text" in own and "null_text" not in given:
+        raise ValueError(
+            f"official {family} files do not hold the encoded empty prompt, which guidance needs: give null_text=, "
+            "a tensor (S, d_context) such as the published empty_context.npy (convert-checkpoint --null-text), or "
+            "class_dropout_prob=0"
+        )
     missing = [k for k in own if k not in given and not known.optional_keys(k)]
     extra = [k for k in given if k not in own]
     wrong = [k for k in given if k in own and given[k].shape != own[k].shape]
@@ -143,11 +301,15 @@ def load_official(
 def read_official(path: str | Path, family: str) -> OfficialFile:
     """Read an official ``.pt`` file: weights only, the allow-list of its family, nothing executed.
 
+    Of a folder ``N.ckpt`` of U-ViT's training the EMA weights are read.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, or holds a type outside the allow-list (named).
     """
     path = Path(path)
+    if family.startswith("uvit") and (path / _UVIT_WEIGHTS).is_file():
+        path = path / _UVIT_WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}")
     allowed = _family(family).allowed_types()
@@ -176,8 +338,7 @@ def read_official(path: str | Path, family: str) -> OfficialFile:
             f"{path} has neither 'ema' nor 'model' weights; its keys are {sorted(map(str, content))[:8]}"
         )
     config = _plain(content.get("args"))
-    model = config.get("model", {}) if isinstance(config, dict) else {}
-    kwargs = model.get("params") if isinstance(model, dict) else None
+    kwargs = _family(family).ctor_kwargs(config) if isinstance(config, dict) else None
     return OfficialFile(
         state_dict=strip_wrappers(weights),
         ctor_kwargs=dict(kwargs) if kwargs else None,

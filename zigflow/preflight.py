@@ -24,6 +24,7 @@ def check_training(settings: Settings) -> None:
     _check_latents(settings)
     _check_shapes(settings)
     _check_conditions(settings)
+    _check_variance(settings)
     check_roots(settings)
 
 
@@ -153,4 +154,15 @@ def _check_conditions(settings: Settings) -> None:
         raise SettingsError(
             f"data={data.name} has {data.num_classes} classes, model.num_classes is {classes}: "
             f"set model.num_classes={data.num_classes}"
+        )
+
+
+def _check_variance(settings: Settings) -> None:
+    model = settings.model
+    if not str(settings.process.get("_target_", "")).endswith(".Flow"):
+        return
+    if model.get("learn_sigma") and not model.get("drop_sigma"):
+        raise SettingsError(
+            f"model={model.get('name')} predicts a variance (model.learn_sigma=true), which the flow process does not "
+            "read: set model.learn_sigma=false, or choose another process="
         )

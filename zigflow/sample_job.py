@@ -43,7 +43,7 @@ from zigflow.evaluation_job import (
 from zigflow.metrics.base import SampleIds
 from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
 from zigflow.metrics.results import write_results
-from zigflow.official import load_official, read_official
+from zigflow.official import family_of, load_official, read_official
 from zigflow.preflight import check_decoding
 from zigflow.settings import Settings, SettingsError
 from zigflow.stored_config import complete_from_checkpoint, complete_from_defaults
@@ -68,12 +68,14 @@ class _Trained:
 def _open_trained(given: dict[str, Any], ckpt: str, wanted: str | None) -> _Trained:
     """The model of a checkpoint, ours or official, and the configuration completed by it."""
     if Path(ckpt).suffix in OFFICIAL_SUFFIXES:
-        file = read_official(ckpt, "zigma")
+        asked = given["model"]
+        family = family_of(asked) if asked.get("_target_") else "zigma"
+        file = read_official(ckpt, family)
         settings = Settings.from_mapping(complete_from_defaults(given, ckpt, file.ctor_kwargs))
         _check_before_building(settings)
         arguments = {k: v for k, v in model_arguments(settings).items() if k != "_target_"}
         seed = {k: arguments.pop(k) for k in ("scan_seed",) if k in arguments}
-        model = load_official("zigma", arguments, file.state_dict, **seed)
+        model = load_official(family, arguments, file.state_dict, **seed)
         return _Trained(settings, model, "official", file.step, Path("samples") / Path(ckpt).stem)
     stored = checkpoints.open_checkpoint(ckpt)
     settings = Settings.from_mapping(complete_from_checkpoint(given, stored.config, ckpt))

@@ -102,7 +102,8 @@ def test_every_model_builds_and_runs_without_memory(choice):
         frames = (model.video_frames,) if model.video_frames else ()
         x = torch.empty(1, *frames, model.in_channels, *model.img_dim)
         y = torch.zeros(1, dtype=torch.int64) if model.num_classes > 0 else None
-        assert model(x, torch.empty(1), y).shape == x.shape
+        shape = (*x.shape[:-3], getattr(model, "out_channels", model.in_channels), *model.img_dim)
+        assert model(x, torch.empty(1), y).shape == shape
 
 
 @pytest.mark.parametrize("name", list_scans())

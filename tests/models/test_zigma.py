@@ -55,8 +55,9 @@ def test_names_shapes_and_totals_equal_the_manifest(path):
 def test_every_variant_is_built_and_has_a_forward_pass(name):
     with torch.device("meta"):
         model = build_model(name, in_channels=4, img_dim=16, depth=2)
-        out = model(torch.empty(1, 4, 16, 16), torch.empty(1))
-    assert out.shape == (1, 4, 16, 16)
+        y = torch.zeros(1, dtype=torch.int64) if model.num_classes > 0 else None
+        out = model(torch.empty(1, 4, 16, 16), torch.empty(1), y)
+    assert out.shape == (1, getattr(model, "out_channels", 4), 16, 16)
 
 
 def test_unknown_variant_suggests_a_near_one():

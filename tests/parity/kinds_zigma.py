@@ -1,7 +1,5 @@
 """Checks of the fixture kinds zigma.model, zigma.ops, zigma.drop_path, zigma.checkpoint and zigma.init_stats."""
 
-import math
-
 import torch
 
 from dis_causal_conv1d import causal_conv1d
@@ -9,6 +7,7 @@ from dis_mamba import selective_scan
 from model_zigma import ZigMa
 from tests.assertions import GRADIENT_RTOL_OF_MAX, assert_close
 from tests.parity.harness import Fixture, parity_kind
+from tests.parity.initialization import check_statistics
 from zigflow.nn import CrossAttention, LayerNorm, RMSNorm, sincos_positions, sinusoidal_embedding
 from zigflow.official import load_official, read_official
 
@@ -178,26 +177,6 @@ def check_checkpoint(fixture: Fixture, case: str) -> None:
     assert_close("out_ema", out, fixture.tensors["out_ema"])
 
 
-def _check_statistics(name: str, got: torch.Tensor, want: dict) -> None:
-    """Zeros and ones exactly; standard deviations within 5 standard errors of both samples."""
-    assert list(got.shape) == want["shape"], name
-    if want["std"] < 1e-9:
-        assert torch.all((got - want["mean"]).abs() < 1e-6), name
-        return
-    n = got.numel()
-    centered = got.double() - got.double().mean()
-    kurtosis = centered.pow(4).mean().item() / max(centered.pow(2).mean().item() ** 2, 1e-300)
-    # Var(s) = sigma^2 (kurtosis - 1) / (4 n), for the difference of two samples twice that.
-    error = want["std"] * math.sqrt(max(kurtosis - 1, 0.05) / (4 * n) * 2)
-    assert abs(got.double().std().item() - want["std"]) <= 5 * error, (
-        name,
-        got.std().item(),
-        want["std"],
-        error,
-    )
-    assert abs(got.double().mean().item() - want["mean"]) <= 5 * want["std"] * math.sqrt(2 / n), name
-
-
 @parity_kind("zigma.init_stats", cases=lambda f: [k for k in f.meta if k != "fixture_kind"])
 def check_init(fixture: Fixture, case: str) -> None:
     entry = fixture.meta[case]
@@ -205,4 +184,4 @@ def check_init(fixture: Fixture, case: str) -> None:
     state = dict(model.named_parameters())
     assert list(state) == list(entry["params"])
     for name, want in entry["params"].items():
-        _check_statistics(name, state[name].detach(), want)
+        check_statistics(name, state[name].detach(), want)

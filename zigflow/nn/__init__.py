@@ -2,13 +2,22 @@
 
 from dis_mamba import permute
 
-from .attention import CrossAttention
-from .conditioning import Condition, LabelEmbedder, dropped_conditions
+from .attention import CrossAttention, SelfAttention
+from .conditioning import (
+    Condition,
+    LabelEmbedder,
+    check_labels,
+    dropped_conditions,
+    null_condition,
+    read_labels,
+    read_text,
+)
 from .drop_path import drop_path_scales
+from .mlp import Mlp
 from .modulation import modulate
 from .norm import LayerNorm, RMSNorm
 from .patch import PatchEmbed, check_divisible, unpatchify
-from .positions import interpolate_positions, sincos_positions
+from .positions import axial_rotations, interpolate_positions, rotate, sincos_positions
 from .time_embedding import TimestepEmbedder, sinusoidal_embedding
 
 __all__ = [
@@ -16,15 +25,23 @@ __all__ = [
     "CrossAttention",
     "LabelEmbedder",
     "LayerNorm",
+    "Mlp",
     "PatchEmbed",
     "RMSNorm",
+    "SelfAttention",
     "TimestepEmbedder",
+    "axial_rotations",
     "check_divisible",
+    "check_labels",
     "drop_path_scales",
     "dropped_conditions",
     "interpolate_positions",
     "modulate",
+    "null_condition",
     "permute",
+    "read_labels",
+    "read_text",
+    "rotate",
     "sincos_positions",
     "sinusoidal_embedding",
     "unpatchify",

@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import dis_mamba  # noqa: F401 (registers both operators)
 from dis_causal_conv1d.dispatch import use_backend
 
+from .norm import RMSNorm
+
 __all__ = ["TRAINING_FACTOR", "FlopCount", "count_flops", "one_sample", "scan_flops"]
 
 TRAINING_FACTOR = 3
@@ -30,16 +32,23 @@ class FlopCount:
         forward: of the whole model.
         modules: by dotted name of the module, its children included; "" is the model.
         operators: by operator.
+        normalized: values that leave a layer or RMS norm, no part of the other counts.
     """
 
     forward: int
     modules: dict[str, int]
     operators: dict[str, int]
+    normalized: int = 0
 
     @property
     def macs(self) -> int:
         """Multiply-adds."""
         return self.forward // 2
+
+    @property
+    def published(self) -> int:
+        """Multiply-adds and normalized values: what DiT's paper prints as "flops"."""
+        return self.macs + self.normalized
 
     @property
     def training(self) -> int:
@@ -107,11 +116,19 @@ def count_flops(model: nn.Module, *inputs: Any) -> FlopCount:
     }
     training = {module: module.training for module in model.modules()}
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+    normalized: list[int] = []
+    hooks = [
+        module.register_forward_hook(lambda module, args, out: normalized.append(out.numel()))
+        for module in model.modules()
+        if isinstance(module, (nn.LayerNorm, RMSNorm))
+    ]
     model.eval()
     try:
         with torch.no_grad(), use_backend("torch"), counter:
             torch.func.functional_call(model, state, inputs or one_sample(model))
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, mode in training.items():
             module.training = mode
     counts = counter.get_flop_counts()
@@ -125,4 +142,4 @@ def count_flops(model: nn.Module, *inputs: Any) -> FlopCount:
         below = sum(modules.get(f"{name}.{child}", 0) for child, _ in module.named_children())
         modules[name] = modules.get(name, below)
     operators = {str(operator): int(n) for operator, n in counts.get("Global", {}).items()}
-    return FlopCount(int(counter.get_total_flops()), modules, operators)
+    return FlopCount(int(counter.get_total_flops()), modules, operators, sum(normalized))

@@ -1,4 +1,7 @@
-"""Position tables. Legend: h w token grid, T frames, L tokens, D width."""
+"""Position tables and rotations.
+
+Legend: h w token grid, T frames, L tokens, D width, B batch, H heads, K head width.
+"""
 
 import numpy as np
 import torch
@@ -50,3 +53,38 @@ def interpolate_positions(
         x = F.interpolate(x, size=t1, mode="linear", align_corners=False)
         x = x.reshape(h1, w1, dim, t1).permute(3, 2, 0, 1)
     return x.permute(0, 2, 3, 1).reshape(1, t1 * h1 * w1, dim).to(table_1LD.dtype)
+
+
+def axial_rotations(
+    built: tuple[int, int], wanted: tuple[int, int], head_dim: int, extras: int = 0, device=None
+) -> Tensor:
+    """(2, extras + h * w, K): cosines and sines that ``rotate`` turns queries and keys by, float32.
+
+    Rotary positions (Su et al. 2021) on two axes: the first half of a head is turned by the column, the second by
+    the row, with frequencies 10000^(-i / (K/4)). On another grid than ``built`` = (h, w) the positions are
+    interpolated: the patches of ``wanted`` lie spread over the built one. The first ``extras`` tokens stay as they
+    are.
+
+    Raises:
+        ValueError: K is not a multiple of 4.
+    """
+    if head_dim % 4:
+        raise ValueError(f"rotary positions need a head width divisible by 4, got {head_dim}")
+    quarter = head_dim // 4
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+    row, column = (
+        (torch.arange(n, dtype=torch.float32, device=device) + 0.5) * (n0 / n) - 0.5
+        for n0, n in zip(built, wanted, strict=True)
+    )
+    row, column = row.repeat_interleave(wanted[1]), column.repeat(wanted[0])
+    angle = torch.cat([column.unsqueeze(1) * omega, row.unsqueeze(1) * omega], dim=1)
+    angle = F.pad(angle.repeat_interleave(2, dim=1), (0, 0, extras, 0))
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x_BHLK: Tensor, rotations_2LK: Tensor) -> Tensor:
+    """Turn neighboring pairs of a head's entries; (B, H, L, K) -> the same shape, in float32 or wider."""
+    cos, sin = rotations_2LK
+    pairs = x_BHLK.unflatten(-1, (-1, 2))
+    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
+    return x_BHLK * cos + turned * sin

@@ -3,11 +3,12 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def sinusoidal_embedding(t_B: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """(B,) -> (B, dim): [cos | sin] of t * max_period^(-i / (dim/2)), cosines first.
+    """(B,) -> (B, dim): [cos | sin] of t * max_period^(-i / (dim/2)), cosines first, a zero last if dim is odd.
 
     Computed in float32, in float64 when t is float64; never in half precision, where t * 1000 has no digits.
     """
@@ -15,7 +16,8 @@ def sinusoidal_embedding(t_B: Tensor, dim: int, max_period: float = 10000.0) -> 
     t_B = t_B.to(torch.promote_types(t_B.dtype, torch.float32))
     exponent = -math.log(max_period) * torch.arange(half, dtype=t_B.dtype, device=t_B.device) / half
     angle = t_B.unsqueeze(1) * torch.exp(exponent)
-    return torch.cat([torch.cos(angle), torch.sin(angle)], dim=1)
+    embedding = torch.cat([torch.cos(angle), torch.sin(angle)], dim=1)
+    return F.pad(embedding, (0, 1)) if dim % 2 else embedding
 
 
 class TimestepEmbedder(nn.Module):

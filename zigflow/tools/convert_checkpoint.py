@@ -14,28 +14,51 @@ def main(argv: list[str]) -> int:
         prog="python -m zigflow.tools convert-checkpoint",
         description="Read an official .pt file safely and write a checkpoint that sample_acc.py takes.",
     )
-    parser.add_argument("file", type=Path, help="the official .pt file; its EMA weights are taken")
+    parser.add_argument("file", type=Path, help="the official file (.pt, .pth); its EMA weights are taken")
     parser.add_argument(
         "overrides", nargs="*", help="model=NAME (where the file does not say), codec=sd_vae, KEY=VALUE"
     )
-    parser.add_argument("--family", default="zigma", help="the code base it comes from")
+    parser.add_argument(
+        "--family",
+        help="the code base it comes from: zigma, dit, sit, uvit, uvit_t2i; default: that of model=",
+    )
+    parser.add_argument(
+        "--null-text", type=Path, help="the encoded empty prompt (S, D) as .npy, for guidance of a text model"
+    )
     parser.add_argument("--output", type=Path, required=True, help="run directory to write")
     args = parser.parse_intermixed_args(argv)
 
     from zigflow.engine import checkpoint as checkpoints
     from zigflow.engine.ranks import Ranks
     from zigflow.engine.run_state import model_state, scan_state, versions
-    from zigflow.official import load_official, read_official
+    from zigflow.official import (
+        family_of,
+        load_official,
+        official_arguments,
+        read_null_text,
+        read_official,
+        target_of,
+    )
 
-    found = read_official(args.file, args.family)
+    named = any(o.startswith("model=") for o in args.overrides)
     try:
         cfg = plugins.compose_config(["data=none", "metrics=none", *args.overrides, f"run_dir={args.output}"])
         config = OmegaConf.to_container(cfg, resolve=True)
-        if not any(o.startswith("model=") for o in args.overrides):
+        family = args.family or (family_of(config["model"]) if named else "zigma")
+        if named and target_of(family) != config["model"].get("_target_"):
+            raise ValueError(f"--family {family} is not a family of model={config['model'].get('name')}")
+        found = read_official(args.file, family)
+        given = {k: v for k, v in config["model"].items() if k not in ("name", "_target_")}
+        if not named:
             if found.ctor_kwargs is None:
                 raise ValueError(f"{args.file} does not say how its model was built: give model=NAME")
-            named = {"name": args.file.stem, "_target_": "model_zigma.ZigMa"}
-            config["model"] = {**named, **found.ctor_kwargs}
+            given = found.ctor_kwargs
+        null_text = read_null_text(args.null_text) if args.null_text else None
+        # A random scan's orders are not in an official file; a seed given here is a statement, not a keyword of theirs.
+        seed = {k: given[k] for k in ("scan_seed",) if k in given}
+        kwargs = official_arguments(family, {k: v for k, v in given.items() if k not in seed})
+        names = {"name": config["model"]["name"] if named else args.file.stem, "_target_": target_of(family)}
+        config["model"] = {**names, **kwargs, **seed}
         frames = config["model"].get("video_frames", 0)
         config["data"] |= {"video_frames": frames, "num_classes": config["model"].get("num_classes", -1)}
         plugins.Settings.from_mapping(config)
@@ -44,10 +67,7 @@ def main(argv: list[str]) -> int:
         if line is None:
             raise
         raise ValueError(line) from error
-    kwargs = {k: v for k, v in config["model"].items() if k not in ("name", "_target_")}
-    # A random scan's orders are not in an official file; a seed given here is a statement, not a keyword of theirs.
-    seed = {k: kwargs.pop(k) for k in ("scan_seed",) if k in kwargs}
-    model = load_official(args.family, kwargs, found.state_dict, **seed)
+    model = load_official(family, kwargs, found.state_dict, null_text=null_text, **seed)
     step = found.step or 0
     facts = {
         "format_version": checkpoints.FORMAT_VERSION,
@@ -56,7 +76,7 @@ def main(argv: list[str]) -> int:
         "ema": [],
         "versions": versions(),
         "plugins": [],
-        "converted_from": {"family": args.family, "file": args.file.name},
+        "converted_from": {"family": family, "file": args.file.name},
     }
     paths = scan_state(model)
     shared = {"model.safetensors": model_state(model), "config.json": config, "trainer.json": facts}

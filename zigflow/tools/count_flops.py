@@ -23,10 +23,14 @@ def main(argv: list[str]) -> int:
             raise
         raise ValueError(line) from error
     # After the configuration is known to be right: this imports torch's world.
+    import torch
+
     from zigflow.build import build_model
 
     plugins.load_plugins()
-    model = build_model(settings)
+    with torch.device("meta"):
+        # Shapes alone: no model is too large to be counted.
+        model = build_model(settings)
     count = count_flops(model)
     rows = [("module", "parameters", "GFLOPs", "GMACs", "share")]
     for name, module in model.named_modules():
@@ -44,6 +48,9 @@ def main(argv: list[str]) -> int:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}, trained: {trained:,}")
     print(f"forward:  {count.forward:,} FLOPs per sample ({count.macs / 1e9:.4g} GMACs)")
+    print(
+        f"as DiT's paper counts (a multiply-add is one, a normalized value one): {count.published / 1e9:.2f} Gflops"
+    )
     print(f"training: {count.training:,} FLOPs per sample ({TRAINING_FACTOR} x forward)")
     print("One multiply-add is two FLOPs; counted are matrix products, convolutions, attention and scans.")
     return 0

@@ -1,0 +1,346 @@
+"""U-ViT: a transformer that takes time, condition and patches as tokens alike, with long skip connections.
+
+Paper: Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models", CVPR 2023, arXiv:2209.12152.
+
+The tensor story: an image (B, C, H, W) becomes patch tokens; before them stand the time token and one label token
+([label, time, patches]) or the projected text tokens ([time, text, patches]). A learned table is added to all of
+them. depth // 2 blocks keep their outputs, a middle block follows, and depth // 2 blocks each join the latest kept
+output by a linear layer. Norm, linear head and a 3 x 3 convolution give (B, C, H, W).
+
+Differences from the published code:
+  - keyword names are the project's (``img_dim``, ``in_channels``, ``has_text``); zigflow.official translates;
+  - ``num_classes`` counts classes, and ``class_dropout_prob`` > 0 adds the null class as one more row, dropped to in
+    the model (the published table counts the null class, and its data sets drop the labels);
+  - a dropped text is a learned null text, which may be set to the encoding of the empty prompt, as published;
+  - attention runs in the dtype of its inputs, not in float32; weights in bfloat16 work without autocast;
+  - grids need not be square, and other sizes than the one built for are accepted (positions are interpolated);
+  - ``qk_norm`` and ``rope`` are options, off by default.
+
+Legend: B batch, C channels, H W image, h w token grid, L tokens with the extra ones, D width, S context tokens.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from zigflow.nn import (
+    LayerNorm,
+    Mlp,
+    PatchEmbed,
+    SelfAttention,
+    axial_rotations,
+    check_divisible,
+    interpolate_positions,
+    null_condition,
+    read_labels,
+    read_text,
+    sinusoidal_embedding,
+    unpatchify,
+)
+from zigflow.nn.checkpointing import CHECKPOINT_POLICIES, checkpointed
+from zigflow.nn.conditioning import NO_NULL
+from zigflow.registry import MODEL_VARIANTS, unknown_name
+
+
+class UViTBlock(nn.Module):
+    """Join the skipped tokens, if it is a block with ``skip``; then self-attention and an MLP, pre-normed."""
+
+    checkpoint_policy = "none"
+
+    def __init__(
+        self, dim: int, heads: int, mlp_ratio: float, qkv_bias: bool, skip: bool, qk_norm: bool, **factory
+    ):
+        super().__init__()
+        self.norm1 = LayerNorm(dim, **factory)
+        self.attn = SelfAttention(dim, heads, qkv_bias, qk_norm, **factory)
+        self.norm2 = LayerNorm(dim, **factory)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **factory)
+        self.skip_linear = nn.Linear(2 * dim, dim, **factory) if skip else None
+
+    def forward(self, *args) -> Tensor:
+        """One layer (see ``layer``) under the policy, inside of what is compiled."""
+        return checkpointed(self.checkpoint_policy, self.layer, *args)
+
+    def layer(
+        self,
+        x_BLD: Tensor,
+        skip_BLD: Tensor | None = None,
+        rotations: Tensor | None = None,
+        mask_BL: Tensor | None = None,
+    ) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        if self.skip_linear is not None:
+            x_BLD = self.skip_linear(torch.cat([x_BLD, skip_BLD], dim=-1))
+        x_BLD = x_BLD + self.attn(self.norm1(x_BLD).to(x_BLD.dtype), rotations, mask_BL)
+        return x_BLD + self.mlp(self.norm2(x_BLD).to(x_BLD.dtype))
+
+
+class UViT(nn.Module):
+    """The U-ViT backbone.
+
+    Args:
+        in_channels, img_dim, patch_size: the input; ``img_dim`` is a side or (height, width).
+        embed_dim, depth, num_heads, mlp_ratio: width D, blocks (an odd number: the middle one counts), heads, hidden
+            width of the MLP over D.
+        qkv_bias, mlp_time_embed, conv, skip: a bias of queries, keys and values; Linear, SiLU, Linear on the time
+            token; the last convolution; the long skip connections.
+        num_classes: > 0 for a label token. ``class_dropout_prob`` > 0 adds the null class, and drops labels in
+            training.
+        has_text, d_context, n_context_token: S = n_context_token text tokens (B, S, d_context), which replace the
+            label. ``class_dropout_prob`` > 0 adds a learned null text, and drops texts in training.
+        qk_norm: RMS norm of each head's queries and keys. rope: rotary positions of the patches, beside the table.
+        use_checkpoint: recompute each block in the backward pass (policy "block").
+
+    Raises:
+        ValueError: values that exclude each other, named with what is allowed.
+    """
+
+    # Flow times lie in [0, 1]; the sinusoid of the time token is made for 0..1000.
+    time_scale = 1000.0
+    video_frames = 0
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        img_dim: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        mlp_time_embed: bool = False,
+        num_classes: int = -1,
+        conv: bool = True,
+        skip: bool = True,
+        class_dropout_prob: float = 0.0,
+        has_text: bool = False,
+        d_context: int = 0,
+        n_context_token: int = 0,
+        qk_norm: bool = False,
+        rope: bool = False,
+        use_checkpoint: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if not 0 <= class_dropout_prob < 1:
+            raise ValueError(f"class_dropout_prob lies in [0, 1), got {class_dropout_prob}")
+        if has_text and (d_context <= 0 or n_context_token <= 0):
+            raise ValueError(
+                f"has_text=True needs d_context > 0 and n_context_token > 0, the width and number of text tokens, got "
+                f"{d_context} and {n_context_token}"
+            )
+        if class_dropout_prob > 0 and num_classes <= 0 and not has_text:
+            raise ValueError(
+                f"class_dropout_prob={class_dropout_prob} needs a condition to drop: set num_classes or has_text, or "
+                "class_dropout_prob=0"
+            )
+        factory = {"device": device, "dtype": dtype}
+        self.in_channels = self.out_channels = self.guided_channels = in_channels
+        self.img_dim = (img_dim, img_dim) if isinstance(img_dim, int) else (int(img_dim[0]), int(img_dim[1]))
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
+        self.depth = depth
+        self.grid = check_divisible(*self.img_dim, patch_size)
+        self.class_dropout_prob = class_dropout_prob
+        self.num_classes = -1 if has_text else num_classes
+        self.has_text, self.d_context, self.n_context_token = has_text, d_context, n_context_token
+        self.rope = rope
+        self.extras = 1 + (n_context_token if has_text else int(num_classes > 0))
+
+        tokens = self.extras + self.grid[0] * self.grid[1]
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim, **factory))
+        self.null_text = None
+        if has_text and class_dropout_prob > 0:
+            self.null_text = nn.Parameter(torch.zeros(n_context_token, d_context, **factory))
+        self.patch_embed = PatchEmbed(in_channels, embed_dim, patch_size, **factory)
+        self.time_embed = nn.Identity()
+        if mlp_time_embed:
+            self.time_embed = nn.Sequential(
+                nn.Linear(embed_dim, 4 * embed_dim, **factory),
+                nn.SiLU(),
+                nn.Linear(4 * embed_dim, embed_dim, **factory),
+            )
+        if has_text:
+            self.context_embed = nn.Linear(d_context, embed_dim, **factory)
+        elif num_classes > 0:
+            self.label_emb = nn.Embedding(num_classes + (class_dropout_prob > 0), embed_dim, **factory)
+
+        def block(joins: bool) -> UViTBlock:
+            return UViTBlock(embed_dim, num_heads, mlp_ratio, qkv_bias, joins, qk_norm, **factory)
+
+        self.in_blocks = nn.ModuleList(block(False) for _ in range(depth // 2))
+        self.mid_block = block(False)
+        self.out_blocks = nn.ModuleList(block(skip) for _ in range(depth // 2))
+        self.skip = skip
+        self.head_dim = embed_dim // num_heads
+        if rope:
+            axial_rotations(self.grid, self.grid, self.head_dim, device="meta")
+        self.norm = LayerNorm(embed_dim, **factory)
+        self.decoder_pred = nn.Linear(embed_dim, patch_size * patch_size * in_channels, **factory)
+        self.final_layer = (
+            nn.Conv2d(in_channels, in_channels, 3, padding=1, **factory) if conv else nn.Identity()
+        )
+        self.set_checkpoint_policy("block" if use_checkpoint else "none")
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The published initialization: truncated normals; convolutions and label rows keep PyTorch's."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.null_text is not None:
+            nn.init.trunc_normal_(self.null_text, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def _blocks(self) -> dict[str, UViTBlock]:
+        """Every block by its name, in the order in which they run."""
+        named = [(f"in_blocks.{i}", block) for i, block in enumerate(self.in_blocks)]
+        named.append(("mid_block", self.mid_block))
+        named += [(f"out_blocks.{i}", block) for i, block in enumerate(self.out_blocks)]
+        return dict(named)  # type: ignore[arg-type]
+
+    def set_checkpoint_policy(self, policy: str) -> None:
+        """none, block or selective; may change at any time, also on resume."""
+        if policy not in CHECKPOINT_POLICIES:
+            raise unknown_name("checkpoint policy", policy, list(CHECKPOINT_POLICIES))
+        for block in self._blocks().values():
+            block.checkpoint_policy = policy
+
+    def shard_units(self) -> list[nn.Module]:
+        """What may be sharded apart."""
+        return list(self._blocks().values())
+
+    def compile_blocks(self, **options) -> None:
+        """Compile each block in place; keys of the state dict stay as they are."""
+        for block in self._blocks().values():
+            block.compile(fullgraph=True, **options)
+
+    def null_condition(self, y):
+        """The condition that stands for "none" in guidance, built like ``y``: the null class, or the null text.
+
+        Args:
+            y: labels (B,), tokens (B, S, d_context), or a ``Condition``, of which the part that this model reads is
+                replaced.
+
+        Raises:
+            ValueError: the model was built without a null row, or a ``Condition`` lacks the part that it reads.
+        """
+        if self.class_dropout_prob <= 0:
+            raise ValueError(NO_NULL)
+        return null_condition(y, self.num_classes, self.null_text)
+
+    def _tokens(self, x: Tensor, t: Tensor, y) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+        """All tokens (B, L, D) with positions, what may be read of them (B, L) or None, and the grid (h, w)."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"this model reads (B, C, H, W) with C={self.in_channels}, got {tuple(x.shape)}")
+        batch = x.shape[0]
+        if batch == 0:
+            raise ValueError(f"a batch of 0 samples (x has shape {tuple(x.shape)}); give at least one")
+        if t.shape != (batch,):
+            raise ValueError(f"t must hold one time per sample, shape ({batch},), got {tuple(t.shape)}")
+        grid = check_divisible(x.shape[2], x.shape[3], self.patch_size)
+        dtype = self.pos_embed.dtype
+        patches = self.patch_embed(x.to(dtype))
+        time = self.time_embed(sinusoidal_embedding(t, self.embed_dim).to(dtype)).unsqueeze(1)
+        parts, mask = [time, patches], None
+        if self.has_text:
+            context, mask = read_text(
+                y, batch, self.d_context, self.null_text, self.class_dropout_prob, self.training
+            )
+            if context.shape[1] != self.n_context_token:
+                raise ValueError(
+                    f"this model reads texts of n_context_token={self.n_context_token} tokens, got {context.shape[1]}"
+                )
+            parts = [time, self.context_embed(context.to(dtype)), patches]
+        elif self.num_classes > 0:
+            labels = read_labels(y, batch, self.num_classes, self.class_dropout_prob, self.training, x.device)
+            parts = [self.label_emb(labels).unsqueeze(1), time, patches]
+        if mask is not None:
+            mask = nn.functional.pad(mask, (1, 0), value=True)
+            mask = nn.functional.pad(mask, (0, patches.shape[1]), value=True)
+        table = self.pos_embed
+        if grid != self.grid:
+            resized = interpolate_positions(table[:, self.extras :], (1, *self.grid), (1, *grid))
+            table = torch.cat([table[:, : self.extras], resized], dim=1)
+        return torch.cat(parts, dim=1) + table, mask, grid
+
+    def forward(self, x: Tensor, t: Tensor, y=None, return_features: tuple[str, ...] = ()):
+        """Predict from a noisy image.
+
+        Args:
+            x: (B, C, H, W); H and W multiples of the patch size.
+            t: (B,) times as the process feeds them, 0..1000.
+            y: labels (B,), tokens (B, S, d_context), a ``Condition``, or None.
+            return_features: names of blocks ("in_blocks.0", "mid_block", "out_blocks.0", ...) for their outputs,
+                (B, L, D) with the extra tokens first.
+
+        Returns:
+            The prediction, shaped like ``x``; with ``return_features`` also a dict of features.
+        """
+        hidden, mask, grid = self._tokens(x, t, y)
+        rotations = None
+        if self.rope:
+            rotations = axial_rotations(self.grid, grid, self.head_dim, self.extras, device=x.device)
+        features, kept = {}, []
+        for name, block in self._blocks().items():
+            joined = kept.pop() if self.skip and name.startswith("out_") else None
+            hidden = block(hidden, joined, rotations, mask)
+            if name.startswith("in_"):
+                kept.append(hidden)
+            if name in return_features:
+                features[name] = hidden
+        out = self.decoder_pred(self.norm(hidden).to(hidden.dtype))[:, self.extras :]
+        out = self.final_layer(unpatchify(out, *grid, self.patch_size, self.in_channels))
+        if not return_features:
+            return out
+        missing = [name for name in return_features if name not in features]
+        if missing:
+            raise unknown_name("feature", missing[0], list(self._blocks()))
+        return out, features
+
+
+_SHAPES = {
+    "small": {"embed_dim": 512, "depth": 12, "num_heads": 8},
+    "small_deep": {"embed_dim": 512, "depth": 16, "num_heads": 8},
+    "mid": {"embed_dim": 768, "depth": 16, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 20, "num_heads": 16},
+    "huge": {"embed_dim": 1152, "depth": 28, "num_heads": 16, "conv": False},
+}
+_LATENT = {"img_dim": 32, "patch_size": 2, "in_channels": 4}
+_IMAGENET = {"num_classes": 1000, "class_dropout_prob": 0.15}
+_TEXT = {"has_text": True, "d_context": 768, "n_context_token": 77, "class_dropout_prob": 0.1}
+# Name -> (shape, the rest). The shapes alone are for 32 x 32 latents of an autoencoder.
+PUBLISHED = {
+    "small_cifar10": ("small", {"img_dim": 32, "patch_size": 2, "in_channels": 3}),
+    "small_celeba64": ("small", {"img_dim": 64, "patch_size": 4, "in_channels": 3}),
+    "mid_imagenet64": ("mid", {"img_dim": 64, "patch_size": 4, "in_channels": 3, "num_classes": 1000}),
+    "large_imagenet64": ("large", {"img_dim": 64, "patch_size": 4, "in_channels": 3, "num_classes": 1000}),
+    "large_imagenet256": ("large", {**_LATENT, **_IMAGENET}),
+    "huge_imagenet256": ("huge", {**_LATENT, **_IMAGENET, "class_dropout_prob": 0.1}),
+    "large_imagenet512": ("large", {**_LATENT, **_IMAGENET, "img_dim": 64, "patch_size": 4}),
+    "huge_imagenet512": (
+        "huge",
+        {**_LATENT, **_IMAGENET, "class_dropout_prob": 0.1, "img_dim": 64, "patch_size": 4},
+    ),
+    "small_coco": ("small", {**_LATENT, **_TEXT}),
+    "small_deep_coco": ("small_deep", {**_LATENT, **_TEXT}),
+}
+
+
+def _variant(name: str, **fixed):
+    def build(**kwargs) -> UViT:
+        return UViT(**{**fixed, **kwargs})
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"U-ViT of width {fixed['embed_dim']} and depth {fixed['depth']}."
+    return MODEL_VARIANTS.register(name)(build)
+
+
+for _name, _shape in _SHAPES.items():
+    globals()[f"uvit_{_name}"] = _variant(f"uvit_{_name}", **_LATENT, **_shape)
+for _name, (_shape, _rest) in PUBLISHED.items():
+    globals()[f"uvit_{_name}"] = _variant(f"uvit_{_name}", **_SHAPES[_shape], **_rest)
