@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from tests.assertions import assert_close
 from tests.models.transformers import filled, inputs
@@ -14,7 +15,9 @@ from zigflow.models.dit import SIZES, DiT
 from zigflow.nn.flops import count_flops
 from zigflow.official import load_official, read_official
 from zigflow.plugins import compose_config
+from zigflow.preflight import check_training
 from zigflow.processes.flow import Flow
+from zigflow.settings import Settings, SettingsError
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures" / "dit_uvit" / "manifests"
 MANIFESTS = sorted(FIXTURES.glob("DiT-*.json"))
@@ -87,6 +90,17 @@ def test_sit_trains_under_the_flow_process_and_dit_with_variance_says_why_not():
     assert model.final_layer.linear.weight.grad.abs().max() > 0
     with pytest.raises(ValueError, match="learned variance"):
         Flow().loss(DiT(**TINY), x, torch.randn_like(x), torch.rand(2), y)
+
+
+def test_variance_under_the_flow_process_is_refused_before_training():
+    def check(*overrides):
+        cfg = compose_config(["run_dir=unused", "model.in_channels=1", "model.img_dim=8", *overrides])
+        check_training(Settings.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
+
+    with pytest.raises(SettingsError, match=r"model=dit_s_2 .*model\.learn_sigma=false"):
+        check("model=dit_s_2")
+    check("model=dit_s_2", "model.learn_sigma=false")
+    check("model=sit_s_2")
 
 
 @pytest.mark.parametrize("channels, guided", [(None, 4), (3, 3)])
