@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dis_causal_conv1d.dispatch import transform_reason
 from zigflow.keyed import current_draws
@@ -154,7 +155,11 @@ def null_condition(y, num_classes: int, null_text_SD: Tensor | None):
         return replace(y, **changed)
     if null_text_SD is None:
         return torch.full_like(y, num_classes)
-    return null_text_SD.detach().to(y).expand(y.shape[0], -1, -1)
+    null = null_text_SD.detach()
+    if isinstance(null, DTensor):
+        # Outside of the forward pass a sharded parameter is a shard; every process asks equally often.
+        null = null.full_tensor()
+    return null.to(y).expand(y.shape[0], -1, -1)
 
 
 NO_NULL = (
