@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dis_causal_conv1d.dispatch import transform_reason
 from zigflow.keyed import current_draws
@@ -156,9 +155,9 @@ def null_condition(y, num_classes: int, null_text_SD: Tensor | None):
     if null_text_SD is None:
         return torch.full_like(y, num_classes)
     null = null_text_SD.detach()
-    if isinstance(null, DTensor):
-        # Outside of the forward pass a sharded parameter is a shard; every process asks equally often.
-        null = null.full_tensor()
+    # Outside of the forward pass a sharded parameter is a shard; every process asks equally often.
+    gather = getattr(null, "full_tensor", None)
+    null = null if gather is None else gather()
     return null.to(y).expand(y.shape[0], -1, -1)
 
 
