@@ -4,10 +4,11 @@ from dis_causal_conv1d.dispatch import Dispatcher
 
 from .call import ConvCall
 from .cpu import CpuConv
+from .cuda_package import PackageConv
 from .reference import ReferenceConv
 from .torch_shift import TorchConv
 from .triton_conv import TritonConv
 
 CONV: Dispatcher[ConvCall] = Dispatcher(
-    "causal_conv1d", [TritonConv(), CpuConv(), TorchConv(), ReferenceConv()]
+    "causal_conv1d", [TritonConv(), CpuConv(), PackageConv(), TorchConv(), ReferenceConv()]
 )

@@ -4,10 +4,11 @@ from dis_causal_conv1d.dispatch import Dispatcher
 
 from .call import ScanCall
 from .cpu import CpuScan
+from .cuda_package import PackageScan
 from .reference import ReferenceScan
 from .torch_chunked import TorchScan
 from .triton_scan import TritonScan
 
 SCAN: Dispatcher[ScanCall] = Dispatcher(
-    "selective_scan", [TritonScan(), CpuScan(), TorchScan(), ReferenceScan()]
+    "selective_scan", [TritonScan(), CpuScan(), PackageScan(), TorchScan(), ReferenceScan()]
 )

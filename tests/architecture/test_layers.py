@@ -22,8 +22,8 @@ LAYERS = {
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
 OPTIONAL = {
-    "triton", "mamba_ssm", "causal_conv1d", "diffusers", "transformers", "wandb", "webdataset", "av",
-    "torchmetrics", "torch_fidelity", "tensorboard", "gradio",
+    "triton", "mamba_ssm", "selective_scan_cuda", "causal_conv1d", "diffusers", "transformers", "wandb", "webdataset",
+    "av", "torchmetrics", "torch_fidelity", "tensorboard", "gradio",
 }  # fmt: skip
 ENTRY_IMPORTS = {
     "os",
