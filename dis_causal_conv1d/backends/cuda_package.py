@@ -3,9 +3,9 @@
 The package's two low-level functions are registered as one functional pair of operators: torch.compile and
 activation checkpointing see them as they see the project's own kernels, and there is no second derivative. The
 package's kernels take a transposed view of token-major data as it is where E is a multiple of 8; other widths are
-copied to channel-major and back. The package adds up the gradients of weight and bias with float atomics, which are not
-the same bits from run to run; recent releases do otherwise where torch is asked for deterministic algorithms, older ones
-do not, so such calls are refused.
+copied to channel-major and back. The package adds up the gradients of weight and bias with float atomics, which
+are not the same bits from run to run. Recent releases do otherwise where torch is asked for deterministic
+algorithms, older ones do not: such calls are refused.
 
 Shapes: B batch, L tokens, E channels, W taps.
 """
