@@ -2,10 +2,9 @@
 
 Three arrangements of one model: `ours` gathers along the scan order at the block's edge, at width D; `published`
 gathers and scatters inside the mixer, at widths 2E and E, as the published code does; `none` walks the raster, without
-any order. Each eager and with compiled blocks, ours under each checkpoint policy too
-(`--size full` compiles those as well). Arrangements take turns and
-medians count; a ratio is the median of the turns' ratios. Before anything is timed, outputs and gradients are compared,
-and a difference stops the run.
+any order. Each eager and with compiled blocks, ours under each checkpoint policy too (compiled at `--size full` alone).
+They take turns and medians count; a ratio is the median of the turns' ratios. Before anything is timed, outputs and
+gradients are compared, and a difference stops the run.
 
     python benchmarks/models.py --output benchmarks/results/models_cpu.json
     python benchmarks/models.py --size full --output benchmarks/results/models_h200.json      # on a GPU
@@ -26,7 +25,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-import dis_causal_conv1d
 import dis_mamba
 from dis_causal_conv1d.backends import CONV
 from dis_causal_conv1d.backends.call import ConvCall
@@ -79,9 +77,8 @@ SIZES = {
 class PublishedMixer(MambaMixer):
     """The mixer with its scan order inside: both halves of in_proj's output are gathered, the result scattered.
 
-    As in the published code, an index takes the tokens and a concatenation appends the extra ones, of which an image
-    has none. Tokens stay before channels, as this project's kernels want them; the published layout, channels first,
-    costs several times more per gather.
+    As published: an index takes the tokens, a concatenation appends extra ones, of which an image has none. But tokens
+    stay before channels, as these kernels want them: channels first, every gather would cost several times more.
     """
 
     def __init__(self, d_model, *, order, inverse, **options):
@@ -161,7 +158,7 @@ class Case:
         return found
 
     def state_bytes(self):
-        """Weights, moments and averages."""
+        """Of weights, moments and averages."""
         # The averages are as large as the float32 weights.
         tensors = 2 * [*self.model.parameters()]
         for state in self.optimizer.state.values():
@@ -174,18 +171,14 @@ def build(setting, arrangement, backend, device):
         "in_channels": 4, "embed_dim": setting.width, "depth": setting.depth, "img_dim": setting.side,
         "patch_size": setting.patch, "drop_path_rate": 0.0, "ssm_cfg": {"backend": backend}, "device": device,
     }  # fmt: skip
-    if arrangement == "ours":
-        return ZigMa(scan_type=SCAN_TYPE, **options)
-    if arrangement == "none":
-        return ZigMa(scan_type="v1", **options)
+    if arrangement != "published":
+        return ZigMa(scan_type=SCAN_TYPE if arrangement == "ours" else "v1", **options)
     ordered = ZigMa(scan_type=SCAN_TYPE, **{**options, "device": "cpu", "embed_dim": 16})
-    walks = iter(ordered._walks(ordered.grid, torch.device("cpu")))
+    orders = iter([(w.order, w.undo) for w in ordered._walks(ordered.grid, torch.device("cpu"))])
 
     def mixer(*args, **given):
-        walk = next(walks)
-        return PublishedMixer(
-            *args, order=walk.order.clone().to(device), inverse=walk.undo.clone().to(device), **given
-        )
+        order, inverse = (index.clone().to(device) for index in next(orders))
+        return PublishedMixer(*args, order=order, inverse=inverse, **given)
 
     return ZigMa(scan_type="v1", mixer=mixer, **options)
 
@@ -223,11 +216,6 @@ def relative(value, want):
     return float((value - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-30))
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def peak_bytes(device, function):
     """The most memory that a call needs above what is there before it; on a CPU of the process, or None."""
     gc.collect()
@@ -253,11 +241,12 @@ def _status(key):
 
 
 def turn(case, kind, steps):
-    synchronize(case.device)
+    wait = torch.cuda.synchronize if case.device.type == "cuda" else lambda: None
+    wait()
     started = time.perf_counter()
     for _ in range(steps):
         getattr(case, kind)()
-    synchronize(case.device)
+    wait()
     return (time.perf_counter() - started) / steps
 
 
@@ -315,11 +304,9 @@ def ratios(cases, over, under):
             for name in (over, under)
         ]
         for kind in ("train", "inference"):
-            each = [a / b for a, b in zip(*(case.seconds[kind] for case in pair), strict=True)]
-            found[f"{mode} {kind}"] = {
-                "median": round(statistics.median(each), 4),
-                "range": [round(min(each), 4), round(max(each), 4)],
-            }
+            each = sorted(a / b for a, b in zip(*(case.seconds[kind] for case in pair), strict=True))
+            median, least, most = (round(v, 4) for v in (statistics.median(each), each[0], each[-1]))
+            found[f"{mode} {kind}"] = {"median": median, "range": [least, most]}
     return found
 
 
@@ -339,21 +326,20 @@ def backends(options):
 def hardware(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
     model = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return f"{model[0] if model else platform.machine()}, {os.cpu_count()} cores visible"
+    return f"{(model or [platform.machine()])[0]}, {os.cpu_count()} cores visible"
 
 
 def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = [*dict.fromkeys([*dis_mamba.available_backends(), *dis_causal_conv1d.available_backends()])]
+    known = ["auto", *dis_mamba.available_backends()]
     parser.add_argument("--size", choices=SIZES, help="full where there is a GPU, else small")
     parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--precision", choices=LIMITS, help="bf16 on a GPU, else no")
-    parser.add_argument("--backend", choices=["auto", *known], default="auto")
+    parser.add_argument("--backend", choices=known, default="auto")
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     parser.add_argument("--repeats", type=int, default=9, help="turns of every case")
     parser.add_argument("--steps", type=int, help="steps in a turn; 5 on a GPU, else 1")
@@ -403,8 +389,6 @@ def main():
         except Difference as error:
             sys.exit(str(error))
         gc.collect()
-        if options.device.type == "cuda":
-            torch.cuda.empty_cache()
         torch._dynamo.reset()
     text = json.dumps(report, indent=2)
     print(text)

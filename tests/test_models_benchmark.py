@@ -1,0 +1,109 @@
+"""benchmarks/models.py at a tiny size: its arrangements compute the same, and a wrong one is not timed."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "models.py"
+
+
+@pytest.fixture(scope="module")
+def models():
+    spec = importlib.util.spec_from_file_location("models_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def cases(models):
+    options = Namespace(device=torch.device("cpu"), precision="no", backend="torch")
+    setting = models.SIZES["tiny"][0]
+    state = models.weights_of(setting, options)
+    return [models.Case(setting, name, "eager", "none", state, options) for name in models.ARRANGEMENTS]
+
+
+def test_the_arrangements_compute_the_same(models, cases):
+    models.check(cases, "no")
+    ours, published, _ = (case.model.state_dict().keys() for case in cases)
+    assert ours == published
+
+
+def test_a_wrong_arrangement_is_not_timed(models, cases):
+    mixer = cases[1].model.blocks[1].mixer
+    mixer.inverse.copy_(torch.arange(len(mixer.inverse)))
+    with pytest.raises(
+        models.Difference, match="published, eager, checkpoint policy none: the output differs"
+    ):
+        models.check(cases, "no")
+
+
+def test_an_order_without_effect_is_noticed(models, cases):
+    ours, _, plain = cases
+    with torch.no_grad():
+        for case in (ours, plain):
+            for block in case.model.blocks:
+                block.mixer.out_proj.weight.zero_()
+    with pytest.raises(models.Difference, match="does not depend on the scan order"):
+        models.check([ours, plain], "no")
+
+
+@pytest.mark.slow
+def test_it_runs_and_writes_what_it_measured(tmp_path):
+    target = tmp_path / "result.json"
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--size",
+        "tiny",
+        "--device",
+        "cpu",
+        "--backend",
+        "torch",
+        "--modes",
+        "eager",
+    ]
+    done = subprocess.run(
+        [*command, "--repeats", "2", "--threads", "1", "--note", "a test", "--output", target],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(target.read_text())
+    for key in ("commit", "hardware", "load_average", "versions", "peak_tflop_per_second", "what"):
+        assert report[key], key
+    assert report["threads"] == 1
+    assert report["note"] == "a test"
+    assert "benchmarks/models.py --size tiny" in report["command"]
+    assert report["backends"] == {"selective_scan": "torch", "causal_conv1d": "torch"}
+    (setting,) = report["settings"]
+    assert setting["tokens"] == 16
+    rows = {(r["arrangement"], r["checkpoint_policy"]): r for r in setting["rows"]}
+    assert set(rows) == {
+        ("ours", "none"),
+        ("published", "none"),
+        ("none", "none"),
+        ("ours", "block"),
+        ("ours", "selective"),
+    }
+    for row in rows.values():
+        assert row["mode"] == "eager"
+        assert row["state_mib"] > 0
+        assert row["train"]["images_per_second"] == pytest.approx(2e3 / row["train"]["step_ms"], rel=0.05)
+        assert row["train"]["mfu"] >= 0
+        assert ("inference" in row) == (row["checkpoint_policy"] == "none")
+    for ratios in (setting["with_order_over_none"], setting["published_over_ours"]):
+        assert set(ratios) == {"eager train", "eager inference"}
+        for ratio in ratios.values():
+            assert ratio["range"][0] <= ratio["median"] <= ratio["range"][1]
