@@ -135,3 +135,12 @@ def test_the_command_prints_the_table(capsys):
     assert total not in capsys.readouterr().out
     assert main(["count-flops", "model=zigzag8_b"]) == 1
     assert "did you mean" in capsys.readouterr().err
+
+
+def test_the_model_stays_as_it_is_whatever_it_shares():
+    model = ZigMa(img_dim=8, patch_size=2, in_channels=1, embed_dim=16, depth=2, scan_type="parallelN3")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    count_flops(model)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert {p.device.type for p in model.parameters()} == {"cpu"}

@@ -7,6 +7,7 @@ Training is taken as three forward passes, two of them for the gradients of inpu
 checkpointing computes again is not useful work and not counted (Chowdhery et al., "PaLM", 2022, appendix B).
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,32 +106,20 @@ def count_flops(model: nn.Module, *inputs: Any) -> FlopCount:
     """Count one forward pass in eval mode.
 
     Args:
-        model: stays as it is; its parameters are stood in for by meta tensors.
+        model: stays as it is.
         inputs: what the model is called with, on the meta device; by default :func:`one_sample`.
     """
-    state = {name: value.to("meta") for name, value in model.named_buffers()}
-    # Modules look their weights up with get_parameter, which wants the class as well.
-    state |= {
-        name: nn.Parameter(value.detach().to("meta"), requires_grad=False)
-        for name, value in model.named_parameters()
-    }
-    training = {module: module.training for module in model.modules()}
+    # A copy whose weights are meta tensors from the start: nothing is allocated, and shared weights stay shared.
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
+    memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
+    model = copy.deepcopy(model, memo).eval()
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     normalized: list[int] = []
-    hooks = [
-        module.register_forward_hook(lambda module, args, out: normalized.append(out.numel()))
-        for module in model.modules()
-        if isinstance(module, (nn.LayerNorm, RMSNorm))
-    ]
-    model.eval()
-    try:
-        with torch.no_grad(), use_backend("torch"), counter:
-            torch.func.functional_call(model, state, inputs or one_sample(model))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in training.items():
-            module.training = mode
+    for module in model.modules():
+        if isinstance(module, (nn.LayerNorm, RMSNorm)):
+            module.register_forward_hook(lambda module, args, out: normalized.append(out.numel()))
+    with torch.no_grad(), use_backend("torch"), counter:
+        model(*(inputs or one_sample(model)))
     counts = counter.get_flop_counts()
     root = type(model).__name__
     modules = {
