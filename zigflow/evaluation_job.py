@@ -28,6 +28,7 @@ from zigflow.engine.track_wandb import WandbTracker, import_wandb
 from zigflow.engine.trackers import Trackers
 from zigflow.engine.trainer import Trainer
 from zigflow.nn.flops import count_flops
+from zigflow.preflight import check_decoding
 from zigflow.samplers import Guided
 from zigflow.settings import Settings, SettingsError
 
@@ -153,7 +154,7 @@ def watch(settings: Settings, model: Any, accelerator: Accelerator) -> Watched:
     trackers = _trackers(settings, ranks.is_main)
     if settings.use_wandb or settings.loop.tensorboard:
         hooks.append(_ScanPicture(settings, model))
-    if settings.data.sample_fid_every:
+    if settings.data.sample_fid_every and _decodes(settings):
         hooks.append(_in_loop_evaluation(settings, ranks, device))
     return Watched(
         trackers=trackers,
@@ -161,6 +162,16 @@ def watch(settings: Settings, model: Any, accelerator: Accelerator) -> Watched:
         training_flops=_training_flops(model),
         peak_flops=settings.loop.peak_flops or peak_flops(device, precision),
     )
+
+
+def _decodes(settings: Settings) -> bool:
+    """Whether samples become pixels; a run on stored latents needs no autoencoder to train."""
+    try:
+        check_decoding(settings)
+    except SettingsError as error:
+        log.warning("no evaluation during training: %s", error)
+        return False
+    return True
 
 
 def _training_flops(model: Any) -> float | None:

@@ -153,6 +153,9 @@ class Scripted:
         self.values = values
         self.metric = type("Toy", (), {"best_by": ("score", direction)})
 
+    def check(self, count, labels):
+        assert count > 0
+
     def __call__(self, run, should_stop):
         from zigflow.engine.evaluation import Judgement
 
@@ -168,24 +171,25 @@ def test_the_best_checkpoint_is_kept_apart_from_the_last(tmp_path, direction, be
     assert checkpoint.open_checkpoint(tmp_path).step == 9
     found = checkpoint.open_checkpoint(tmp_path / "best")
     assert found.step == best
-    assert found.trainer["counters"]["best"]["step"] == best
+    assert checkpoint.read_best(tmp_path)["step"] == best
     assert len(list((tmp_path / "eval").glob("*.json"))) == 5, "every second step, and the last"
     make_trainer(tmp_path / "plain", steps=1).fit()
     with pytest.raises(CheckpointError, match="no evaluation was made"):
         checkpoint.open_checkpoint(tmp_path / "plain" / "best")
 
 
-def test_a_cut_evaluation_is_made_up_for(tmp_path):
+def test_a_cut_evaluation_is_made_up_for(tmp_path, monkeypatch):
     hook = in_loop(Ranks(), 3)
     trainer = make_trainer(tmp_path, steps=5, hooks=[hook])
-    real = hook.judge
+    real = type(hook.judge).__call__
 
-    def stopped(run, should_stop):
+    def stopped(judge, run, should_stop):
         trainer.request_stop()
-        return real(run, should_stop)
+        return real(judge, run, should_stop)
 
-    hook.judge = stopped
-    assert trainer.fit().step == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(type(hook.judge), "__call__", stopped)
+        assert trainer.fit().step == 3
     assert not (tmp_path / "eval").exists()
     again = make_trainer(tmp_path, steps=5, hooks=[in_loop(Ranks(), 3)])
     again.fit()
@@ -211,3 +215,26 @@ def test_rounds_without_a_folder_are_those_with_one(tmp_path):
     late = sampling_run(ranks=ThreadRanks(3, 4, None, None))
     assert late.num_rounds == 1 and late.round(0) is None
     assert np.array_equal(files.collect().images[8:], memory.round(2)[0].numpy())
+
+
+def test_what_cannot_be_judged_is_refused_before_the_first_step(tmp_path):
+    hook = in_loop(Ranks(), 2)
+    hook.judge.metric.check_request = lambda count, labels: (_ for _ in ()).throw(ValueError("too many"))
+    trainer = make_trainer(tmp_path, steps=4, hooks=[hook])
+    with pytest.raises(ValueError, match="too many"):
+        trainer.fit()
+    assert trainer.counters.step == 0
+
+
+def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(tmp_path, monkeypatch):
+    hook = in_loop(Ranks(), 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(hook.judge), "__call__", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make_trainer(tmp_path, steps=5, hooks=[hook]).fit()
+    assert checkpoint.open_checkpoint(tmp_path).step == 3
+    make_trainer(tmp_path, steps=5, hooks=[in_loop(Ranks(), 3)]).fit()
+    assert sorted(p.name for p in (tmp_path / "eval").glob("*.json")) == [
+        "step-0000003.json",
+        "step-0000005.json",
+    ]

@@ -98,6 +98,8 @@ def check_name(name: str) -> str:
         name = name[2:]
     if len(name) > _MAX_NAME:
         raise ValueError(f"a name of {len(name)} characters")
+    if any(0xD800 <= ord(character) < 0xE000 for character in name):
+        raise ValueError("a name that is not UTF-8")
     if not name or name.startswith("/") or re.match(r"^[A-Za-z]:", name):
         raise ValueError("an empty or absolute name")
     if "\\" in name or any(ord(character) < 32 for character in name):
@@ -159,7 +161,12 @@ def _walk(fd: int, shard: str, total: int, budget: Budget) -> Iterator[Member]:
             long_name = read_at(fd, size, begin).rstrip(b"\0").decode("utf-8", "surrogateescape")
         elif kind not in b"gK":
             name = pax.get("path", long_name or name)
-            size = int(pax["size"]) if pax.get("size", "").isdigit() else size
+            if "size" in pax:
+                if not re.fullmatch(r"[0-9]{1,18}", pax["size"]):
+                    raise ShardError(
+                        f"an extended header gives the size {pax['size'][:40]!r}", shard, offset, name
+                    )
+                size = int(pax["size"])
             pax, long_name = {}, ""
             members += 1
             if members > _MAX_MEMBERS:
@@ -228,7 +235,7 @@ def _parse_pax(data: bytes, shard: str, offset: int) -> dict[str, str]:
     while at < len(data):
         space = data.find(b" ", at, at + 20)
         length = data[at:space] if space > 0 else b""
-        if not length.isdigit() or not space - at + 2 < int(length) <= len(data) - at:
+        if not re.fullmatch(rb"[0-9]{1,18}", length) or not space - at + 2 < int(length) <= len(data) - at:
             raise ShardError("a damaged extended header", shard, offset)
         body = data[space + 1 : at + int(length) - 1].decode("utf-8", "surrogateescape")
         name, equals, value = body.partition("=")

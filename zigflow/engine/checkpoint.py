@@ -272,9 +272,32 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     return found
 
 
+def write_best(run_dir: Path, best: Mapping[str, Any]) -> None:
+    """Note the best evaluation of a run, ``{"metric", "value", "step"}``; the main process alone."""
+    durable.replace_json(run_dir / "best.json", dict(best))
+
+
+def read_best(run_dir: Path) -> dict[str, Any] | None:
+    """The best evaluation of a run, or None.
+
+    Raises:
+        CheckpointError: the note is damaged.
+    """
+    file = run_dir / "best.json"
+    if not file.is_file():
+        return None
+    try:
+        best = json.loads(file.read_text(encoding="utf-8"))
+        return {"metric": str(best["metric"]), "value": float(best["value"]), "step": int(best["step"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} is damaged ({error}): remove it; the next evaluation writes it"
+        ) from error
+
+
 def _best(run_dir: Path) -> Path:
     latest = find_latest(run_dir)
-    best = None if latest is None else latest.trainer["counters"].get("best")
+    best = read_best(run_dir)
     if latest is None or best is None:
         raise CheckpointError(
             f"{run_dir} has no best checkpoint: no evaluation was made during training; give {run_dir} for the newest"

@@ -41,10 +41,14 @@ class ExitNote:
         return self._run_dir is not None
 
     def claim(self, run_dir: Path, rank: int) -> None:
-        """The run directory is this run's: notes may be written there. Rank 0 removes those of earlier runs."""
+        """The run directory is this run's: notes may be written there. Each rank removes its own earlier one."""
         self._run_dir, self._rank, self.step = Path(run_dir), rank, 0
-        if rank == 0:
-            for old in (self._run_dir / "exit").glob("rank_*.json"):
+        folder = self._run_dir / "exit"
+        size = int(os.environ.get("WORLD_SIZE") or 1)
+        for old in folder.glob("rank_*.json"):
+            number = old.stem.removeprefix("rank_")
+            # Never another rank's of this launch, which may have ended before this one began.
+            if number.isdigit() and (int(number) == rank or (rank == 0 and int(number) >= size)):
                 durable.unlink(old)
 
     def release(self) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from zigflow.metrics.pictures import save_sample_grid
 from zigflow.metrics.results import write_results
 
+from .checkpoint import read_best, write_best
 from .evaluation import Judge, Judgement, averaged_weights
 from .log import MetricsFile
 from .sampling_run import SamplingRun
@@ -50,7 +51,18 @@ class InLoopEvaluation:
         self._make_run, self._protocol = make_run, protocol
 
     def begin(self, trainer: Trainer) -> None:
-        """Before the first step: make up for an evaluation that the run was stopped in."""
+        """Before the first step: refuse what cannot be judged, make up for an evaluation that was stopped.
+
+        Raises:
+            ValueError: the metric cannot judge so many samples, or such classes.
+        """
+        with averaged_weights(trainer.model, trainer.ema, trainer.device) as weights:
+            run = self._make_run(trainer.model, weights)
+            labels = run.class_labels()
+            self.judge.check(run.num_samples, None if labels is None else torch.as_tensor(labels))
+        best = read_best(Path(trainer.options.run_dir))
+        if best is not None and best["step"] <= trainer.counters.step:
+            trainer.counters.best = best
         if trainer.counters.step and self._is_due(trainer):
             self._evaluate(trainer)
 
@@ -58,13 +70,26 @@ class InLoopEvaluation:
         if self._is_due(trainer):
             self._evaluate(trainer)
 
+    def pending(self, trainer: Trainer) -> bool:
+        """Whether an evaluation of the step that the run is at is still to be made."""
+        return self._is_due(trainer)
+
     def _is_due(self, trainer: Trainer) -> bool:
         step = trainer.counters.step
         last = step == trainer.options.train_steps
-        return (step % self.every == 0 or last) and trainer.counters.evaluated < step
+        if not (step % self.every == 0 or last) or trainer.counters.evaluated >= step:
+            return False
+        # A checkpoint is written before its evaluation, whose file then says that it was made.
+        done = trainer.ranks.is_main and self._file(trainer, step).is_file()
+        return not trainer.ranks.any(done)
+
+    def _file(self, trainer: Trainer, step: int) -> Path:
+        return Path(trainer.options.run_dir) / "eval" / f"step-{step:07d}.json"
 
     def _evaluate(self, trainer: Trainer) -> None:
         counters, step = trainer.counters, trainer.counters.step
+        # First of all: what fails or is stopped here must not cost the steps since the last checkpoint.
+        trainer.save_now()
         with averaged_weights(trainer.model, trainer.ema, trainer.device) as weights:
             run = self._make_run(trainer.model, weights)
             judgement = self.judge(run, trainer.should_stop)
@@ -80,12 +105,12 @@ class InLoopEvaluation:
             if trainer.ranks.is_main:
                 self._write(trainer, judgement, protocol, step)
                 improved = self._improved(counters.best, judgement.metrics)
-        if trainer.ranks.any(improved):
-            if improved and self.judge.metric is not None and self.judge.metric.best_by is not None:
-                name = self.judge.metric.best_by[0]
-                counters.best = {"metric": name, "value": float(judgement.metrics[name]), "step": step}
-                log.info("best so far: %s %.6g at step %d", name, judgement.metrics[name], step)
-            trainer.request_save()
+        best_by = None if self.judge.metric is None else self.judge.metric.best_by
+        if improved and best_by is not None:
+            value = float(judgement.metrics[best_by[0]])
+            counters.best = {"metric": best_by[0], "value": value, "step": step}
+            write_best(Path(trainer.options.run_dir), counters.best)
+            log.info("best so far: %s %.6g at step %d", best_by[0], value, step)
 
     def _improved(self, best: Mapping[str, Any] | None, metrics: Mapping[str, Any]) -> bool:
         metric = self.judge.metric
@@ -98,7 +123,7 @@ class InLoopEvaluation:
 
     def _write(self, trainer: Trainer, judgement: Judgement, protocol: Mapping[str, Any], step: int) -> None:
         folder = Path(trainer.options.run_dir)
-        path = write_results(folder / "eval" / f"step-{step:07d}.json", judgement.metrics, protocol)
+        path = write_results(self._file(trainer, step), judgement.metrics, protocol)
         MetricsFile(folder / "metrics.jsonl").write({"step": step, "eval": judgement.metrics})
         trainer.trackers.log(judgement.metrics, step, "eval/")
         if judgement.images is not None and judgement.images.shape[1] in (1, 3):

@@ -130,7 +130,7 @@ class Trainer:
             options=options, mixed_precision=self.mixed_precision, ranks=self.ranks, device=self.device, draws=draws,
         )  # fmt: skip
         self._saved_step: int | None = None
-        self._save_asked = False
+        self._run_dir: RunDir | None = None
         self.trackers = Trackers() if trackers is None else trackers
         interval = process.interval("train") if hasattr(process, "interval") else (0.0, 1.0)
         self.monitor = Monitor(
@@ -154,9 +154,10 @@ class Trainer:
             self.stopped_by = signal or "a signal to another process"
         return asked + signalled > 0
 
-    def request_save(self) -> None:
-        """Ask for a checkpoint of the step in progress; every rank calls it."""
-        self._save_asked = True
+    def save_now(self) -> None:
+        """Save the step that the run is at, for a hook before something long; every rank calls it."""
+        if self._run_dir is not None and self.counters.step:
+            self.save(self._run_dir)
 
     def fit(self) -> Counters:
         """Train until ``options.train_steps``, from the newest checkpoint when there is one.
@@ -185,6 +186,7 @@ class Trainer:
 
     def _fit(self, run_dir: RunDir) -> Counters:
         options, counters = self.options, self.counters
+        self._run_dir = run_dir
         with self.ranks.together("resuming"):
             found = run_dir.latest(verify=self.ranks.is_main)
             if found is not None:
@@ -223,7 +225,7 @@ class Trainer:
                 data.close()
         if counters.step < options.train_steps:
             log.info("stopping after step %d as asked", counters.step)
-        else:
+        elif not any(getattr(hook, "pending", lambda trainer: False)(self) for hook in self.hooks):
             self.stopped_by = None
         if counters.step:
             self.save(run_dir)
@@ -252,9 +254,8 @@ class Trainer:
         started = time.perf_counter()
         for hook in self.hooks:
             hook(self, record)
-        if self._save_asked or record.step % self.options.ckpt_every == 0:
+        if record.step % self.options.ckpt_every == 0:
             self.save(run_dir)
-            self._save_asked = False
         monitor.paused(time.perf_counter() - started)
 
     def _batches(self, data: Iterator[Any]) -> Iterator[Any]:

@@ -70,8 +70,11 @@ class StoredImages:
         self.ids = torch.tensor(ids, dtype=torch.int64)
         facts = self.path / "sampling.json"
         if numbered and facts.is_file():
-            classes = json.loads(facts.read_text(encoding="utf-8")).get("num_classes", 0)
-            if classes:
+            made = json.loads(facts.read_text(encoding="utf-8"))
+            classes, chosen = made.get("num_classes", 0), made.get("labels")
+            if isinstance(chosen, list):
+                self._labels = torch.tensor(chosen)[self.ids % len(chosen)]
+            elif classes and chosen is None:
                 self._labels = self.ids % classes
         self._shape = self._read(self._files[0]).shape
 
