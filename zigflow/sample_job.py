@@ -120,6 +120,10 @@ def sample_from_config(cfg: DictConfig) -> Path:
     options = SampleOptions.take_from(given)
     if ckpt is None:
         raise SettingsError("ckpt is missing: give ckpt=RUN_DIR, a checkpoint in it, or an official .pt file")
+    if Path(str(ckpt)).suffix in OFFICIAL_SUFFIXES and not Path(str(ckpt)).exists():
+        raise SettingsError(
+            f"ckpt={ckpt} does not exist: give ckpt=RUN_DIR, a checkpoint in it, or an official .pt file"
+        )
     plugins.load_plugins()
     trained = _open_trained(given, str(ckpt), wanted)
     settings = trained.settings

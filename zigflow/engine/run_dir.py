@@ -95,7 +95,11 @@ class RunDir:
             durable.replace_json(
                 file, {"run_id": secrets.token_hex(4), "created": created, "format_version": 1}
             )
-        return json.loads(file.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            return {**found, "run_id": str(found["run_id"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunDirError(f"{file} is damaged ({error!r}): remove it, a new one is written") from error
 
 
 def check_same_config(
