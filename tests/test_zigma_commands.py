@@ -269,7 +269,9 @@ def test_each_data_set_trains_and_samples_at_its_true_shape(data, shards, autoen
     root = shards(data)
     train(
         tmp_path / "run", *model_for(data), f"data={data}", f"data.tar_base={root}", "data.train_steps=2",
-        "data.batch_size=2", "data.num_workers=0", "data.sample_fid_every=0", *SHRUNK,
+        "data.batch_size=2", "data.num_workers=0", *SHRUNK,
+        # With it as it is published: without an autoencoder there is no evaluation, and training goes on.
+        *(["data.sample_fid_every=0"] if data != "celebamm256_uncond" else []),
     )  # fmt: skip
     found = pictures(sample(f"ckpt={tmp_path / 'run'}", f"codec.path={autoencoder}"))
     *frames, _, height, width = LAYOUTS[data][1]
