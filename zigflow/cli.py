@@ -36,6 +36,7 @@ class _Job:
 
     def __call__(self, cfg: DictConfig) -> None:
         from zigflow.engine import exits
+        from zigflow.engine.launch import leave
         from zigflow.engine.signals import stop
 
         stop.install()  # a sweep may run its jobs in processes of its own
@@ -52,8 +53,10 @@ class _Job:
 
                 sample_from_config(cfg)
             exits.note.write(exits.DONE, "done")
+            leave(done=True)
         except BaseException as error:
             code = _leave_traces(error, Path(cfg.run_dir) if trains else None)
+            leave(done=False)
             if not isinstance(error, Exception) or self.keep is None or plugins.is_sweep():
                 raise
             self.keep.append((error, code))

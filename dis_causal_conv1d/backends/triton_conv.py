@@ -13,6 +13,7 @@ from torch import Tensor
 from dis_causal_conv1d.dispatch import transform_reason
 
 from .call import ConvCall
+from .gradient import register
 
 _TILE, _WARPS = 16, 4
 _MAX_TAPS = 16
@@ -113,35 +114,4 @@ def triton_conv_backward(
     )
 
 
-@torch.library.register_fake("zigflow::triton_conv")
-def _(x, weight, bias, silu, reverse):
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake("zigflow::triton_conv_backward")
-def _(grad, x, weight, bias, silu, reverse):
-    no_bias = x.new_empty(0, dtype=torch.float32)
-    return (
-        x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
-        no_bias if bias is None else bias.new_empty(bias.shape),
-    )
-
-
-def _save(ctx, inputs, output) -> None:
-    x, weight, bias, ctx.silu, ctx.reverse = inputs
-    ctx.save_for_backward(x, weight, bias)
-
-
-def _backward(ctx, grad):
-    x, weight, bias = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias = triton_conv_backward(grad, x, weight, bias, ctx.silu, ctx.reverse)
-    return grad_x, grad_weight, None if bias is None else grad_bias, None, None
-
-
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError("causal_conv1d: backend 'triton' has no second derivative: use backend='reference'")
-
-
-torch.library.register_autograd("zigflow::triton_conv", _backward, setup_context=_save)
-torch.library.register_autograd("zigflow::triton_conv_backward", _no_double_backward)
+register("zigflow::triton_conv", "zigflow::triton_conv_backward", triton_conv_backward, "triton")

@@ -1,6 +1,6 @@
 """What the registered scans share: the shapes of their results and how autograd joins forward and backward.
 
-An operator pair has these signatures, with S boundary states between chunks of 32 visited tokens::
+An operator pair has these signatures, with S boundary states between chunks of visited tokens (32 by default)::
 
     forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> out (B,L,E), states (B,S,N,E)
     backward(grad, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse) -> eight gradients
@@ -19,9 +19,9 @@ from .call import state_dtype
 CHUNK = 32
 
 
-def empty_outputs(u: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialized memory for a forward operator's results."""
-    boundaries = (u.shape[1] + CHUNK - 1) // CHUNK - 1
+def empty_outputs(u: Tensor, A: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """Uninitialized memory for a forward operator's results, with a state every ``chunk`` tokens."""
+    boundaries = (u.shape[1] + chunk - 1) // chunk - 1
     states = u.new_empty((u.shape[0], boundaries, A.shape[1], u.shape[2]), dtype=state_dtype(u.dtype))
     return u.new_empty(u.shape), states
 
@@ -50,14 +50,14 @@ def empty_gradients(
     )
 
 
-def register(forward: str, backward: str, run_backward: Callable, backend: str) -> None:
+def register(forward: str, backward: str, run_backward: Callable, backend: str, chunk: int = CHUNK) -> None:
     """Give the operators "namespace::name" ``forward`` and ``backward`` their fake results and autograd rules.
 
     ``run_backward`` is the backward operator. A second derivative raises RuntimeError and names ``backend``.
     """
 
     def fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
-        return empty_outputs(u, A)
+        return empty_outputs(u, A, chunk)
 
     def fake_backward(grad, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse):
         return empty_gradients(u, delta, A, B, C, D, z, delta_bias)

@@ -13,6 +13,7 @@ from dis_causal_conv1d.backends.triton_conv import interpreted, unavailable
 from dis_causal_conv1d.dispatch import transform_reason
 
 from .call import ScanCall
+from .gradient import empty_gradients, empty_outputs, register
 
 # A float32 state every 64 tokens of a bfloat16 sequence is half an activation at N = 16.
 CHUNK = 64
@@ -66,7 +67,7 @@ def triton_scan(
 ) -> tuple[Tensor, Tensor]:
     """The output (B,L,E) and the states at the chunk boundaries (B,S,N,E) in float32."""
     batch, length, channels = u.shape
-    out, states = _outputs(u, A)
+    out, states = empty_outputs(u, A, CHUNK)
     if batch == 0:
         return out, states
     width = 32 * _FORWARD_WARPS
@@ -105,8 +106,8 @@ def triton_scan_backward(
     def scratch(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=u.device)
 
-    grad_u, grad_delta = u.new_empty(u.shape), delta.new_empty(delta.shape)
-    grad_z = u.new_empty(0) if z is None else z.new_empty(z.shape)
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
+    grad_u, grad_delta, *_, grad_z, _ = empty_gradients(*tensors)
     grad_A = torch.zeros((batch, num_states, channels), dtype=torch.float32, device=u.device)
     grad_B, grad_C = (scratch(parts, batch, length, num_states) for _ in range(2))
     grad_D = scratch(*(() if D is None else (batch,)), 0 if D is None else channels)
@@ -148,50 +149,4 @@ def _base_two_rate(A: Tensor) -> Tensor:
     return (A.t() * _LOG2_E).contiguous()
 
 
-def _outputs(u: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    boundaries = (u.shape[1] + CHUNK - 1) // CHUNK - 1
-    states = u.new_empty((u.shape[0], boundaries, A.shape[1], u.shape[2]), dtype=torch.float32)
-    return u.new_empty(u.shape), states
-
-
-@torch.library.register_fake("zigflow::triton_scan")
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
-    return _outputs(u, A)
-
-
-@torch.library.register_fake("zigflow::triton_scan_backward")
-def _(grad, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse):
-    absent = u.new_empty(0, dtype=torch.float32)
-    return (
-        u.new_empty(u.shape),
-        delta.new_empty(delta.shape),
-        A.new_empty(A.shape),
-        B.new_empty(B.shape),
-        C.new_empty(C.shape),
-        absent if D is None else D.new_empty(D.shape),
-        u.new_empty(0) if z is None else z.new_empty(z.shape),
-        absent if delta_bias is None else delta_bias.new_empty(delta_bias.shape),
-    )
-
-
-def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.delta_softplus, ctx.reverse = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _backward(ctx, grad, _):
-    *tensors, states = ctx.saved_tensors
-    if grad is None:
-        return (None,) * 10
-    grads = triton_scan_backward(grad, *tensors, states, ctx.delta_softplus, ctx.reverse)
-    return *(g if t is not None else None for g, t in zip(grads, tensors, strict=True)), None, None
-
-
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError("selective_scan: backend 'triton' has no second derivative: use backend='reference'")
-
-
-torch.library.register_autograd("zigflow::triton_scan", _backward, setup_context=_save)
-torch.library.register_autograd("zigflow::triton_scan_backward", _no_double_backward)
+register("zigflow::triton_scan", "zigflow::triton_scan_backward", triton_scan_backward, "triton", CHUNK)

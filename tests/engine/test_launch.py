@@ -1,6 +1,7 @@
 """What a launcher says is believed only when it adds up: no process trains alone by accident."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -189,3 +190,37 @@ def test_every_job_of_a_sweep_is_known_before_it_starts():
         (f"optim.lr={lr}", f"scan={scan}") for lr in ("0.001", "0.0001") for scan in ("hilbert", "spiral")
     }
     assert plugins._jobs(["hydra/sweeper=optuna", "optim.lr=interval(1e-4,1e-3)"]) == []
+
+
+_PART = """
+import os, sys
+import torch
+from torch import distributed
+from zigflow.engine.launch import leave
+distributed.init_process_group("gloo")
+distributed.all_reduce(torch.ones(1))
+leave(done={done})
+assert not distributed.is_initialized()
+leave(done={done})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("done", [True, False])
+def test_processes_part_before_they_end(tmp_path, done):
+    """An exit with open connections is aborted now and then."""
+    script = tmp_path / "part.py"
+    script.write_text(_PART.format(done=done))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+    ]
+    ended = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=100
+    )
+    assert ended.returncode == 0, ended.stderr.decode()[-2000:]
+    launch.leave(done=done)  # nothing to part from

@@ -7,7 +7,9 @@ answered before either is loaded.
 """
 
 import hashlib
+import logging
 import os
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -24,9 +26,12 @@ __all__ = [
     "check_joined",
     "check_same",
     "launched_precision",
+    "leave",
     "machines",
     "make_accelerator",
 ]
+
+log = logging.getLogger(__name__)
 
 _TOLD = ("MASTER_ADDR", "RANK", "LOCAL_RANK")
 _COUNTS = {
@@ -165,6 +170,30 @@ def make_accelerator(*, cpu: bool = False) -> "Accelerator":
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", dynamo_backend="no")
     check_joined(accelerator.num_processes)
     return accelerator
+
+
+def leave(*, done: bool) -> None:
+    """Part from the other processes before the interpreter ends; nothing to do for one process.
+
+    A process that exits while a thread of its connections still runs is aborted by the C++ runtime now and then, and
+    its launcher then reports a failed run.
+
+    Args:
+        done: this process has finished its work, so every other one does too and all part together. After a failure
+            nobody is waited for, and connections over GPUs are left to the exit: closing them can wait for ever.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if not done and distributed.get_backend() != "gloo":
+        return
+    try:
+        if done:
+            distributed.barrier()
+        distributed.destroy_process_group()
+    except RuntimeError as error:
+        # The process that failed tells so itself; the work of this one is complete.
+        log.debug("the other processes left first: %s", error)
 
 
 def _true(value: str | None) -> bool:
