@@ -3,8 +3,9 @@
 Three arrangements of one model: `ours` gathers along the scan order at the block's edge, at width D; `published`
 gathers and scatters inside the mixer, at widths 2E and E, as the published code does; `none` walks the raster, without
 any order. Each eager and with compiled blocks, ours under each checkpoint policy too (compiled at `--size full` alone).
-They take turns and medians count; a ratio is the median of the turns' ratios. Before anything is timed, outputs and
-gradients are compared, and a difference stops the run.
+Beside them stand the transformers DiT and U-ViT at the same width, tokens and number of parameters (`peers.py`). They
+all take turns and medians count; a ratio is the median of the turns' ratios. Before anything is timed, outputs and
+gradients of the arrangements are compared, and a difference stops the run.
 
     python benchmarks/models.py --output benchmarks/results/models_cpu.json
     python benchmarks/models.py --size full --output benchmarks/results/models_h200.json      # on a GPU
@@ -24,14 +25,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from peers import PEERS, PublishedMixer, build_peer, parameters
 
 import dis_mamba
 from dis_causal_conv1d.backends import CONV
 from dis_causal_conv1d.backends.call import ConvCall
-from dis_mamba import MambaMixer
 from dis_mamba.backends import SCAN
 from dis_mamba.backends.call import ScanCall
-from dis_mamba.mixer import _Weights
 from model_zigma import ZigMa
 from zigflow.engine.ema import EmaProfile, EmaProfiles
 from zigflow.engine.optim import build_optimizer
@@ -69,32 +69,12 @@ def _full():
 
 SIZES = {
     "tiny": [Setting("width 32, depth 2, 16 tokens", 32, 2, 1, 4, 2)],
-    "small": [Setting("width 256, depth 4, 256 tokens", 256, 4, 1, 16, 8)],
+    "small": [
+        Setting(f"width 256, depth 4, {side**2} tokens", 256, 4, 1, side, max(1, 2048 // side**2))
+        for side in (16, 32, 64)
+    ],
     "full": list(_full()),
 }
-
-
-class PublishedMixer(MambaMixer):
-    """The mixer with its scan order inside: both halves of in_proj's output are gathered, the result scattered.
-
-    As published: an index takes the tokens, a concatenation appends extra ones, of which an image has none. But tokens
-    stay before channels, as these kernels want them: channels first, every gather would cost several times more.
-    """
-
-    def __init__(self, d_model, *, order, inverse, **options):
-        super().__init__(d_model, **options)
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("inverse", inverse, persistent=False)
-
-    def forward(self, x_BLD):
-        length = x_BLD.shape[1]
-        xz = self.in_proj(x_BLD)
-        xz = torch.cat([xz[:, self.order], xz[:, length:]], dim=1)
-        x, z = xz.chunk(2, dim=-1)
-        weights = _Weights(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
-        y = self._direction(x, weights, z=z)
-        y = torch.cat([y[:, self.inverse], y[:, length:]], dim=1)
-        return self.out_proj(y)
 
 
 class Difference(RuntimeError):
@@ -108,7 +88,8 @@ class Case:
         self.arrangement, self.mode, self.policy = arrangement, mode, policy
         self.setting, self.device, self.precision = setting, options.device, options.precision
         self.model = build(setting, arrangement, options.backend, options.device)
-        self.model.load_state_dict(state)
+        if arrangement in ARRANGEMENTS:
+            self.model.load_state_dict(state)
         self.model.set_checkpoint_policy(policy)
         if mode == "compiled":
             self.model.compile_blocks()
@@ -171,6 +152,12 @@ def build(setting, arrangement, backend, device):
         "in_channels": 4, "embed_dim": setting.width, "depth": setting.depth, "img_dim": setting.side,
         "patch_size": setting.patch, "drop_path_rate": 0.0, "ssm_cfg": {"backend": backend}, "device": device,
     }  # fmt: skip
+    if arrangement in PEERS:
+        wanted = parameters(build(setting, "none", backend, torch.device("meta")))
+        side = setting.side
+        return build_peer(
+            arrangement, wanted, width=setting.width, patch=setting.patch, side=side, device=device
+        )
     if arrangement != "published":
         return ZigMa(scan_type=SCAN_TYPE if arrangement == "ours" else "v1", **options)
     ordered = ZigMa(scan_type=SCAN_TYPE, **{**options, "device": "cpu", "embed_dim": 16})
@@ -252,12 +239,12 @@ def turn(case, kind, steps):
 
 def measure(setting, options):
     state = weights_of(setting, options)
-    wanted = [(a, m, "none") for m in options.modes for a in ARRANGEMENTS]
+    wanted = [(a, m, "none") for m in options.modes for a in (*ARRANGEMENTS, *PEERS)]
     # Compilation takes a CPU most of the run: there, policies are compared eager.
     modes = options.modes if options.size == "full" else [m for m in options.modes if m == "eager"]
     wanted += [("ours", m, p) for m in modes for p in ("block", "selective")]
     cases = [Case(setting, *names, state, options) for names in wanted]
-    check(cases, options.precision)
+    check([case for case in cases if case.arrangement in ARRANGEMENTS], options.precision)
     for case in cases:
         for kind in ("train", "inference"):
             turn(case, kind, options.warmup)
@@ -268,19 +255,30 @@ def measure(setting, options):
             case.seconds["train"].append(turn(case, "train", options.steps))
             if case.policy == "none":
                 case.seconds["inference"].append(turn(case, "inference", options.steps))
-    operations = setting.batch * count_flops(build(setting, "ours", "auto", torch.device("meta"))).forward
+    operations = {
+        name: setting.batch * count_flops(build(setting, name, "auto", torch.device("meta"))).forward
+        for name in ("ours", *PEERS)
+    }
     return {
         **setting._asdict(),
         "tokens": setting.tokens,
-        "forward_gflop_per_image": round(operations / setting.batch / 1e9, 3),
-        "rows": [row(case, operations, options.peak) for case in cases],
+        "forward_gflop_per_image": {n: round(v / setting.batch / 1e9, 3) for n, v in operations.items()},
+        "rows": [
+            row(case, operations.get(case.arrangement, operations["ours"]), options.peak) for case in cases
+        ],
         "with_order_over_none": ratios(cases, "ours", "none"),
         "published_over_ours": ratios(cases, "published", "ours"),
+        **{f"{name}_over_ours": ratios(cases, name, "ours") for name in PEERS},
     }
 
 
 def row(case, operations, peak):
-    found = {"arrangement": case.arrangement, "mode": case.mode, "checkpoint_policy": case.policy}
+    found = {
+        "arrangement": case.arrangement,
+        "parameters": parameters(case.model),
+        "mode": case.mode,
+        "checkpoint_policy": case.policy,
+    }
     for kind, seconds in case.seconds.items():
         if seconds:
             median = statistics.median(seconds)

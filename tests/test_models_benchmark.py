@@ -17,9 +17,11 @@ SCRIPT = ROOT / "benchmarks" / "models.py"
 
 @pytest.fixture(scope="module")
 def models():
+    sys.path.insert(0, str(SCRIPT.parent))  # as for a script
     spec = importlib.util.spec_from_file_location("models_benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.path.remove(str(SCRIPT.parent))
     return module
 
 
@@ -54,6 +56,18 @@ def test_an_order_without_effect_is_noticed(models, cases):
                 block.mixer.out_proj.weight.zero_()
     with pytest.raises(models.Difference, match="does not depend on the scan order"):
         models.check([ours, plain], "no")
+
+
+@pytest.mark.parametrize("family", ["dit", "uvit"])
+@pytest.mark.parametrize("width, depth", [(256, 8), (768, 24)])
+def test_a_peer_has_as_many_parameters(models, family, width, depth):
+    setting = models.Setting("", width, depth, 2, 64, 1)
+    sizes = {
+        name: models.parameters(models.build(setting, name, "auto", torch.device("meta")))
+        for name in ("ours", family)
+    }
+    # Half a block of the peer, of which there are a few.
+    assert sizes[family] == pytest.approx(sizes["ours"], rel=0.04 if width == 768 else 0.16)
 
 
 @pytest.mark.slow
@@ -94,6 +108,8 @@ def test_it_runs_and_writes_what_it_measured(tmp_path):
         ("ours", "none"),
         ("published", "none"),
         ("none", "none"),
+        ("dit", "none"),
+        ("uvit", "none"),
         ("ours", "block"),
         ("ours", "selective"),
     }
@@ -103,7 +119,8 @@ def test_it_runs_and_writes_what_it_measured(tmp_path):
         assert row["train"]["images_per_second"] == pytest.approx(2e3 / row["train"]["step_ms"], rel=0.05)
         assert row["train"]["mfu"] >= 0
         assert ("inference" in row) == (row["checkpoint_policy"] == "none")
-    for ratios in (setting["with_order_over_none"], setting["published_over_ours"]):
+    compared = ("with_order_over_none", "published_over_ours", "dit_over_ours", "uvit_over_ours")
+    for ratios in (setting[name] for name in compared):
         assert set(ratios) == {"eager train", "eager inference"}
         for ratio in ratios.values():
             assert ratio["range"][0] <= ratio["median"] <= ratio["range"][1]
