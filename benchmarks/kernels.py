@@ -4,24 +4,24 @@ A contender whose output or gradients are wrong at any shape stops the run: noth
 every contender once; the least of all rounds counts, since other programs can only add to it. Peers that are not
 installed are named and left out (mambapy 1.2: pip install mambapy).
 
-    python benchmarks/kernels.py --threads 2 --output benchmarks/results/NAME.json
+    python benchmarks/kernels.py --threads 2 --output benchmarks/results/kernels_cpu.json
+    python benchmarks/kernels.py --device cuda --output benchmarks/results/kernels_h200.json    # kernels_gpu.py
 """
 
 import argparse
 import ctypes
 import json
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from machine import circumstances
 from torch import Tensor
 
 import dis_mamba
@@ -29,7 +29,8 @@ from dis_causal_conv1d.native import NativeLibrary, compiler, compiler_version, 
 from dis_mamba import MambaMixer, selective_scan
 
 SHAPES = {"cpu": [(8, 64, 256, 16), (4, 256, 1536, 16), (1, 1024, 1536, 16)]}
-OUTPUT_LIMIT, GRADIENT_LIMIT = 1e-4, 1e-3  # of the largest value; docs/numerics.md
+# Of the largest value, output and gradients
+LIMITS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (2e-2, 4e-2)}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def published_loop(u, delta, A, B, C, D, z, delta_bias):
     """The loop over tokens in the arrangement of mamba-ssm's published reference: channels before tokens, the decays
     and the driving terms of all tokens made first. Its autograd backward is quadratic in L; it is timed forward.
     """
-    u, dt, B, C, z = (t.transpose(1, 2) for t in (u, F.softplus(delta + delta_bias), B, C, z))
+    dtype, step = u.dtype, F.softplus(delta.float() + delta_bias)
+    u, dt, B, C, z = (t.float().transpose(1, 2) for t in (u, step, B, C, z))
     decay = torch.exp(torch.einsum("bdl,dn->bdln", dt, A))
     drive = torch.einsum("bdl,bnl,bdl->bdln", dt, B, u)
     state = u.new_zeros(u.shape[0], *A.shape)
@@ -79,7 +81,7 @@ def published_loop(u, delta, A, B, C, D, z, delta_bias):
         state = decay[:, :, token] * state + drive[:, :, token]
         outputs.append(torch.einsum("bdn,bn->bd", state, C[:, :, token]))
     y = (torch.stack(outputs, dim=2) + u * D[:, None]) * F.silu(z)
-    return y.transpose(1, 2)
+    return y.transpose(1, 2).to(dtype)
 
 
 def mambapy_scan(pscan, u, delta, A, B, C, D, z, delta_bias):
@@ -124,6 +126,7 @@ def check(contender: Contender, shape, dtype=torch.float32) -> float:
     """
     batch, length, channels, states = shape
     worst = 0.0
+    of_output, of_gradient = LIMITS[dtype]
     for size, with_gradients in (
         (shape, False),
         ((batch, min(length, 96), min(channels, 192), states), contender.gradients),
@@ -133,12 +136,12 @@ def check(contender: Contender, shape, dtype=torch.float32) -> float:
         with torch.set_grad_enabled(with_gradients):
             got = contender.run(**got_inputs)
             want = selective_scan(**want_inputs, delta_softplus=True, backend="reference")
-        pairs = {"output": (got, want, OUTPUT_LIMIT)}
+        pairs = {"output": (got, want, of_output)}
         if with_gradients:
             grads = torch.autograd.grad(got.double().square().sum(), list(got_inputs.values()))
             wanted = torch.autograd.grad(want.square().sum(), list(want_inputs.values()))
             for name, one, other in zip(got_inputs, grads, wanted, strict=True):
-                pairs[f"gradient of {name}"] = (one, other, GRADIENT_LIMIT)
+                pairs[f"gradient of {name}"] = (one, other, of_gradient)
         for name, (one, other, limit) in pairs.items():
             error = ((one.double() - other).abs().max() / other.abs().max()).item()
             if not error <= limit:
@@ -270,42 +273,38 @@ def ratios(scan: dict, mixer: dict, shape, roofs: dict[str, float]) -> dict:
     return found
 
 
-def environment(threads: int) -> dict:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    root = Path(__file__).resolve().parents[1]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": f"{model or platform.processor()}, {threads} of {os.cpu_count()} cores",
-        "commit": commit.stdout.strip(),
-        "torch": torch.__version__,
-        "compiler": compiler_version(tuple(compiler())).splitlines()[0],
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-    }
-    try:
-        from importlib.metadata import version
-
-        report["mambapy"] = version("mambapy")
-    except ImportError:
-        pass
-    return report
+def packages() -> dict:
+    """Versions of what the comparison depends on."""
+    found = {"compiler": compiler_version(tuple(compiler())).splitlines()[0]}
+    for name in ("triton", "mambapy", "mamba-ssm", "causal-conv1d"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, else cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0, help="for each comparison at each shape")
     parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    report = {**circumstances(device, options.note), "packages": packages()}
+    if device == "cuda":
+        import kernels_gpu
+
+        write({**report, **kernels_gpu.measure(device)}, options.output)
+        return
     found, missing = contenders("cpu")
     if "cpu" in missing:
         raise SystemExit(f"the cpu backend cannot run here: {missing['cpu']}")
-    report = {**environment(options.threads), "missing": missing, "shapes": {}}
+    report = {**report, "missing": missing, "shapes": {}}
     for shape in SHAPES["cpu"]:
         checks = {c.name: check(c, shape) for c in found}
         print(f"{shape}: correct; largest error / allowed { ({k: round(v, 4) for k, v in checks.items()}) }")
@@ -323,10 +322,14 @@ def main():
         }
         report["shapes"][str(shape)] = row
         print(json.dumps({str(shape): row["ratios"]}, indent=1))
+    write(report, options.output)
+
+
+def write(report: dict, path: Path | None) -> None:
     text = json.dumps(report, indent=2)
     print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    if path:
+        path.write_text(text + "\n")
 
 
 if __name__ == "__main__":

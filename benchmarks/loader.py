@@ -9,11 +9,7 @@ the digits demo waits for data. Each case reads the whole set several times in t
 import argparse
 import io
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -22,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset as wds
+from machine import circumstances
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -121,18 +118,9 @@ def main():
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     report = {
-        "command": "python " + " ".join(sys.argv),
-        "commit": commit,
-        "hardware": f"{model[0].partition(': ')[2] if model else platform.machine()}, {os.cpu_count()} cores visible",
-        "load_average": [round(value, 2) for value in os.getloadavg()],
-        "note": args.note,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     "webdataset": wds.__version__},
+        **circumstances(note=args.note),
+        "libraries": {"numpy": np.__version__, "webdataset": wds.__version__},
         "what": "samples per second, page cache warm, from the start of the workers to the last batch; median of "
         f"{args.repeats} turns; ratio: ours over the library's",
     }  # fmt: skip

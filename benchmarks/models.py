@@ -14,10 +14,7 @@ gradients of the arrangements are compared, and a difference stops the run.
 import argparse
 import gc
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from machine import circumstances
 from peers import PEERS, PublishedMixer, build_peer, parameters
 
 import dis_mamba
@@ -321,14 +319,6 @@ def backends(options):
     }
 
 
-def hardware(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    model = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return f"{(model or [platform.machine()])[0]}, {os.cpu_count()} cores visible"
-
-
 def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -363,17 +353,8 @@ def main():
     # One code object serves every case's blocks.
     torch._dynamo.config.recompile_limit = 64
     options.peak = peak_flops(options.device, options.precision)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     report = {
-        "command": "python " + " ".join(sys.argv),
-        "commit": commit,
-        "hardware": hardware(options.device),
-        "threads": torch.get_num_threads(),
-        "load_average": [round(value, 2) for value in os.getloadavg()],
-        "note": options.note,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **circumstances(options.device, options.note),
         "precision": options.precision,
         "backends": backends(options),
         "peak_tflop_per_second": None if options.peak is None else round(options.peak / 1e12, 3),

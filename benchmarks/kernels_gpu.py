@@ -1,0 +1,319 @@
+"""The scan and the convolution on a GPU against their peers: correctness first, then medians of turns.
+
+Beside this project's backends stand mamba-ssm's and causal-conv1d's kernels alone, fed tensors that were transposed for
+them before the clock starts (the ``cuda_package`` backend transposes inside), and the published arrangement of a scan
+order: both halves of the input gathered along it, the scan, its result scattered back.
+
+The floor is the longest of three times: what must be read and written at the bandwidth of a measured copy, the
+exponentials at 16 per clock and multiprocessor, the other arithmetic at 128. It is a paper number: part of the
+exponentials can be computed as polynomials.
+
+Legend: B batch, L tokens, E channels, N states.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from kernels import arguments, check, published_loop
+from torch import Tensor
+
+import dis_causal_conv1d
+import dis_mamba
+from dis_causal_conv1d import causal_conv1d
+from dis_mamba import selective_scan
+
+SHAPES = [
+    (16, 1024, 1536, 16),
+    (64, 256, 1536, 16),
+    (8, 4096, 1536, 16),
+    (1, 1024, 1536, 16),
+    (16, 1024, 3072, 16),
+]
+# Beside the N exponentials of a state's decay: the step's softplus (two) and the gate's sigmoid.
+EXPONENTIALS_PER_CHANNEL = 3
+# Multiplications and additions of a state and its share of the output; in backward the states are made again first.
+ARITHMETIC = {"forward": 6, "backward": 17}
+STATES_EVERY = 64
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``finish(compute(**prepare(**arguments)))`` is the scan; only ``compute`` is timed."""
+
+    name: str
+    device: str
+    compute: Callable[..., Tensor]
+    prepare: Callable[..., dict[str, Tensor]] = dict
+    finish: Callable[[Tensor], Tensor] = lambda out: out
+    gradients: bool = True
+
+    def run(self, **arguments) -> Tensor:
+        return self.finish(self.compute(**self.prepare(**arguments)))
+
+
+def contenders(device: str) -> tuple[list[Contender], dict[str, str]]:
+    """Those that run on ``device``, and why the others do not."""
+    found, missing = [], {}
+    for name in dis_mamba.available_backends():
+        reason = refusal(name, device)
+        if reason is not None:
+            missing[name] = reason
+        elif name != "reference":
+            scan = partial(selective_scan, delta_softplus=True, backend=name)
+            found.append(Contender(name, device, scan))
+    found.append(Contender("published loop", device, published_loop, gradients=False))
+    if "cuda_package" in missing:
+        missing["mamba-ssm alone"] = missing["cuda_package"]
+    else:
+        found.append(Contender("mamba-ssm alone", device, package_scan, channel_major))
+    fastest = next((c.name for c in found if c.name in ("cuda_package", "triton")), "torch")
+    ordered = partial(gather_scan_scatter, backend=fastest)
+    found.append(Contender("gather, scan, scatter", device, ordered, scattered, gathered))
+    return found, missing
+
+
+def refusal(backend: str, device: str) -> str | None:
+    """Why a backend of the scan does not run on ``device``."""
+    try:
+        selective_scan(**arguments((1, 4, 8, 4), device=device), delta_softplus=True, backend=backend)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def channel_major(**given) -> dict[str, Tensor]:
+    """What mamba-ssm's kernel takes: (B, E, L), and (B, 1, N, L) for B and C."""
+    given = {k: v.transpose(1, 2).contiguous() if v.ndim == 3 else v for k, v in given.items()}
+    return {k: v.unsqueeze(1) if k in "BC" else v for k, v in given.items()}
+
+
+def package_scan(u, delta, A, B, C, D, z, delta_bias) -> Tensor:
+    """mamba-ssm's compiled module and nothing around it; the result is a view (B, L, E)."""
+    return _PackageScan.apply(u, delta, A, B, C, D, z, delta_bias).transpose(1, 2)
+
+
+class _PackageScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *tensors):
+        import selective_scan_cuda  # pyright: ignore[reportMissingImports]
+
+        y, states, gated = selective_scan_cuda.fwd(*tensors, True)
+        ctx.save_for_backward(*tensors, states, y)
+        return gated
+
+    @staticmethod
+    def backward(ctx, *grads):
+        import selective_scan_cuda  # pyright: ignore[reportMissingImports]
+
+        *tensors, states, y = ctx.saved_tensors
+        found = selective_scan_cuda.bwd(*tensors, grads[0].contiguous(), states, y, None, True, False)
+        du, ddelta, dA, dB, dC, dD, dbias, dz = found[:8]
+        return du, ddelta, dA, dB.to(tensors[3].dtype), dC.to(tensors[4].dtype), dD, dz, dbias
+
+
+def an_order(length: int, device: torch.device) -> Tensor:
+    return torch.randperm(length, generator=torch.Generator().manual_seed(length)).to(device)
+
+
+def scattered(u, z, **rest) -> dict[str, Tensor]:
+    """u and z as one tensor, as the input projection leaves them, each token where its place in the order is."""
+    order = an_order(u.shape[1], u.device)
+    return {"xz": torch.cat([u, z], dim=-1)[:, torch.argsort(order)], **rest}
+
+
+def gather_scan_scatter(xz, backend, **rest) -> Tensor:
+    """The published arrangement: an index gathers both halves, another one scatters the result."""
+    order = an_order(xz.shape[1], xz.device)
+    u, z = xz[:, order].chunk(2, dim=-1)
+    y = selective_scan(u=u, z=z, **rest, delta_softplus=True, backend=backend)
+    return y[:, torch.argsort(order)]
+
+
+def gathered(out: Tensor) -> Tensor:
+    return out[:, an_order(out.shape[1], out.device)]
+
+
+class Clock:
+    """Milliseconds of a call, caches cold: on a GPU by events, after a write as large as its second-level cache."""
+
+    def __init__(self, device: str):
+        self.device = torch.device(device)
+        self.on_gpu = self.device.type == "cuda"
+        if self.on_gpu:
+            size = torch.cuda.get_device_properties(self.device).L2_cache_size
+            self.flush = torch.empty(2 * size, dtype=torch.uint8, device=self.device)
+
+    def __call__(self, function: Callable[[], object]) -> float:
+        if not self.on_gpu:
+            began = time.perf_counter()
+            function()
+            return 1e3 * (time.perf_counter() - began)
+        self.flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    def memory(self, function: Callable[[], object]) -> float | None:
+        """MiB that a call needs above what is there before it; None where the device does not count."""
+        if not self.on_gpu:
+            return None
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        function()
+        return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
+
+
+def in_turns(clock: Clock, functions: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
+    """Median milliseconds; all functions take turns."""
+    for _ in range(3):
+        for function in functions.values():
+            function()
+    each = {name: [] for name in functions}
+    for _ in range(turns):
+        for name, function in functions.items():
+            each[name].append(clock(function))
+    return {name: statistics.median(values) for name, values in each.items()}
+
+
+def hardware_rates(device: str) -> dict[str, float] | None:
+    """Bytes, exponentials and multiply-adds per millisecond; None where there is no GPU."""
+    if torch.device(device).type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    clock_khz = getattr(found, "clock_rate", None) or 1_755_000
+    source = torch.empty(2**28, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    milliseconds = in_turns(Clock(device), {"copy": lambda: target.copy_(source)}, 20)["copy"]
+    per_clock = found.multi_processor_count * clock_khz
+    return {
+        "bytes": 2 * source.numel() * 4 / milliseconds,
+        "exponentials": 16.0 * per_clock,
+        "arithmetic": 128.0 * per_clock,
+        "clock_khz": clock_khz,
+    }
+
+
+def floors(shape, dtype: torch.dtype, rates: dict[str, float]) -> dict[str, float]:
+    """The least milliseconds of forward and backward at ``rates``."""
+    B, L, E, N = shape
+    sequence, narrow, states = B * L * E, B * L * N, B * L * E * N
+    kept = 4 * B * (-(-L // STATES_EVERY) - 1) * E * N
+    # forward reads u, delta, z, writes the output; backward reads those and a gradient, writes three.
+    moved = {
+        "forward": dtype.itemsize * (4 * sequence + 2 * narrow) + kept,
+        "backward": dtype.itemsize * (7 * sequence + 4 * narrow) + kept,
+    }
+    exponentials = states + EXPONENTIALS_PER_CHANNEL * sequence
+    return {
+        kind: max(
+            moved[kind] / rates["bytes"],
+            exponentials / rates["exponentials"],
+            ARITHMETIC[kind] * states / rates["arithmetic"],
+        )
+        for kind in moved
+    }
+
+
+def measure_scans(found: list[Contender], shape, dtype, device, turns, rates) -> dict:
+    """Milliseconds, shares of the floor and MiB of every contender, forward and backward."""
+    clock, cases = Clock(device), {}
+    for contender in found:
+        raw = {k: v.detach() for k, v in arguments(shape, dtype, device).items()}
+        leaves = {k: v.detach().requires_grad_() for k, v in contender.prepare(**raw).items()}
+        cases[contender.name] = (contender, leaves)
+
+    def forward(contender, leaves):
+        with torch.no_grad():
+            contender.compute(**leaves)
+
+    def whole(contender, leaves, weight):
+        torch.autograd.grad(contender.compute(**leaves), list(leaves.values()), weight)
+
+    forwards = {name: partial(forward, *case) for name, case in cases.items()}
+    backwards, wholes = {}, {}
+    for name, (contender, leaves) in cases.items():
+        if not contender.gradients:
+            continue
+        out = contender.compute(**leaves)
+        weight = torch.randn(shape[:3], device=device).to(out.dtype)
+        backwards[name] = partial(torch.autograd.grad, out, list(leaves.values()), weight, retain_graph=True)
+        wholes[name] = partial(whole, contender, leaves, weight)
+    slow = {name: f for name, f in forwards.items() if name == "published loop"}
+    fast = {name: f for name, f in forwards.items() if name not in slow}
+    times = {
+        "forward": {**in_turns(clock, fast, turns), **in_turns(clock, slow, 3)},
+        "backward": in_turns(clock, backwards, turns),
+    }
+    floor = None if rates is None else floors(shape, dtype, rates)
+    return {
+        "milliseconds": times,
+        "floor_milliseconds": floor,
+        "share_of_floor": None
+        if floor is None
+        else {kind: {n: floor[kind] / ms for n, ms in each.items()} for kind, each in times.items()},
+        "mib_forward_and_backward": {name: clock.memory(f) for name, f in wholes.items()},
+    }
+
+
+def measure_convolutions(shape, dtype, device, turns) -> dict:
+    """Milliseconds of the convolution with SiLU, W = 4, forward and backward, for every backend that runs."""
+    B, L, E, _ = shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(B, L, E, generator=generator).to(device, dtype)
+    weight, bias = (torch.randn(*s, generator=generator).to(device) for s in ((E, 4), (E,)))
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    want = causal_conv1d(*(t.detach().double() for t in leaves), activation="silu", backend="reference")
+    forwards, backwards, missing = {}, {}, {}
+    for name in dis_causal_conv1d.available_backends():
+        try:
+            out = causal_conv1d(*leaves, activation="silu", backend=name)
+        except (RuntimeError, ValueError) as error:
+            missing[name] = str(error)
+            continue
+        error = ((out.double() - want).abs().max() / want.abs().max()).item()
+        if not error <= (1e-5 if dtype == torch.float32 else 2e-2):
+            raise SystemExit(f"causal_conv1d, {name} at {shape}: off by {error:.1e}, not timed")
+
+        def forward(name=name):
+            with torch.no_grad():
+                causal_conv1d(*leaves, activation="silu", backend=name)
+
+        forwards[name] = forward
+        backwards[name] = partial(torch.autograd.grad, out, leaves, torch.ones_like(out), retain_graph=True)
+    clock = Clock(device)
+    return {
+        "milliseconds": {
+            "forward": in_turns(clock, forwards, turns),
+            "backward": in_turns(clock, backwards, turns),
+        },
+        "missing": missing,
+    }
+
+
+def measure(device: str, shapes=None, dtype=torch.bfloat16, turns: int = 30) -> dict:
+    """Everything of this file, as a report. Raises SystemExit where a contender is wrong."""
+    found, missing = contenders(device)
+    rates = hardware_rates(device)
+    report = {"missing": missing, "rates_per_millisecond": rates, "shapes": {}}
+    for shape in shapes or SHAPES:
+        errors = {c.name: round(check(c, shape, dtype), 4) for c in found}
+        row = {
+            "largest_error_over_allowed": errors,
+            "scan": measure_scans(found, shape, dtype, device, turns, rates),
+            "causal_conv1d": measure_convolutions(shape, dtype, device, turns),
+        }
+        times = row["scan"]["milliseconds"]
+        for peer in ("mamba-ssm alone", "cuda_package", "torch", "gather, scan, scatter"):
+            for kind, each in times.items():
+                if peer in each and "triton" in each:
+                    row.setdefault("peer_over_triton", {})[f"{peer}, {kind}"] = each[peer] / each["triton"]
+        report["shapes"][str(shape)] = row
+    return report
