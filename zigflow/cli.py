@@ -83,7 +83,8 @@ def _run(config_name: str) -> int:
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     ended: list[tuple[Exception, int]] = []
-    named = _run_dir_of(sys.argv[1:]) if config_name == "default" else None
+    trains = config_name == "default"
+    named = _run_dir_of(sys.argv[1:]) if trains else None
     try:
         plugins.prepare()
         job = _Job(config_name, ended)
@@ -98,7 +99,8 @@ def _run(config_name: str) -> int:
     except Stopped as left:
         if not exits.note.claimed:
             _leave_traces(left, named)
-        sys.stderr.write(f"{left}\n")
+        kept = "pictures written so far are kept; the same command goes on"
+        sys.stderr.write(f"{left if trains else f'stopped by {stop.received}: {kept}'}\n")
         return exits.STOPPED
     except Exception as error:
         if ended and ended[0][1] == exits.STOPPED:
