@@ -139,7 +139,8 @@ def _check_fit(settings: Settings, model: Any, source: Any, codec: Any) -> None:
     wanted = (*frames, model.in_channels, *model.img_dim)
     # The first readable one, where the source knows which that is.
     sample = getattr(source, "first", None) or source[0]
-    if settings.is_latent and "latents" not in sample:
+    stored = "latents" in sample or "moments" in sample
+    if settings.is_latent and not stored:
         raise SettingsError(
             f"is_latent=true, but the samples of data={settings.data.name} hold {sorted(sample)} only"
         )
@@ -149,7 +150,7 @@ def _check_fit(settings: Settings, model: Any, source: Any, codec: Any) -> None:
             "data.source.fields or data.source.rename"
         )
     given = tuple(source.image_shape)
-    if settings.use_latent and "latents" not in sample:
+    if settings.use_latent and not stored:
         given = tuple(codec.latent_shape(given))
     if given != wanted:
         raise SettingsError(

@@ -8,17 +8,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from zigflow.compvis import read_autoencoder
 from zigflow.keyed import current_draws
-from zigflow.latents import LatentSize
+from zigflow.latents import LatentSize, is_checkpoint_file
 
 __all__ = ["AutoencoderKLCodec", "Codec", "IdentityCodec", "to_uint8"]
+
+_LOG_VARIANCES = (-30.0, 20.0)
 
 
 class Codec(Protocol):
     """What the engine asks of a codec."""
 
     def encode(self, batch: Any) -> Tensor:
-        """The data point x1 of a batch: (B,C,h,w) or (B,T,C,h,w), scaled. ``batch`` has pixels or latents."""
+        """The data point x1 of a batch: (B,C,h,w) or (B,T,C,h,w), scaled. ``batch`` has pixels, latents or moments."""
         ...
 
     def decode(self, x_BChw: Tensor) -> Tensor:
@@ -42,12 +45,32 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return (pixels.float() * 127.5 + 128.0).clamp(0.0, 255.0).to(torch.uint8)
 
 
-def _stored(batch: Any) -> Tensor | None:
-    return getattr(batch, "latents", None)
+def _stored(batch: Any, posterior: str = "sample") -> Tensor | None:
+    """The latents of a batch that brings them, or the moments that they are drawn from; unscaled."""
+    moments = getattr(batch, "moments", None)
+    if moments is None:
+        return getattr(batch, "latents", None)
+    mean, log_variance = moments.chunk(2, dim=-3)
+    if posterior == "mode":
+        return mean
+    return mean + (0.5 * log_variance.clamp(*_LOG_VARIANCES)).exp() * _noise(mean)
+
+
+def _noise(like: Tensor) -> Tensor:
+    """Normals by the ambient keyed draws, or by torch's generator where there are none.
+
+    The purpose is one, so that a latent is the same whether its moments were stored or have just been computed.
+    """
+    draws = current_draws()
+    return (
+        torch.randn_like(like)
+        if draws is None
+        else draws.normal("codec.encode", tuple(like.shape[1:])).to(like)
+    )
 
 
 class IdentityCodec:
-    """The network sees pixels, or stored latents as they are, times ``scale``.
+    """The network sees pixels, or stored latents as they are (or drawn from their moments), times ``scale``.
 
     Args:
         scale: x1 = scale * pixels; decoding divides.
@@ -79,16 +102,17 @@ class AutoencoderKLCodec:
     Stored latents are unscaled, as ZigMa's shards hold them, and only need the scale; pixels are encoded.
 
     Args:
-        path: local directory of a diffusers ``AutoencoderKL``; nothing is downloaded. None serves training on stored
+        path: local directory of a diffusers ``AutoencoderKL``, or a file of the published CompVis layout such as
+            ``autoencoder_kl.pth`` (see ``zigflow.compvis``); nothing is downloaded. None serves training on stored
             latents, which needs no autoencoder, and nothing else.
         scale: x1 = scale * latents; 0.18215 for the SD-1 autoencoders.
-        posterior: ``sample`` draws the latent with the ambient keyed draws (torch's generator without any),
-            ``mode`` takes its mean.
+        posterior: ``sample`` draws the latent with the ambient keyed draws (torch's generator without any), of pixels
+            and of stored moments; ``mode`` takes its mean.
         chunk: images that are encoded or decoded at a time.
 
     Raises:
         ImportError: diffusers is missing; the extra to install is named.
-        ValueError: an unknown ``posterior``, a ``scale`` that is not positive, or a folder without an autoencoder.
+        ValueError: an unknown ``posterior``, a ``scale`` that is not positive, a folder or file without an autoencoder.
     """
 
     def __init__(
@@ -126,13 +150,14 @@ class AutoencoderKLCodec:
     def _autoencoder(self, what: str) -> Any:
         if self._vae is None:
             raise ValueError(
-                f"{what} needs the autoencoder: give codec.path=FOLDER, the folder of a diffusers AutoencoderKL"
+                f"{what} needs the autoencoder: give codec.path=FOLDER, the folder of a diffusers AutoencoderKL, "
+                "or the file autoencoder_kl.pth"
             )
         return self._vae
 
     @torch.no_grad()
     def encode(self, batch: Any) -> Tensor:
-        stored = _stored(batch)
+        stored = _stored(batch, self.posterior)
         if stored is not None:
             return stored * self.scale
         if batch.pixels is None:
@@ -142,14 +167,9 @@ class AutoencoderKLCodec:
         vae = self._autoencoder("encoding pixels")
         pixels, lead = _fold(batch.pixels)
         posteriors = [vae.encode(part).latent_dist for part in pixels.split(self.chunk)]
-        latents = torch.cat([p.mean for p in posteriors])
-        latents = latents.reshape(*lead, *latents.shape[1:])
-        if self.posterior == "sample":
-            std = torch.cat([p.std for p in posteriors]).reshape(latents.shape)
-            draws = current_draws()
-            shape = tuple(latents.shape[1:])
-            noise = torch.randn_like(latents) if draws is None else draws.normal("codec.encode", shape)
-            latents = latents + std * noise.to(latents)
+        mean, std = (torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "std"))
+        mean, std = (value.reshape(*lead, *mean.shape[1:]) for value in (mean, std))
+        latents = mean if self.posterior == "mode" else mean + std * _noise(mean)
         return latents * self.scale
 
     @torch.no_grad()
@@ -165,7 +185,17 @@ def _load(path: str) -> Any:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise ImportError("the autoencoder codec needs diffusers: pip install 'zigflow[codec]'") from error
-    vae: Any = AutoencoderKL.from_pretrained(path, local_files_only=True)
+    if is_checkpoint_file(path):
+        layout, weights = read_autoencoder(path)
+        vae: Any = AutoencoderKL(**layout)
+        try:
+            # Strict, so that no weight stays as it was drawn.
+            vae.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{path} does not hold all of an autoencoder's weights: {reason}") from error
+    else:
+        vae = AutoencoderKL.from_pretrained(path, local_files_only=True)
     return vae.eval().requires_grad_(False)
 
 

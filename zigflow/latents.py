@@ -4,6 +4,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+_FILE_SUFFIXES = (".pth", ".pt", ".ckpt")
+
+
+def is_checkpoint_file(path: str | Path) -> bool:
+    """Whether ``codec.path`` names one file of weights, and not a folder."""
+    return Path(path).suffix in _FILE_SUFFIXES and not Path(path).is_dir()
+
 
 @dataclass(frozen=True)
 class LatentSize:
@@ -14,12 +21,18 @@ class LatentSize:
 
     @classmethod
     def of(cls, path: str | Path | None) -> "LatentSize":
-        """Read from ``config.json`` of a diffusers AutoencoderKL; without a folder that of Stable Diffusion 1 and 2.
+        """Read from ``config.json`` of a diffusers AutoencoderKL.
+
+        Without a folder, and for a file of weights (CompVis), that of Stable Diffusion 1 and 2.
 
         Raises:
-            ValueError: the folder has no such file, or the file does not say.
+            ValueError: the folder has no such file, or the file does not say; there is no file of weights.
         """
         if path is None:
+            return cls()
+        if is_checkpoint_file(path):
+            if not Path(path).is_file():
+                raise ValueError(f"there is no file {path}")
             return cls()
         file = Path(path) / "config.json"
         try:

@@ -38,7 +38,8 @@ def check_decoding(settings: Settings) -> None:
         if settings.codec.get("path") is None:
             raise SettingsError(
                 "codec.path is missing: samples are latents, give codec.path=FOLDER, a local diffusers AutoencoderKL "
-                f"such as stabilityai/sd-vae-ft-{settings.vae} (config.json and diffusion_pytorch_model.safetensors)"
+                f"such as stabilityai/sd-vae-ft-{settings.vae} (config.json and diffusion_pytorch_model.safetensors), "
+                "or the file autoencoder_kl.pth"
             )
         _latent_size(settings.codec)
 

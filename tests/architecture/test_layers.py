@@ -12,7 +12,7 @@ LAYERS = {
     2: ["zigflow.nn", "zigflow.processes", "zigflow.data", "zigflow.settings", "zigflow.typed",
         "zigflow.registry", "zigflow.paths",
         "zigflow.keyed", "zigflow._version", "zigflow.latents"],
-    3: ["model_zigma", "zigflow.models", "zigflow.samplers", "zigflow.metrics", "zigflow.datasets", "zigflow.codec",
+    3: ["model_zigma", "zigflow.models", "zigflow.samplers", "zigflow.metrics", "zigflow.datasets", "zigflow.codec", "zigflow.compvis",
         "zigflow.text"],
     4: ["zigflow.engine", "zigflow.official"],
     5: ["zigflow.build", "zigflow.evaluation_job", "zigflow.sample_job", "zigflow.stored_config", "zigflow.plugins",

@@ -32,8 +32,12 @@ def test_every_source_keeps_the_contract(path, tmp_path):
     assert module.example(tmp_path / "b").fingerprint == source.fingerprint
     order = DataOrder(source.shard_sizes, 0)
     batch = next(iter(training_loader(source, order, GlobalBatch(3))))
-    images = batch.pixels if batch.pixels is not None else batch.latents
-    assert images.shape == (3, *source.image_shape)
+    if batch.moments is not None:
+        channels, *sides = source.image_shape
+        assert batch.moments.shape == (3, 2 * channels, *sides)
+    else:
+        images = batch.pixels if batch.pixels is not None else batch.latents
+        assert images.shape == (3, *source.image_shape)
     assert (batch.labels is not None) == (source.num_classes > 0)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TENSOR_FIELDS = ("pixels", "latents", "labels", "tokens")
+TENSOR_FIELDS = ("pixels", "latents", "moments", "labels", "tokens")
 SAMPLE_FIELDS = (*TENSOR_FIELDS, "captions", "key", "id")
 
 
@@ -21,6 +21,8 @@ class Batch:
     Attributes:
         pixels: (B, C, H, W) or (B, T, C, H, W) float32 in [-1, 1].
         latents: (B, C, H, W) or (B, T, C, H, W) float32, as the codec made them, not scaled.
+        moments: (B, 2 C, H, W) or (B, T, 2 C, H, W) float32, mean and log variance of latents, from which the codec
+            draws them.
         labels: (B,) int64.
         tokens: (B, L, D) or (B, N, L, D) float32 text features, N captions of which training picks one.
         ids: (B,) int64, global sample positions: they key the random draws of the samples.
@@ -37,6 +39,7 @@ class Batch:
     keys: tuple[str, ...]
     captions: tuple[tuple[str, ...], ...] = ()
     skipped: tuple[str, ...] = ()
+    moments: Tensor | None = None
 
     @property
     def size(self) -> int:

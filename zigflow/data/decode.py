@@ -91,17 +91,26 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     raise ValueError(f"npy version {version} is not read; 1.0 and 2.0 are")
 
 
-def decode_npy(data: bytes, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
-    """A plain numeric array; object and structured types are refused before anything is read."""
+def npy_header(data: bytes) -> tuple[int, tuple[int, ...], bool, np.dtype]:
+    """Where an npy file's data begin, and its shape, whether it is in Fortran order, and its type.
+
+    Raises:
+        DecodeError: the header is damaged or over budget.
+    """
     width = 4 if data[6:7] == b"\x02" else 2
     begin = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
     if begin > _MAX_NPY_HEADER:
         raise DecodeError(f"not a readable npy array: a header of {begin} bytes")
     try:
-        shape, fortran, dtype = _npy_header(data[:begin])
+        return begin, *_npy_header(data[:begin])
     # The header is a Python literal: noise in it ends in exceptions of many kinds.
     except Exception as error:
         raise DecodeError(f"not a readable npy array: {error}") from error
+
+
+def decode_npy(data: bytes, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
+    """A plain numeric array; object and structured types are refused before anything is read."""
+    begin, shape, fortran, dtype = npy_header(data)
     if dtype.kind not in "fiub" or dtype.names is not None:
         raise DecodeError(f"an npy array of numbers is needed, this one has type {dtype}")
     if any(not isinstance(n, int) or n < 0 for n in shape):

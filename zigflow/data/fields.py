@@ -10,9 +10,10 @@ from zigflow.registry import unknown_name
 
 from .decode import DEFAULT_LIMITS, DecodeError, Limits, decode, to_pixels
 from .shard_index import Sample
+from .source import image_shape
 from .tar import ShardError
 
-FIELDS = ("pixels", "latents", "labels", "tokens", "captions")
+FIELDS = ("pixels", "latents", "moments", "labels", "tokens", "captions")
 DEFAULT_RENAME = {
     "image.png": "pixels",
     "image.jpg": "pixels",
@@ -26,6 +27,7 @@ DEFAULT_RENAME = {
     "frame_feature256.npy": "latents",
     "latent.npy": "latents",
     "latent_hr.npy": "latents",
+    "moments.npy": "moments",
     "cls_id.cls": "labels",
     "cls": "labels",
     "caption.json": "captions",
@@ -47,7 +49,7 @@ OFFICIAL_KEYS = {
     "caption": "captions",
     "caption_feature": "tokens",
 }
-_SHAPED = ("pixels", "latents", "tokens")
+_SHAPED = ("pixels", "latents", "moments", "tokens")
 
 
 class FieldDecoder:
@@ -95,7 +97,7 @@ class FieldDecoder:
     def fix_shapes(self, sample: Mapping[str, Any]) -> tuple[int, ...]:
         """Take the shapes of this sample as those of all; returns the shape of its pixels, or of its latents."""
         self.shapes = {name: _shape(name, sample[name]) for name in _SHAPED if name in sample}
-        return tuple(sample["pixels" if "pixels" in sample else "latents"].shape)
+        return image_shape(sample)
 
     def __call__(
         self,
@@ -203,6 +205,10 @@ def _shape(field: str, tensor: torch.Tensor) -> tuple[int, ...]:
 def _floats(value: np.ndarray, field: str, ranks: tuple[int, ...]) -> torch.Tensor:
     if value.ndim not in ranks or not value.size:
         raise DecodeError(f"{field} have {' or '.join(map(str, ranks))} dimensions, got shape {value.shape}")
+    if field == "moments" and value.shape[-3] % 2:
+        raise DecodeError(
+            f"moments have an even number of channels, mean and log variance, got {value.shape}"
+        )
     numbers = value.astype(np.float32, copy=False)
     if not np.isfinite(numbers).all():
         raise DecodeError(f"{field} hold values that are not finite")
@@ -231,7 +237,7 @@ def _choose(
             )
         out[field] = tuple(suffixes if rename is not None else present)
     missing = sorted(set(fields or ()) - set(out))
-    if missing or not {"pixels", "latents"} & set(out):
+    if missing or not {"pixels", "latents", "moments"} & set(out):
         raise ValueError(
             f"{', '.join(missing) or 'pixels or latents'} cannot be found among the suffixes {sorted(first)}: "
             "give rename={suffix: field}"

@@ -13,12 +13,13 @@ class DataSource(Protocol):
     """A set of samples that can be read in any order.
 
     A sample is a dictionary with ``key`` (a string, unique in the source) and any of ``pixels`` ((C, H, W) or
-    (T, C, H, W) float32 in [-1, 1]), ``latents`` (the same ranks, unscaled float32), ``labels`` (an integer),
+    (T, C, H, W) float32 in [-1, 1]), ``latents`` (the same ranks, unscaled float32), ``moments`` (mean and log
+    variance of latents, one behind the other: 2 C channels), ``labels`` (an integer),
     ``tokens`` ((L, D) or (N, L, D) float32) and ``captions`` (a tuple of texts). Reading the same index twice
     gives the same sample: random augmentation belongs to training, which keys it by the sample's position.
 
     Attributes:
-        image_shape: shape of ``pixels``, or of ``latents`` where there are no pixels.
+        image_shape: shape of ``pixels``, or of the latents where there are no pixels.
         num_classes: number of labels, 0 for a source without.
         shard_sizes: samples per shard, in the order of the indices; one entry for a source without shards.
         fingerprint: a hash of what the indices refer to; training refuses to resume on another.
@@ -79,10 +80,9 @@ def _check_sample(source: DataSource, index: int, sample: Mapping[str, Any]) -> 
     unknown = sorted(set(sample) - set(allowed))
     if unknown:
         raise ValueError(f"{where} has unknown fields {unknown}; known: {allowed}")
-    image = sample.get("pixels", sample.get("latents"))
-    if image is None:
-        raise ValueError(f"{where} has neither pixels nor latents")
-    for name in ("pixels", "latents", "tokens"):
+    if all(sample.get(name) is None for name in ("pixels", "latents", "moments")):
+        raise ValueError(f"{where} has neither pixels nor latents, nor moments of latents")
+    for name in ("pixels", "latents", "moments", "tokens"):
         value = sample.get(name)
         if value is None:
             continue
@@ -92,10 +92,21 @@ def _check_sample(source: DataSource, index: int, sample: Mapping[str, Any]) -> 
             )
         if not torch.isfinite(value).all():
             raise ValueError(f"{where}: {name} has values that are not finite")
-    if tuple(image.shape) != tuple(source.image_shape):
-        raise ValueError(f"{where} has shape {tuple(image.shape)}, image_shape says {source.image_shape}")
+    shape = image_shape(sample)
+    if shape != tuple(source.image_shape):
+        raise ValueError(f"{where} has shape {shape}, image_shape says {source.image_shape}")
     pixels = sample.get("pixels")
     if pixels is not None and (pixels.min() < -1 or pixels.max() > 1):
         raise ValueError(f"{where}: pixels lie in [{pixels.min():.3g}, {pixels.max():.3g}], allowed [-1, 1]")
     if source.num_classes and not 0 <= sample.get("labels", -1) < source.num_classes:
         raise ValueError(f"{where}: label {sample.get('labels')} outside 0..{source.num_classes - 1}")
+
+
+def image_shape(sample: Mapping[str, Any]) -> tuple[int, ...]:
+    """Shape of a sample's pixels, or of its latents; moments hold two numbers for each of a latent."""
+    if sample.get("pixels") is not None:
+        return tuple(sample["pixels"].shape)
+    if sample.get("latents") is not None:
+        return tuple(sample["latents"].shape)
+    *lead, channels, height, width = sample["moments"].shape
+    return (*lead, channels // 2, height, width)

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from zigflow.codec import IdentityCodec, to_uint8
 from zigflow.data.loader import evaluation_loader
+from zigflow.keyed import KeyedDraws
 from zigflow.metrics.base import Metric, SampleIds, StreamingMetric
 
 from .ema import EmaProfiles
@@ -196,7 +197,9 @@ class Judge:
         for batch in evaluation_loader(source, self._batch_size, rank=rank, world_size=size):
             pixels = batch.pixels
             if pixels is None:
-                pixels = self._codec.decode(self._codec.encode(batch.to(self._device))).cpu()
+                # Stored moments are drawn from by the sample's number: the reference is the same at every reading.
+                with KeyedDraws(0, batch.ids).to(self._device).active():
+                    pixels = self._codec.decode(self._codec.encode(batch.to(self._device))).cpu()
             images = to_uint8(pixels)
             yield beside(images), batch.labels
 
