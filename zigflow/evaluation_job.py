@@ -106,9 +106,11 @@ def build_judge(
     """The metric of a configuration with its real images; without a metric or data it counts the samples only."""
     node = {k: v for k, v in (settings.metrics or {}).items() if k != "name"}
     metric = train = heldout = None
-    if node.get("_target_") and settings.data.source:
+    if node.get("_target_") and (settings.data.source or node.get("reference_stats")):
         metric = make("metrics", node)
-        train, heldout = build_source(settings), build_source(settings, "heldout")
+        # A published reference needs no data, which may lie elsewhere.
+        if not node.get("reference_stats"):
+            train, heldout = build_source(settings), build_source(settings, "heldout")
     return Judge(metric, train, heldout, ranks=ranks, codec=codec, device=device, preview=preview)
 
 

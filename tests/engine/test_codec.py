@@ -127,3 +127,20 @@ def test_a_missing_diffusers_names_the_extra(monkeypatch):
         AutoencoderKLCodec("anywhere")
     with pytest.raises(ValueError, match="posterior"):
         AutoencoderKLCodec("anywhere", posterior="median")
+
+
+def test_latents_are_drawn_from_stored_moments_by_the_sample():
+    mean, log_variance = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2) * 30
+    stored = SimpleNamespace(pixels=None, latents=None, moments=torch.cat([mean, log_variance], dim=1))
+    draws = KeyedDraws(0, torch.tensor([5, 6, 7]))
+    wanted = mean + (log_variance.clamp(-30, 20) / 2).exp() * draws.normal("codec.encode", (4, 2, 2))
+    for codec in (AutoencoderKLCodec(scale=0.5), IdentityCodec(scale=0.5)):
+        with draws.active():
+            together = codec.encode(stored)
+        assert torch.equal(together, wanted * 0.5)
+        one = SimpleNamespace(pixels=None, latents=None, moments=stored.moments[1:2])
+        with KeyedDraws(0, torch.tensor([6])).active():
+            assert torch.equal(codec.encode(one), together[1:2])
+        with KeyedDraws(0, torch.tensor([8])).active():
+            assert not torch.equal(codec.encode(one), together[1:2])
+    assert torch.equal(AutoencoderKLCodec(scale=0.5, posterior="mode").encode(stored), mean * 0.5)

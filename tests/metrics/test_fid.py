@@ -1,11 +1,16 @@
 """FID through torchmetrics, with a toy network in Inception's place."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from zigflow.metrics.fid import Fid, check_weights
-from zigflow.metrics.frechet import frechet_from_features
+from zigflow.metrics.frechet import frechet_from_features, read_statistics
+
+FIXTURE = Path(__file__).parents[1] / "parity/fixtures/dit_uvit/data_formats/fid_stats_example.npz"
 
 
 class ToyFeatures(nn.Module):
@@ -47,11 +52,59 @@ def test_the_number_is_ours_and_does_not_depend_on_the_split():
     assert parts[0].compute()["fid"] == pytest.approx(number, rel=1e-9)
     assert {k: v for k, v in parts[0].protocol().items() if k != "torchmetrics"} == {
         "metric": "fid", "n": 41, "ids_sha256": whole.protocol()["ids_sha256"], "features": "ToyFeatures",
-        "inception_weights_sha256": None, "reference_split": "train", "reference_n": 50,
+        "inception_weights_sha256": None, "reference_split": "train", "reference_n": 50, "reference_stats_sha256": None,
     }  # fmt: skip
     whole.reset()
     whole.update(real, None, torch.arange(50))
     assert whole.compute()["fid"] < 1e-6, "the reference stays when the samples are forgotten"
+
+
+@pytest.mark.slow
+def test_a_published_reference_takes_the_place_of_the_images(tmp_path):
+    real, fake, ids, toy = images(50, 0), images(41, 1, 40), torch.arange(41), ToyFeatures()
+    features = toy(real).numpy()
+    np.savez(tmp_path / "stats.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    metric = Fid(features=toy, reference_stats=tmp_path / "stats.npz")
+    metric.set_reference((real[:2], None))
+    metric.update(fake[:20], None, ids[:20])
+    other = Fid(features=toy, reference_stats=tmp_path / "stats.npz")
+    other.update(fake[20:], None, ids[20:])
+    metric.absorb_state(other.state())
+    assert metric.compute()["fid"] == pytest.approx(frechet_from_features(toy(fake), toy(real)), rel=1e-9)
+    protocol = metric.protocol()
+    assert (protocol["reference_split"], protocol["reference_n"]) == (None, None)
+    assert len(protocol["reference_stats_sha256"]) == 64
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(7), sigma=np.eye(7))
+    with pytest.raises(
+        ValueError, match=r"reference_stats=.*wide\.npz is over 7 features, the network has 6"
+    ):
+        Fid(features=toy, reference_stats=tmp_path / "wide.npz")
+
+
+def test_published_statistics_are_read_and_checked(tmp_path):
+    mean, covariance = read_statistics(FIXTURE)
+    stored = np.load(FIXTURE)
+    assert mean.dtype == covariance.dtype == torch.float64
+    assert np.array_equal(mean, stored["mu"])
+    np.testing.assert_allclose(covariance, stored["sigma"], rtol=1e-12)
+    good = {"mu": np.zeros(3), "sigma": np.eye(3)}
+    path = tmp_path / "s.npz"
+    for change, match in (
+        ({"sigma": None}, "has no sigma; it holds"),
+        ({"sigma": np.eye(4)}, "covariance"),
+        ({"mu": np.zeros((3, 1))}, "covariance"),
+        ({"mu": np.full(3, np.nan)}, "not finite"),
+        ({"sigma": np.triu(np.ones((3, 3)))}, "not symmetric"),
+        ({"mu": np.zeros(3, np.int64)}, "floating-point"),
+        ({"mu": np.array([print, 1, 2], dtype=object)}, "type object"),
+    ):
+        arrays = {k: v for k, v in {**good, **change}.items() if v is not None}
+        np.savez(path, **arrays)
+        with pytest.raises(ValueError, match=match) as error:
+            read_statistics(path)
+        assert str(path) in str(error.value)
+    with pytest.raises(FileNotFoundError):
+        read_statistics(tmp_path / "none.npz")
 
 
 def test_missing_or_foreign_weights(tmp_path):

@@ -178,6 +178,8 @@ class Judge:
                         raise ValueError(f"{metric.name} needs real images, and the data has no source")
                     metric.set_reference(train, heldout)
             return
+        if metric.reference is None:
+            return
         metric.forget_reference()
         with self.ranks.together("reading the real images"):
             source = self._sources[metric.reference]

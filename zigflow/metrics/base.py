@@ -242,10 +242,10 @@ class StreamingMetric(Metric):
     """A metric that needs the real images once, batch by batch, so that processes can share them and forget them.
 
     Attributes:
-        reference: "train" or "heldout", the real set that is read.
+        reference: "train" or "heldout", the real set that is read; None where the metric brings its reference along.
     """
 
-    reference: str
+    reference: str | None
 
     @abstractmethod
     def add_reference(self, images: Tensor) -> None:
@@ -260,11 +260,13 @@ class StreamingMetric(Metric):
         """Add the ``reference_state()`` of another process."""
 
     def set_reference(self, train: LabeledImages, heldout: LabeledImages | None = None) -> None:
-        """Count all real images of the chosen set, in place of those counted before.
+        """Count all real images of the chosen set, in place of those counted before; none without such a set.
 
         Raises:
             ValueError: the chosen set is missing or has fewer than 2 images.
         """
+        if self.reference is None:
+            return
         chosen = train if self.reference == "train" else heldout
         if chosen is None:
             raise ValueError(f"{self.name}: reference={self.reference!r}, but that set was not given")

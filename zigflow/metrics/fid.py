@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zigflow.metrics.base import StreamingMetric, check_images
+from zigflow.metrics.frechet import FrechetStatistics, frechet_distance, read_statistics
 
 __all__ = ["Fid"]
 
@@ -33,11 +34,14 @@ class Fid(StreamingMetric):
             uint8 (B, C, H, W) to (B, F).
         reference: "train" or "heldout".
         batch_size: images per call of the network.
+        reference_stats: path of a published npz file of the real set's ``mu`` (F,) and ``sigma`` (F, F), in place of
+            the real images; ``reference`` then does not count.
 
     Raises:
         ImportError: torchmetrics or torch-fidelity are missing; the extra to install is named.
         FileNotFoundError: there is no such file.
-        ValueError: no file was named, it holds other things than tensors, or ``reference`` is unknown.
+        ValueError: no file was named, it holds other things than tensors (than mean and covariance of as many
+            features), or ``reference`` is unknown.
     """
 
     name = "fid"
@@ -49,6 +53,7 @@ class Fid(StreamingMetric):
         features: nn.Module | None = None,
         reference: str = "train",
         batch_size: int = 64,
+        reference_stats: str | Path | None = None,
     ):
         super().__init__()
         if reference not in ("train", "heldout"):
@@ -59,7 +64,15 @@ class Fid(StreamingMetric):
             self._weights_sha256 = check_weights(inception_weights)
         else:
             self._weights_sha256 = None
-        self.reference, self.batch_size = reference, batch_size
+        self.reference, self.batch_size = None if reference_stats else reference, batch_size
+        self._stats = read_statistics(reference_stats) if reference_stats else None
+        self._stats_sha256 = file_sha256(Path(reference_stats)) if reference_stats else None
+        width = 2048 if features is None else getattr(features, "num_features", None)
+        if self._stats is not None and width is not None and len(self._stats[0]) != width:
+            raise ValueError(
+                f"metrics.reference_stats={reference_stats} is over {len(self._stats[0])} features, the network has "
+                f"{width}"
+            )
         self._rgb = features is None
         self._network = (
             "inception-v3-compat, 2048 features" if features is None else type(features).__qualname__
@@ -91,7 +104,7 @@ class Fid(StreamingMetric):
         self._clear("real")
 
     def _has_reference(self) -> bool:
-        return int(self._fid.real_features_num_samples) > 1
+        return self._stats is not None or int(self._fid.real_features_num_samples) > 1
 
     @torch.no_grad()
     def _add(self, images: Tensor, real: bool) -> None:
@@ -137,6 +150,12 @@ class Fid(StreamingMetric):
         return {"fid": self._distance()}
 
     def _distance(self) -> float:
+        if self._stats is not None:
+            count, total, outer = (self._sums("fake")[name] for name in (_SUMS[2], _SUMS[0], _SUMS[1]))
+            packed = torch.cat([part.double().reshape(-1) for part in (count, total, outer)])
+            return frechet_distance(
+                *FrechetStatistics.from_packed(packed, len(total)).moments(), *self._stats
+            )
         # torchmetrics warns when compute() comes before its own update(), which absorbed sums have not called.
         self._fid._update_count = max(self._fid._update_count, 1)
         self._fid._computed = None
@@ -150,7 +169,8 @@ class Fid(StreamingMetric):
             "features": self._network,
             "inception_weights_sha256": self._weights_sha256,
             "reference_split": self.reference,
-            "reference_n": int(self._fid.real_features_num_samples),
+            "reference_n": None if self._stats is not None else int(self._fid.real_features_num_samples),
+            "reference_stats_sha256": self._stats_sha256,
             "torchmetrics": torchmetrics.__version__,
         }
 
@@ -179,8 +199,10 @@ def check_weights(path: str | Path | None) -> str:
         raise ValueError(f"{path} is no file of weights: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} is no file of weights: it holds something else than tensors by name")
-    digest = hashlib.sha256()
+    return file_sha256(path)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's contents."""
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

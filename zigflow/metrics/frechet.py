@@ -8,14 +8,22 @@ Legend: B images of a batch, C channels, H height, W width, N feature vectors, F
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zigflow.data.npz import read_npz
 from zigflow.metrics.base import StreamingMetric, check_images
 
-__all__ = ["FrechetMetric", "FrechetStatistics", "frechet_distance", "frechet_from_features"]
+__all__ = [
+    "FrechetMetric",
+    "FrechetStatistics",
+    "frechet_distance",
+    "frechet_from_features",
+    "read_statistics",
+]
 
 
 def _square_root(covariance: Tensor) -> Tensor:
@@ -69,6 +77,20 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     distance = shift + covariance1.trace() + covariance2.trace() - 2.0 * cross
     # Rounding may leave minus 1e-16 of the traces where the distance is zero.
     return max(float(distance), 0.0)
+
+
+def read_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
+    """Mean (F,) and covariance (F, F), float64, out of a published file: an npz archive of ``mu`` and ``sigma``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or its arrays are no mean and covariance; it is named.
+    """
+    arrays = read_npz(path, ("mu", "sigma"))
+    for name, array in arrays.items():
+        if array.dtype.kind != "f":
+            raise ValueError(f"{path}: {name} holds {array.dtype}, floating-point numbers are needed")
+    return _check_moments(str(path), torch.from_numpy(arrays["mu"]), torch.from_numpy(arrays["sigma"]))
 
 
 class FrechetStatistics:
