@@ -148,16 +148,21 @@ def evaluation_loader(
     num_samples: int | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
+    caption_seed: int | None = None,
 ) -> DataLoader[Batch]:
     """Each of the first ``num_samples`` samples exactly once over all ranks, in the order of the source.
 
     ``ids`` of the batches are the indices in the source.
+
+    Args:
+        caption_seed: see :class:`PositionDataset`; samples with different numbers of captions need one.
     """
     count = len(source) if num_samples is None else num_samples
     if count > len(source):
         raise ValueError(f"{count} samples were asked for, the source has {len(source)}")
     sampler = OncePerSample(count, batch_size, rank, world_size)
-    return make_loader(PositionDataset(source), sampler, num_workers, pin_memory)
+    dataset = PositionDataset(source, caption_seed=caption_seed)
+    return make_loader(dataset, sampler, num_workers, pin_memory)
 
 
 def make_loader(

@@ -196,7 +196,8 @@ class Judge:
             metric.absorb_reference(state)
 
     def _pixels(self, source: Any, rank: int = 0, size: int = 1) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for batch in evaluation_loader(source, self._batch_size, rank=rank, world_size=size):
+        loader = evaluation_loader(source, self._batch_size, rank=rank, world_size=size, caption_seed=0)
+        for batch in loader:
             pixels = batch.pixels
             if pixels is None:
                 # Stored moments are drawn from by the sample's number: the reference is the same at every reading.

@@ -75,7 +75,7 @@ class MeasuringRun:
         if not len(source):
             raise ValueError("there is nothing to measure: the source has no samples")
         self.quantity, self.level, self.seed, self.batch_size = quantity, level, seed, batch_size
-        self.data = PositionDataset(source)
+        self.data = PositionDataset(source, caption_seed=seed)
         self.available = len(source)
         self.num_samples = min(num_samples, self.available)
         self.device = torch.device(device)

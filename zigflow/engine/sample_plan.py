@@ -17,7 +17,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from zigflow.data.decode import DEFAULT_LIMITS, decode
+from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, decode
+from zigflow.data.feature_files import (
+    FEATURE_LIMITS,
+    check_complete,
+    fingerprint,
+    numbers_of,
+    read_bytes,
+    to_tokens,
+)
+from zigflow.data.object_arrays import decode_objects
 from zigflow.data.shards import ShardReader
 from zigflow.keyed import KeyedDraws
 from zigflow.typed import SettingsError, convert
@@ -212,7 +221,9 @@ def text_plan(rows: CaptionRows, width: int, name: str) -> Plan:
 
 
 def open_captions(path: str) -> CaptionRows:
-    """Caption features of a .npy or .safetensors file, (N, L, D) or (N, K, L, D), or of a folder of shards.
+    """Caption features of a .npy or .safetensors file, (N, L, D) or (N, K, L, D), or of a folder.
+
+    A folder holds shards, or U-ViT's prompts: ``0.npy``, ``1.npy``, ..., each a pickled pair (text, features (L, D)).
 
     A safetensors file holds one tensor, or one named ``tokens``. Nothing is unpickled, and rows are read when needed.
 
@@ -222,14 +233,16 @@ def open_captions(path: str) -> CaptionRows:
     file = Path(path)
     try:
         if file.is_dir():
-            return _ShardRows(file)
+            return _PromptRows(file) if (file / "0.npy").is_file() else _ShardRows(file)
         if file.suffix == ".npy":
             return _NpyRows(file)
         if file.suffix == ".safetensors":
             return _SafetensorRows(file)
     except (OSError, ValueError, SafetensorError) as error:
         raise SettingsError(f"captions={path}: {error}") from error
-    raise SettingsError(f"captions={path} is neither a .npy file, a .safetensors file nor a folder of shards")
+    raise SettingsError(
+        f"captions={path} is neither a .npy file, a .safetensors file nor a folder of shards or prompts"
+    )
 
 
 def _check_rows(shape: tuple[int, ...]) -> None:
@@ -269,6 +282,26 @@ class _SafetensorRows:
 
     def row(self, index: int) -> Tensor:
         return self._slice[index : index + 1][0]
+
+
+class _PromptRows:
+    def __init__(self, folder: Path):
+        numbers = numbers_of(folder, r"(0|[1-9]\d{0,9})\.npy")[:, 0]
+        self._paths = [folder / f"{i}.npy" for i in range(check_complete(numbers, folder, "{}.npy"))]
+        self.fingerprint = fingerprint(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def row(self, index: int) -> Tensor:
+        path = self._paths[index]
+        try:
+            items = decode_objects(read_bytes(path), FEATURE_LIMITS)
+            if len(items) != 2 or not isinstance(items[0], str) or isinstance(items[1], str):
+                raise DecodeError(f"a pair of text and features is needed, there are {len(items)} objects")
+            return to_tokens(items[1])
+        except DecodeError as error:
+            raise DecodeError(f"{path}: {error}") from error
 
 
 class _ShardRows:

@@ -9,7 +9,7 @@ COMMANDS = {
     "list": "names that can be typed: models, scans, samplers, kernel backends, configuration groups",
     "plot-scans": "draw scan orders",
     "show-config": "print a composed and validated configuration",
-    "make-shards": "write indexed shards from digits, an image folder or idx files",
+    "make-shards": "write indexed shards from digits, an image folder, idx files or published features",
     "verify-shards": "check shards byte for byte",
     "convert-checkpoint": "turn an official .pt file into a checkpoint of ours",
     "count-flops": "count a model's parameters and operations per sample, by module",

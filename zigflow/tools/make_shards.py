@@ -1,4 +1,4 @@
-"""``make-shards``: write indexed shards from the digits, a folder of images, or idx files (MNIST and its kin).
+"""``make-shards``: write indexed shards from the digits, images, idx files (MNIST and its kin), or published features.
 
 Training and held-out parts go to OUTPUT/train and OUTPUT/heldout; without a split everything goes to OUTPUT.
 """
@@ -16,10 +16,16 @@ from zigflow.data.files import publishing_folder
 from zigflow.data.published_crops import CROPS
 from zigflow.data.shard_index import INDEX_NAME, load_folder_index
 from zigflow.data.split import stratified_split
-from zigflow.data.writer import ShardWriter, encode_png
+from zigflow.data.writer import ShardWriter, encode_npy, encode_png
 
 _IDX_KINDS = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _MAX_IDX = 1 << 31
+_INPUTS = {
+    "folder": "the folder of images",
+    "idx": "the idx file of the images",
+    "latent-features": "the folder of 0.npy or 0.npy.npz, 1.npy, ...",
+    "coco-features": "the folder of train/, val/ and empty_context.npy; val/ becomes OUTPUT/heldout",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -201,6 +207,45 @@ def _run_idx(args: argparse.Namespace) -> None:
     _write(args, labels, classes, members)
 
 
+def _run_latent_features(args: argparse.Namespace) -> None:
+    from zigflow.datasets.latent_features import LatentFeaturesSource
+
+    source = LatentFeaturesSource(args.input, args.num_classes)
+    args.count = len(source)
+    labels = None
+    if args.num_classes > 0 and args.split_fraction is not None:
+        labels = np.array([source[index]["labels"] for index in range(len(source))])
+
+    def members(index: int) -> dict[str, bytes]:
+        sample = source[index]
+        out = {"moments.npy": encode_npy(sample["moments"].numpy())}
+        return {**out, "cls_id.cls": str(sample["labels"]).encode()} if "labels" in sample else out
+
+    _write(args, labels, [str(n) for n in range(source.num_classes)], members)
+
+
+def _run_coco_features(args: argparse.Namespace) -> None:
+    from zigflow.datasets.coco_features import EMPTY, SPLITS, CocoFeaturesSource
+
+    if args.split_fraction is not None or args.seed:
+        raise ValueError(
+            "the COCO features come in two parts, train and val: leave out --split-fraction and --seed"
+        )
+    parts = {name: split for name, split in zip(("train", "heldout"), SPLITS, strict=True)
+             if (args.input / split).is_dir()}  # fmt: skip
+    if not parts:
+        raise NotADirectoryError(f"{args.input} holds neither {' nor '.join(SPLITS)}")
+    with publishing_folder(args.output, f"{list(parts)[-1]}/{INDEX_NAME}") as folder:
+        for name, split in parts.items():
+            source = CocoFeaturesSource(args.input, split)
+            with ShardWriter(folder / name, args.shard_size, "coco", {"name": f"coco/{split}"}) as writer:
+                for index in range(len(source)):
+                    sample = source[index]
+                    fields = {"moments.npy": sample["moments"], "caption_feature.npy": sample["tokens"]}
+                    writer.add(f"{split}-{index:08d}", {k: encode_npy(v.numpy()) for k, v in fields.items()})
+            np.save(folder / EMPTY, source.empty_context.numpy())
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="zigflow.tools make-shards", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
@@ -212,14 +257,17 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--split-fraction", type=float, help="part of every class for training")
         sub.add_argument("--seed", type=int, default=0, help="seed of the split (0)")
         if name != "digits":
-            what = "the folder of images" if name == "folder" else "the idx file of the images"
-            sub.add_argument("--input", type=Path, required=True, help=what)
+            sub.add_argument("--input", type=Path, required=True, help=_INPUTS[name])
         if name == "folder":
             sub.add_argument("--resize", type=int, help="crop to the center and resize to this many pixels")
             sub.add_argument(
                 "--crop", choices=list(CROPS), default="cover", help="how --resize crops; adm: ADM and DiT's ImageNet, "
                 "lanczos: U-ViT's COCO (cover)",
             )  # fmt: skip
+        if name == "latent-features":
+            sub.add_argument(
+                "--num-classes", type=int, default=1000, help="number of labels (1000), 0 to leave them out"
+            )
         if name == "idx":
             sub.add_argument("--labels", type=Path, help="the idx file of the labels")
     return parser
@@ -229,3 +277,13 @@ def _kinds() -> Iterator[tuple[str, Callable[[argparse.Namespace], None], str]]:
     yield "digits", _run_digits, "scikit-learn's digits, half of every class for training"
     yield "folder", _run_folder, "PNG and JPEG files, one sub-folder per class"
     yield "idx", _run_idx, "idx files as MNIST and Fashion-MNIST come in, gzipped or not"
+    yield (
+        "latent-features",
+        _run_latent_features,
+        "U-ViT's or DiM's ImageNet features: moments of latents and labels",
+    )
+    yield (
+        "coco-features",
+        _run_coco_features,
+        "U-ViT's COCO features: moments of latents and features of captions",
+    )
