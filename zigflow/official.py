@@ -330,6 +330,8 @@ def read_official(path: str | Path, family: str) -> OfficialFile:
             f"{path} holds a {type(content).__name__}, an official {family} checkpoint is a dict"
         )
 
+    if "pytorch-lightning_version" in content:
+        raise ValueError(_lightning_refusal(path, content.get("state_dict")))
     weights = content.get("ema") or content.get("model")
     if weights is None:
         weights = content
@@ -344,6 +346,22 @@ def read_official(path: str | Path, family: str) -> OfficialFile:
         ctor_kwargs=dict(kwargs) if kwargs else None,
         step=content.get("train_steps"),
         config=config if isinstance(config, dict) else {},
+    )
+
+
+def _lightning_refusal(path: Path, weights: Any) -> str:
+    """Why a Lightning checkpoint is not read; that of the one published derivative is recognised by its parts."""
+    names = [str(key) for key in weights] if isinstance(weights, dict) else []
+    parts = {name.partition(".")[0] for name in names}
+    if {"encoder", "x_embedder", "blocks"} <= parts:
+        return (
+            f"{path} is a DiT-clipped checkpoint of Lightning ({sum(n.startswith('blocks.') for n in names)} weights of "
+            "blocks, beside its CLIP encoder): its blocks are another network than model=dit_clipped, so its weights "
+            "cannot be loaded; train model=dit_clipped on data=mscoco256_features instead (docs/formats.md)"
+        )
+    return (
+        f"{path} is a Lightning checkpoint, which no published family here writes: save its weights as a plain dict, "
+        "torch.save(model.state_dict(), FILE), in the official names"
     )
 
 

@@ -70,7 +70,10 @@ def _open_trained(given: dict[str, Any], ckpt: str, wanted: str | None) -> _Trai
     if Path(ckpt).suffix in OFFICIAL_SUFFIXES:
         asked = given["model"]
         family = family_of(asked) if asked.get("_target_") else "zigma"
-        file = read_official(ckpt, family)
+        try:
+            file = read_official(ckpt, family)
+        except ValueError as error:
+            raise SettingsError(f"ckpt: {error}") from error
         settings = Settings.from_mapping(complete_from_defaults(given, ckpt, file.ctor_kwargs))
         _check_before_building(settings)
         arguments = {k: v for k, v in model_arguments(settings).items() if k != "_target_"}

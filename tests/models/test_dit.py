@@ -182,3 +182,34 @@ def test_files_of_the_training_script_are_read_and_nothing_else(tmp_path):
     torch.save({**content, "args": Path("x")}, tmp_path / "bad.pt")
     with pytest.raises(ValueError, match="refused"):
         read_official(tmp_path / "bad.pt", "dit")
+
+
+def test_lightning_checkpoints_are_refused_with_what_they_are(tmp_path, capsys):
+    """DiT-clipped's hold its network, CLIP and the autoencoder under ``state_dict``."""
+    from zigflow import plugins
+    from zigflow.sample_job import sample_from_config
+    from zigflow.settings import SettingsError
+    from zigflow.tools import __main__ as tools
+
+    weights = {
+        name: torch.zeros(1)
+        for name in ("pos_embed", "x_embedder.proj.weight", "blocks.0.a", "blocks.1.a", "encoder.b", "vae.c")
+    }
+    path = tmp_path / "last.ckpt"
+    content = {"state_dict": weights, "pytorch-lightning_version": "2.1.0", "epoch": 3, "callbacks": {}}
+    torch.save(content, path)
+    for family in ("dit", "uvit_t2i", "zigma"):
+        with pytest.raises(ValueError, match=r"DiT-clipped .*\(2 weights of blocks.*model=dit_clipped"):
+            read_official(path, family)
+    command = ["convert-checkpoint", str(path), "model=dit_clipped", "--output", str(tmp_path / "out")]
+    assert tools.main(command) == 1
+    assert "another network than model=dit_clipped" in capsys.readouterr().err
+    given = [f"ckpt={path}", "model=dit_clipped", "data=none", f"run_dir={tmp_path}/log"]
+    with pytest.raises(SettingsError, match=r"last\.ckpt is a DiT-clipped checkpoint"):
+        sample_from_config(plugins.compose_config(given, "sample"))
+    torch.save({**content, "state_dict": {"layer.weight": torch.zeros(1)}}, path)
+    with pytest.raises(ValueError, match="save its weights as a plain dict"):
+        read_official(path, "dit")
+    torch.save({**content, "hyper_parameters": argparse.Namespace()}, path)
+    with pytest.raises(ValueError, match=r"argparse\.Namespace, which uvit files do not need"):
+        read_official(path, "uvit")
