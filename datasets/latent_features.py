@@ -1,5 +1,6 @@
 """Moments of latents, with labels or without, as U-ViT and DiM extract them: one numbered file per image."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,13 @@ class LatentFeaturesSource:
     def __init__(self, root: str | Path, num_classes: int = 0, *, limits: Limits = FEATURE_LIMITS):
         self.root, self.limits = Path(root), limits
         self.num_classes = max(num_classes, 0)
-        found = {suffix: numbers_of(self.root, _NUMBER + suffix.replace(".", r"\.")) for suffix in _SUFFIXES}
-        kinds = [suffix for suffix, numbers in found.items() if len(numbers)]
-        if len(kinds) != 1:
-            what = (
-                "holds 0.npy as well as 0.npy.npz files"
-                if kinds
-                else "holds no files 0.npy or 0.npy.npz, 1.npy, ..."
-            )
-            raise ValueError(f"{self.root} {what}")
-        self.suffix = kinds[0]
-        self.count = check_complete(found[self.suffix][:, 0], self.root, "{}" + self.suffix)
+        kinds = [suffix for suffix in _SUFFIXES if (self.root / f"0{suffix}").is_file()]
+        if len(kinds) == 2 or (not kinds and self.root.is_dir()):
+            what = "0.npy as well as 0.npy.npz" if kinds else "neither 0.npy nor 0.npy.npz"
+            raise ValueError(f"{self.root} holds {what}: the features are numbered files of one kind")
+        self.suffix = kinds[0] if kinds else _SUFFIXES[0]
+        numbers = numbers_of(self.root, _NUMBER + re.escape(self.suffix))[:, 0]
+        self.count = check_complete(numbers, self.root, "{}" + self.suffix)
         self.shard_sizes = (self.count,)
         self.shape: tuple[int, ...] | None = None
         self.first = self[0]

@@ -354,10 +354,11 @@ def _lightning_refusal(path: Path, weights: Any) -> str:
     names = [str(key) for key in weights] if isinstance(weights, dict) else []
     parts = {name.partition(".")[0] for name in names}
     if {"encoder", "x_embedder", "blocks"} <= parts:
+        count = sum(name.startswith("blocks.") for name in names)
         return (
-            f"{path} is a DiT-clipped checkpoint of Lightning ({sum(n.startswith('blocks.') for n in names)} weights of "
-            "blocks, beside its CLIP encoder): its blocks are another network than model=dit_clipped, so its weights "
-            "cannot be loaded; train model=dit_clipped on data=mscoco256_features instead (docs/formats.md)"
+            f"{path} is a DiT-clipped checkpoint of Lightning ({count} weights of blocks, beside its CLIP encoder): "
+            "its blocks are another network than model=dit_clipped, so its weights cannot be loaded; train "
+            "model=dit_clipped on data=mscoco256_features instead (docs/formats.md)"
         )
     return (
         f"{path} is a Lightning checkpoint, which no published family here writes: save its weights as a plain dict, "

@@ -20,6 +20,7 @@ from zigflow.datasets.latent_features import LatentFeaturesSource
 from zigflow.datasets.shards import ShardSource
 from zigflow.engine.sample_plan import open_captions
 from zigflow.keyed import KeyedDraws
+from zigflow.metrics.stored_images import StoredImages
 from zigflow.tools import __main__ as tools
 from zigflow.typed import SettingsError
 
@@ -134,10 +135,10 @@ def test_damage_and_gaps_among_latent_files(imagenet, tmp_path):
     with pytest.raises(ValueError, match=r"has no 2\.npy, but 1 files of higher numbers"):
         LatentFeaturesSource(imagenet)
     (imagenet / "0.npy").unlink()
-    with pytest.raises(ValueError, match=r"has no 0\.npy"):
+    with pytest.raises(ValueError, match=r"holds neither 0\.npy nor 0\.npy\.npz"):
         LatentFeaturesSource(imagenet)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"holds no files 0\.npy"):
+    with pytest.raises(ValueError, match=r"holds neither 0\.npy"):
         LatentFeaturesSource(tmp_path / "empty")
     with pytest.raises(NotADirectoryError, match="nowhere"):
         LatentFeaturesSource(tmp_path / "nowhere")
@@ -170,6 +171,12 @@ def test_the_stored_prompts_are_captions():
     rows = open_captions(str(STORED / "coco_features" / "run_vis"))
     _, features = np.load(STORED / "coco_features/run_vis/0.npy", allow_pickle=True)
     assert len(rows) == 1 and np.array_equal(rows.row(0), features)
+
+
+def test_the_stored_samples_of_adm_can_be_judged():
+    images, ids, labels = StoredImages(STORED / "adm_samples_example.npz").round(0)
+    assert np.array_equal(images.permute(0, 2, 3, 1), np.load(STORED / "adm_samples_example.npz")["arr_0"])
+    assert ids.tolist() == [0, 1, 2] and labels is None
 
 
 def test_hostile_prompts_are_refused(tmp_path, monkeypatch):
@@ -312,3 +319,21 @@ def test_moments_with_an_odd_channel_are_refused_in_shards(tmp_path):
         writer.add("a", {"moments.npy": encode_npy(MOMENTS[:3])})
     with pytest.raises(ShardError, match="even number of channels"):
         ShardSource(tmp_path)
+
+
+def test_real_images_drawn_from_moments_are_the_same_at_every_reading(tmp_path):
+    from tests.engine.evaluation_toys import pixel_metric
+    from zigflow.engine.evaluation import Judge
+    from zigflow.engine.ranks import Ranks
+
+    for index in range(5):
+        np.save(tmp_path / f"{index}.npy", np.full((6, 4, 4), -1, np.float32))
+    references = []
+    for batch_size in (2, 5):
+        metric = pixel_metric()
+        Judge(metric, LatentFeaturesSource(tmp_path), None, ranks=Ranks(), batch_size=batch_size).check(
+            4, None
+        )
+        references.append(metric.reference_state()["packed"])
+    torch.testing.assert_close(*references, rtol=1e-12, atol=0)
+    assert references[0][0] == 5

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from zigflow.codec import AutoencoderKLCodec
 from zigflow.compvis import diffusers_layout, diffusers_weights, read_autoencoder
 from zigflow.keyed import KeyedDraws
+from zigflow.latents import LatentSize
 
 MANIFEST = (
     Path(__file__).parents[1] / "parity" / "fixtures" / "dit_uvit" / "manifests" / "autoencoder_kl.json"
@@ -199,6 +200,16 @@ def test_the_file_and_the_folder_of_one_autoencoder_agree(tmp_path):
 class Evil:
     def __reduce__(self):
         return (os.system, ("touch PWNED",))
+
+
+def test_the_size_of_the_latents_is_known_before_a_file_is_read(tmp_path):
+    (tmp_path / "autoencoder_kl.pth").touch()
+    assert LatentSize.of(tmp_path / "autoencoder_kl.pth") == LatentSize(4, 8)
+    with pytest.raises(ValueError, match=r"there is no file .*none\.pth"):
+        LatentSize.of(tmp_path / "none.pth")
+    (tmp_path / "folder.ckpt").mkdir()
+    with pytest.raises(ValueError, match=r"no config\.json in it"):
+        LatentSize.of(tmp_path / "folder.ckpt")
 
 
 def test_other_files_are_refused(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -43,11 +44,14 @@ def numbers_of(folder: Path, pattern: str) -> np.ndarray:
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder")
-    compiled = re.compile(pattern)
+    compiled, found = re.compile(pattern), array("q")
     with os.scandir(folder) as entries:
-        found = [tuple(map(int, match.groups())) for e in entries if (match := compiled.fullmatch(e.name))]
-    array = np.array(found, dtype=np.int64).reshape(len(found), compiled.groups)
-    return array[np.lexsort(array.T[::-1])]
+        for entry in entries:
+            # A pipe or a folder of that name would not be read but waited for.
+            if (match := compiled.fullmatch(entry.name)) and entry.is_file():
+                found.extend(map(int, match.groups()))
+    numbers = np.array(found, dtype=np.int64).reshape(-1, compiled.groups)
+    return numbers[np.lexsort(numbers.T[::-1])]
 
 
 def check_complete(numbers: np.ndarray, folder: Path, name: str) -> int:
