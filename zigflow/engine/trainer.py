@@ -195,7 +195,9 @@ class Trainer:
                 self._saved_step = exits.note.step = counters.step
                 log.info("continuing %s from step %d", run_dir.path, counters.step)
                 if counters.step >= options.train_steps:
-                    log.warning("all %d steps asked for were taken before: none is added", options.train_steps)
+                    log.warning(
+                        "all %d steps asked for were taken before: none is added", options.train_steps
+                    )
         metrics = MetricsFile(run_dir.metrics)
         if self.ranks.is_main:
             metrics.rewind(counters.step)
