@@ -165,6 +165,25 @@ def evaluation_loader(
     return make_loader(dataset, sampler, num_workers, pin_memory)
 
 
+class _Loader(DataLoader):
+    """Torch's loader; a worker that dies while it hands a batch over is said to have died."""
+
+    def __iter__(self):  # pyright: ignore[reportIncompatibleMethodOverride]
+        # At once, not at the first batch: a loader draws a seed when it starts.
+        return _handed_over(super().__iter__())
+
+
+def _handed_over(batches: Iterator[Batch]) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except (EOFError, ConnectionError) as error:
+        # Tensors come through a connection to the worker's own process, which torch does not watch.
+        raise RuntimeError(
+            "a data worker was killed or exited while it handed over a batch; a machine short of memory kills "
+            "workers: lower data.num_workers"
+        ) from error
+
+
 def make_loader(
     dataset: Dataset,
     sampler: Sampler[list[int]] | None,
@@ -176,7 +195,7 @@ def make_loader(
     """Torch's loader with our choices; without a sampler, over a dataset that yields lists of samples."""
     if num_workers < 0:
         raise ValueError(f"num_workers must not be negative, got {num_workers}")
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=sampler,
         batch_size=1 if sampler is not None else None,
