@@ -312,6 +312,7 @@ def train_from_config(
             checkpoint_policy=settings.loop.checkpoint_policy,
             shard=settings.loop.shard,
             progress=settings.loop.progress,
+            random_flip=settings.data.random_flip,
         ),
         schedule=Schedule(optim.schedule, warmup=optim.warmup_steps, total=settings.data.train_steps),
         config=plain,

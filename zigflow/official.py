@@ -31,6 +31,7 @@ class Family:
         optional_keys: weights that an official file need not have.
         check: refuses what cannot be loaded.
         ctor_kwargs: the constructor's keywords from the training arguments that a file holds, or None.
+        processes: what its published models were trained under, as ``process=`` names it.
     """
 
     target: str
@@ -42,6 +43,7 @@ class Family:
     optional_keys: Callable[[str], bool] = lambda key: False
     check: Callable[[Mapping[str, Any], Mapping[str, Any]], None] = lambda ctor_kwargs, ours: None
     ctor_kwargs: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = lambda config: None
+    processes: tuple[str, ...] = ("flow",)
 
 
 @dataclass(frozen=True)
@@ -160,10 +162,14 @@ FAMILIES: dict[str, Family] = {
         check=_check_zigma,
         ctor_kwargs=_zigma_kwargs,
     ),
-    "dit": Family("zigflow.models.dit.DiT", _namespace, _dit_arguments, ctor_kwargs=_dit_kwargs),
+    "dit": Family(
+        "zigflow.models.dit.DiT", _namespace, _dit_arguments, ctor_kwargs=_dit_kwargs, processes=("gaussian",)
+    ),
     "sit": Family("zigflow.models.dit.DiT", _namespace, _sit_arguments, ctor_kwargs=_dit_kwargs),
-    "uvit": Family("zigflow.models.uvit.UViT", arguments=_uvit_arguments),
-    "uvit_t2i": Family("zigflow.models.uvit.UViT", arguments=_uvit_text_arguments),
+    "uvit": Family("zigflow.models.uvit.UViT", arguments=_uvit_arguments, processes=("vp", "sd_discrete")),
+    "uvit_t2i": Family(
+        "zigflow.models.uvit.UViT", arguments=_uvit_text_arguments, processes=("sd_discrete",)
+    ),
 }
 
 
@@ -190,6 +196,22 @@ def target_of(family: str) -> str:
         UnknownNameError: the family is not known.
     """
     return _family(family).target
+
+
+def process_of(family: str) -> str:
+    """The process that a family's published models were trained under, as ``process=`` names it.
+
+    Raises:
+        UnknownNameError: the family is not known.
+        ValueError: there are several, and only its user knows which one a file belongs to.
+    """
+    known = _family(family).processes
+    if len(known) > 1:
+        choices = " or ".join(f"process={name}" for name in known)
+        raise ValueError(
+            f"official {family} files were trained under {choices} and do not say which: give it"
+        )
+    return known[0]
 
 
 def read_null_text(path: str | Path) -> Tensor:

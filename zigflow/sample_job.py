@@ -43,7 +43,7 @@ from zigflow.evaluation_job import (
 from zigflow.metrics.base import SampleIds
 from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
 from zigflow.metrics.results import write_results
-from zigflow.official import family_of, load_official, read_official
+from zigflow.official import family_of, load_official, process_of, read_official
 from zigflow.preflight import check_decoding
 from zigflow.settings import Settings, SettingsError
 from zigflow.stored_config import complete_from_checkpoint, complete_from_defaults
@@ -74,7 +74,8 @@ def _open_trained(given: dict[str, Any], ckpt: str, wanted: str | None) -> _Trai
             file = read_official(ckpt, family)
         except ValueError as error:
             raise SettingsError(f"ckpt: {error}") from error
-        settings = Settings.from_mapping(complete_from_defaults(given, ckpt, file.ctor_kwargs))
+        process = _published_process(given, family)
+        settings = Settings.from_mapping(complete_from_defaults(given, ckpt, file.ctor_kwargs, process))
         _check_before_building(settings)
         arguments = {k: v for k, v in model_arguments(settings).items() if k != "_target_"}
         seed = {k: arguments.pop(k) for k in ("scan_seed",) if k in arguments}
@@ -88,6 +89,16 @@ def _open_trained(given: dict[str, Any], ckpt: str, wanted: str | None) -> _Trai
     path = Path(stored.path)
     root = path.parent.parent if path.parent.name == "checkpoints" else path
     return _Trained(settings, model, weights, stored.step, root / "samples")
+
+
+def _published_process(given: Mapping[str, Any], family: str) -> str:
+    """What an official file was trained under; a process that the command names goes before it."""
+    if (given["process"] or {}).get("_target_"):
+        return "flow"
+    try:
+        return process_of(family)
+    except ValueError as error:
+        raise SettingsError(f"process is missing: {error}") from error
 
 
 def _check_before_building(settings: Settings) -> None:

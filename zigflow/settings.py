@@ -172,6 +172,7 @@ class DataSettings:
     limit: int | None = None
     order: str = "indexed"
     max_skipped: int = 0
+    random_flip: bool = False
     source: Mapping[str, Any] | None = None
     heldout: Mapping[str, Any] | None = None
 
@@ -187,6 +188,11 @@ class DataSettings:
                 raise SettingsError(
                     f"data.limit={self.limit} needs samples with numbers, a stream has none: use data.order=indexed"
                 )
+        if self.random_flip and self.is_latent:
+            raise SettingsError(
+                f"data.random_flip=true mirrors pixels, and data={self.name} holds latents: store those of the "
+                "mirrored images beside the others, and set data.random_flip=false"
+            )
         if self.is_video is not None and self.is_video != (self.video_frames > 0):
             raise SettingsError(
                 f"data.is_video={self.is_video} contradicts data.video_frames={self.video_frames}: drop data.is_video"

@@ -65,9 +65,12 @@ def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], c
 
 
 def complete_from_defaults(
-    given: dict[str, Any], ckpt: str, ctor_kwargs: Mapping[str, Any] | None = None
+    given: dict[str, Any], ckpt: str, ctor_kwargs: Mapping[str, Any] | None = None, process: str = "flow"
 ) -> dict[str, Any]:
     """For an official file: its constructor's keywords where it holds them, defaults for what is not given.
+
+    Args:
+        process: what it was trained under, where the command does not say.
 
     Raises:
         SettingsError: neither the file nor the command says which model it is.
@@ -81,7 +84,7 @@ def complete_from_defaults(
         model = {"name": "from_checkpoint", "_target_": "model_zigma.ZigMa", **ctor_kwargs}
     # What follows from data that are not named, such as model.num_classes, is left to the constructor.
     model = {k: v for k, v in model.items() if v is not None}
-    default = _defaults_beside(given["data"])
+    default = _defaults_beside(given["data"], process)
     merged = {k: (default.get(k) if v is None else v) for k, v in given.items()} | {"model": model}
     for group in ("train", "process", "codec", "data"):
         if (given[group] or {}).get("name") == "from_checkpoint":
@@ -91,6 +94,10 @@ def complete_from_defaults(
                 if v is not None and not isinstance(v, dict) and k != "name"
             }
             merged[group] = {**default[group], **kept}
+    if merged["process"].get("_target_") == default["process"]["_target_"]:
+        # A flow process that was named takes path and prediction from train.*, which nobody named.
+        named = {k: v for k, v in merged["process"].items() if v is not None}
+        merged["process"] = {**default["process"], **named}
     if given["data"].get("name") == "from_checkpoint":
         merged["data"] |= {
             "video_frames": model.get("video_frames", 0),
@@ -101,10 +108,10 @@ def complete_from_defaults(
     return merged
 
 
-def _defaults_beside(data: Mapping[str, Any]) -> dict[str, Any]:
+def _defaults_beside(data: Mapping[str, Any], process: str) -> dict[str, Any]:
     """The training defaults that go with ``data=``: its codec, and whether it holds latents."""
     name = data.get("name")
     choice = "none" if name == "from_checkpoint" or name not in plugins.group_choices("data") else name
-    cfg = plugins.compose_config([f"data={choice}", "run_dir=unused"])
+    cfg = plugins.compose_config([f"data={choice}", f"process={process}", "run_dir=unused"])
     found: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     return found

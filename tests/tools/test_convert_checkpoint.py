@@ -52,8 +52,14 @@ CASES = {
         3,
     ),
     "sit": (DiT, {"num_classes": 3}, ["model=sit_s_2", *LABELS], 3),
-    "uvit": (UViT, {"num_classes": 3, "class_dropout_prob": 0.1}, ["model=uvit_small", *LABELS], None),
+    "uvit": (
+        UViT,
+        {"num_classes": 3, "class_dropout_prob": 0.1},
+        ["model=uvit_small", "process=vp", *LABELS],
+        None,
+    ),
 }
+PROCESSES = {"dit": "Gaussian", "sit": "Flow", "uvit": "VariancePreserving"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -63,6 +69,7 @@ def test_a_converted_file_samples_like_the_file(case, tmp_path, monkeypatch):
     file = save(tmp_path / "released.pt", filled(family(**SIZE, **options)))
     stored = convert(file, tmp_path / "run", *overrides, *SIZED)
     assert stored.config["model"].get("guided_channels") == guided
+    assert stored.config["process"]["_target_"].rpartition(".")[2] == PROCESSES[case]
     assert json.loads((stored.path / "trainer.json").read_text())["converted_from"]["family"] == case
     direct = sampled(f"ckpt={file}", "data=none", "data.channels=3", "data.image_size=4", *overrides, *SIZED)
     assert len(set(direct)) == 3
@@ -81,6 +88,25 @@ def test_a_file_of_dits_training_says_what_it_is(tmp_path, capsys):
     assert "argparse.Namespace, which zigma files do not need" in capsys.readouterr().err
     convert(file, tmp_path / "run", "model=dit_s_2", "--family", "uvit", code=1)
     assert "--family uvit is not a family of model=dit_s_2" in capsys.readouterr().err
+
+
+def test_the_process_that_a_file_was_trained_under_is_known_or_asked_for(tmp_path, capsys):
+    file = save(tmp_path / "nnet_ema.pth", filled(UViT(**SIZE, num_classes=3)))
+    chosen = ["model=uvit_small", *SIZED, *LABELS, "model.class_dropout_prob=0"]
+    convert(file, tmp_path / "run", *chosen, code=1)
+    assert "process=vp or process=sd_discrete" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="process is missing: .*process=vp or process=sd_discrete"):
+        sampled(f"ckpt={file}", "data=none", *chosen)
+    stored = convert(file, tmp_path / "other", "+experiment=uvit_imagenet64_mid", *chosen[1:-1])
+    assert stored.config["process"]["_target_"].endswith(".VariancePreserving")
+    stored = convert(file, tmp_path / "run", *chosen, "process=sd_discrete")
+    assert stored.config["process"]["_target_"].endswith(".StableDiffusion")
+    # One that is named is taken as it is, and a flow's path and prediction are the published ones.
+    file = save(tmp_path / "released.pt", filled(DiT(**SIZE, num_classes=3, learn_sigma=False)))
+    chosen = ["model=dit_s_2", "model.learn_sigma=false", *SIZED, *LABELS]
+    assert sampled(f"ckpt={file}", "data=none", *chosen, "process=flow", f"sample_dir={tmp_path / 'flow'}")
+    made = json.loads((tmp_path / "flow" / "results.json").read_text())["protocol"]
+    assert (made["process"]["path_type"], made["process"]["prediction"]) == ("Linear", "velocity")
 
 
 def test_a_text_model_takes_its_null_text_along(tmp_path, capsys):

@@ -32,8 +32,21 @@ def lanczos_crop(image: Any, size: int) -> Any:
     return square.resize((size, size), Image.Resampling.LANCZOS)
 
 
+def aligned_face_crop(image: Any, size: int) -> Any:
+    """U-ViT's and DDIM's CelebA: of an aligned image (178 wide, 218 high) the 128 pixels about the face, bilinear."""
+    from PIL import Image
+
+    if image.size != (178, 218):
+        raise ValueError(
+            f"the celeba crop is that of the aligned images, 178 x 218, this one is {image.width} x {image.height}; "
+            "use another crop"
+        )
+    return image.crop((25, 57, 153, 185)).resize((size, size), Image.Resampling.BILINEAR)
+
+
 CROPS: dict[str, Callable[[Any, int], Any]] = {
     "cover": lambda image, size: cover_crop(image, size, size),
     "adm": halving_crop,
     "lanczos": lanczos_crop,
+    "celeba": aligned_face_crop,
 }

@@ -1,11 +1,31 @@
 """What the training loop takes out of a batch, and what it prepares in a model."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["condition", "prepare_blocks"]
+__all__ = ["condition", "flipped", "prepare_blocks"]
+
+
+def flipped(batch: Any, draws: Any) -> Any:
+    """The batch with the pixels of some samples mirrored left to right, each by a keyed draw with probability 1/2.
+
+    The frames of a video go together.
+
+    Args:
+        draws: keyed draws of the batch's samples.
+
+    Raises:
+        ValueError: the batch has no pixels; the latents of a mirrored image are not mirrored latents.
+    """
+    pixels: Tensor | None = batch.pixels
+    if pixels is None:
+        raise ValueError("random_flip mirrors pixels, and the batch holds none: set data.random_flip=false")
+    turned_B = draws.uniform("train.flip") < 0.5
+    turned = turned_B.reshape(-1, *(1,) * (pixels.ndim - 1)).to(pixels.device)
+    return replace(batch, pixels=torch.where(turned, pixels.flip(-1), pixels))
 
 
 def condition(batch: Any, model: nn.Module, draws: Any) -> Any:

@@ -42,6 +42,7 @@ class TrainOptions:
         shard: several processes keep a part of every parameter each instead of a copy.
         max_skips: fp16 overflows in a row that stop the run.
         progress: progress bar on the main process; None shows one on a terminal only.
+        random_flip: mirror each sample's pixels left to right with probability 1/2.
 
     Raises:
         ValueError: a value out of range, naming the key; an unknown choice with the known ones.
@@ -65,6 +66,7 @@ class TrainOptions:
     shard: bool = False
     max_skips: int = 50
     progress: bool | None = None
+    random_flip: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "run_dir", Path(self.run_dir))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .batches import condition
+from .batches import condition, flipped
 from .ema import EmaProfiles
 from .optim import Schedule
 from .options import TrainOptions
@@ -165,7 +165,7 @@ class OptimizerStep:
         return torch.cat(ids), torch.cat(times), torch.cat(losses)
 
     def _loss(self, batch: Any, draws: Any) -> tuple[Tensor, Tensor]:
-        x1 = self.codec.encode(batch)
+        x1 = self.codec.encode(flipped(batch, draws) if self.options.random_flip else batch)
         t_B = self.process.sample_time(draws.uniform("train.time"))
         x0 = draws.normal("train.noise", tuple(x1.shape[1:])).to(x1)
         y = condition(batch, self.model, draws)

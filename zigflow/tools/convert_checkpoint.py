@@ -35,18 +35,23 @@ def main(argv: list[str]) -> int:
         family_of,
         load_official,
         official_arguments,
+        process_of,
         read_null_text,
         read_official,
         target_of,
     )
 
-    named = any(o.startswith("model=") for o in args.overrides)
+    experiment = any(o.startswith("+experiment=") for o in args.overrides)
+    named = experiment or any(o.startswith("model=") for o in args.overrides)
     try:
-        cfg = plugins.compose_config(["data=none", "metrics=none", *args.overrides, f"run_dir={args.output}"])
-        config = OmegaConf.to_container(cfg, resolve=True)
+        common = ["data=none", "metrics=none", *args.overrides, f"run_dir={args.output}"]
+        config = OmegaConf.to_container(plugins.compose_config(common), resolve=True)
         family = args.family or (family_of(config["model"]) if named else "zigma")
         if named and target_of(family) != config["model"].get("_target_"):
             raise ValueError(f"--family {family} is not a family of model={config['model'].get('name')}")
+        if not experiment and not any(o.startswith("process=") for o in args.overrides):
+            process = f"process={process_of(family)}"
+            config = OmegaConf.to_container(plugins.compose_config([process, *common]), resolve=True)
         found = read_official(args.file, family)
         given = {k: v for k, v in config["model"].items() if k not in ("name", "_target_")}
         if not named:
