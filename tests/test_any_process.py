@@ -85,7 +85,7 @@ def samplers(process):
 
 
 def pairs():
-    """Every family and process. Of six processes each family has two in the fast tests, the next family the next two."""
+    """Every family and process; of the processes each family has two in the fast tests, the next one the next two."""
     for place, family in enumerate(families()):
         for number, process in enumerate(PROCESSES):
             quick = number in (2 * place % len(PROCESSES), (2 * place + 1) % len(PROCESSES))
@@ -121,6 +121,16 @@ def test_data_are_measured_and_inverted_under_a_diffusion(tmp_path):
     sample(tmp_path / "run", tmp_path / "bits", "likelihood=true")
     bits = json.loads((tmp_path / "bits" / "results.json").read_text())["metrics"]["bits_per_dim"]
     assert 0 < bits < 30
+    chain = [
+        "likelihood=true",
+        "sample_mode=diffusion",
+        "diffusion.sampling_method=ddpm",
+        "diffusion.num_steps=4",
+    ]
+    sample(tmp_path / "run", tmp_path / "bound", *chain)
+    found = json.loads((tmp_path / "bound" / "results.json").read_text())
+    assert found["metrics"]["bits_per_dim"] > 0 and found["protocol"]["n"] == 4
+    assert found["protocol"]["estimate"] == "variational bound over 4 steps"
     ddim = ["sample_mode=diffusion", "diffusion.num_steps=ddim5", "ode.reverse=true"]
     sample(tmp_path / "run", tmp_path / "noise", *ddim)
     assert load_file(tmp_path / "noise" / "noise.safetensors")["x0"].shape == (4, 3, 4, 4)

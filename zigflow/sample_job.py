@@ -45,6 +45,7 @@ from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
 from zigflow.metrics.results import write_results
 from zigflow.official import family_of, load_official, process_of, read_official
 from zigflow.preflight import check_decoding
+from zigflow.samplers.chain import chain_of
 from zigflow.settings import Settings, SettingsError
 from zigflow.stored_config import complete_from_checkpoint, complete_from_defaults
 
@@ -263,7 +264,7 @@ def _counted(ids: Any) -> dict[str, Any]:
 
 
 def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: dict[str, Any]) -> Path:
-    """Instead of sampling: bits per dimension of held-out data, or the noise that it is encoded into."""
+    """Instead of sampling: bits per dimension of held-out data, or a bound, or the noise that they are encoded into."""
     settings, codec, ranks = trained.settings, common["codec"], common["ranks"]
     encodes = settings.ode.reverse
     if options.facts() or options.captions is not None or options.npz:
@@ -276,8 +277,18 @@ def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: 
         raise SettingsError(f"there is no data to measure: data={settings.data.name} has none")
     # Grey levels of 8-bit images in [-1, 1] are 2/255 apart; latents have no levels.
     level = codec.scale * 2 / 255 if isinstance(codec, IdentityCodec) and not settings.is_latent else None
-    extra = {"precision": "no"}
-    if not encodes:
+    extra: dict[str, Any] = {"precision": "no"}
+    bounds = not encodes and settings.sample_mode == "diffusion"
+    if bounds:
+        if level != 2 / 255:
+            raise SettingsError(
+                "the variational bound (likelihood=true sample_mode=diffusion) is that of 8-bit images, and this model "
+                "works on latents or scaled pixels: set sample_mode=ODE"
+            )
+        extra["estimate"] = (
+            f"variational bound over {len(chain_of(common['process'], common['sampler'].spacing))} steps"
+        )
+    elif not encodes:
         extra["dequantization"] = "none" if level is None else "uniform over 256 levels"
         extra["trace"] = "one Hutchinson probe"
     name, facts = _sampling_facts(trained, ckpt, options.batch_size, extra)
@@ -286,11 +297,11 @@ def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: 
     count = settings.num_fid_samples
     run = MeasuringRun(
         **common,
-        quantity="noise" if encodes else "bits_per_dim",
+        quantity="noise" if encodes else "bound" if bounds else "bits_per_dim",
         source=source,
         num_samples=min(count, _DEBUG_BATCHES * options.batch_size) if settings.sample_debug else count,
         folder=folder,
-        level=None if encodes else level,
+        level=None if encodes or bounds else level,
         identity={k: v for k, v in facts.items() if k != "ckpt"},
     )
     run.run()

@@ -318,10 +318,13 @@ class Settings:
             and self.diffusion.sampling_method == "ddim"
             and not self.diffusion.eta
         )
-        if (likelihood or (self.ode.reverse and not inverts)) and self.sample_mode in ("SDE", "diffusion"):
+        bounds = self.sample_mode == "diffusion" and self.diffusion.sampling_method == "ddpm"
+        asks = (likelihood and not bounds) or (self.ode.reverse and not inverts)
+        if asks and self.sample_mode in ("SDE", "diffusion"):
             raise SettingsError(
-                f"likelihood=true and ode.reverse=true need the ODE: set sample_mode=ODE, not {self.sample_mode} (ddim "
-                "with diffusion.eta=0 can be reversed, too)"
+                f"likelihood=true and ode.reverse=true need the ODE: set sample_mode=ODE, not {self.sample_mode}; "
+                "with sample_mode=diffusion, diffusion.sampling_method=ddpm has the variational bound of "
+                "process=gaussian, and ddim with diffusion.eta=0 can be reversed"
             )
         self._check_process()
         if likelihood and self.ode.reverse:
@@ -358,6 +361,12 @@ class Settings:
             raise SettingsError(
                 "sample_mode=diffusion has no steps for process=flow: set sample_mode=ODE or SDE, or train with "
                 "process=gaussian, vp or sd_discrete"
+            )
+        likelihood = self.likelihood or self.ode.likelihood
+        if self.sample_mode == "diffusion" and likelihood and not target.endswith(".Gaussian"):
+            raise SettingsError(
+                "likelihood=true with sample_mode=diffusion is the variational bound of process=gaussian, which "
+                f"{target.rpartition('.')[2]} has none of: set sample_mode=ODE"
             )
         spaced = (
             self.diffusion.sampling_method in ("ddpm", "ddim") and not self.diffusion.num_steps.isdecimal()

@@ -177,6 +177,11 @@ def test_presets_and_command_line_take_precedence_in_this_order():
         (["diffusion.eta=2"], ["diffusion.eta"]),
         (["diffusion.sampling_method=ddpm", "diffusion.eta=1"], ["diffusion.eta", "ddim"]),
         (["process=gaussian", "sample_mode=diffusion", "likelihood=1"], ["likelihood", "ODE"]),
+        (["process=gaussian", "sample_mode=diffusion", "likelihood=1"], ["diffusion.sampling_method=ddpm", "bound"]),
+        (
+            ["process=vp", "sample_mode=diffusion", "likelihood=1", "diffusion.sampling_method=ddpm"],
+            ["variational bound", "process=gaussian", "VariancePreserving", "sample_mode=ODE"],
+        ),
         (["likelihood=1", "sample_mode=SDE"], ["likelihood", "ODE"]),
         (["likelihood=1", "cfg_scale=2"], ["likelihood", "cfg_scale"]),
         (["ode.reverse=1", "sample_mode=SDE"], ["ode.reverse", "ODE"]),

@@ -9,8 +9,9 @@ from tests.engine.toys import CLASSES, SHAPE, TinyModel, batch_at
 from zigflow.codec import IdentityCodec
 from zigflow.engine.measure import MeasuringRun
 from zigflow.engine.sampling_run import SamplingFolderError
-from zigflow.processes import Flow
-from zigflow.samplers import OdeSampler
+from zigflow.keyed import KeyedDraws
+from zigflow.processes import Flow, Gaussian
+from zigflow.samplers import ChainSampler, OdeSampler, variational_bound
 
 
 class Source:
@@ -70,6 +71,36 @@ def test_one_value_for_each_sample(tmp_path, quantity, shape):
     assert values.shape == (10, *shape)
     assert values.isfinite().all()
     assert values.flatten(1).unique(dim=0).shape[0] == 10 if shape else values.unique().numel() == 10
+
+
+def test_the_bound_is_that_of_the_chain(tmp_path):
+    """Value by value what ``variational_bound`` gives for the sample alone; more steps, another chain."""
+    process = Gaussian()
+
+    class Noise(TinyModel):
+        def forward(self, x, t, y=None):
+            return super().forward(x, t / 1000, y)
+
+    model = Noise()
+    sampler = ChainSampler("ddpm", 5, clip_denoised=True)
+    given = {"process": process, "model": model, "sampler": sampler, "level": None}
+    values, _ = measured(make_run(tmp_path / "five", quantity="bound", **given))
+    assert values.shape == (10,) and (values > 0).all()
+    batch = batch_at([7])
+    alone = variational_bound(
+        process,
+        model,
+        batch.pixels,
+        batch.labels,
+        KeyedDraws(3, torch.tensor([7])),
+        spacing=5,
+        clip_denoised=True,
+    )
+    assert abs(values[7] - alone.total[0].double()) < 1e-5 * values[7]
+    other = {**given, "sampler": ChainSampler("ddpm", 9, clip_denoised=True)}
+    assert (measured(make_run(tmp_path / "nine", quantity="bound", **other))[0] != values).any()
+    with pytest.raises(ValueError, match="ddim has no variational bound"):
+        ChainSampler("ddim", 5).bound(process, model, batch.pixels)
 
 
 def test_noise_leads_back_to_the_data(tmp_path):
@@ -155,7 +186,7 @@ def test_a_folder_of_samples_is_not_measured_into(tmp_path):
 
 def test_arguments(tmp_path):
     for change, words in (
-        ({"quantity": "bits"}, "bits_per_dim, noise, got 'bits'"), ({"num_samples": 0}, "num_samples"),
+        ({"quantity": "bits"}, "bits_per_dim, bound, noise, got 'bits'"), ({"num_samples": 0}, "num_samples"),
         ({"batch_size": 0}, "batch_size"), ({"source": Source(0)}, "no samples"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):

@@ -1,4 +1,4 @@
-"""What a model's ODE says about given data: its likelihood, and the noise that it came from.
+"""What a model says about given data: their likelihood, its variational bound, and the noise that they came from.
 
 One value per sample of a source, computed in full batches that are kept as files: a cut run continues where it
 stopped, and several processes share the batches. A value follows from the sample, the seed and the size of a batch.
@@ -26,18 +26,19 @@ from .tensors import load_tensors, save_tensors
 
 __all__ = ["QUANTITIES", "MeasuringRun"]
 
-QUANTITIES = ("bits_per_dim", "noise")
+QUANTITIES = ("bits_per_dim", "bound", "noise")
 
 
 class MeasuringRun:
     """Measures the first ``num_samples`` samples of a source into ``folder``.
 
     Args:
-        quantity: "bits_per_dim", or "noise": the x0 that the ODE maps to a sample.
+        quantity: "bits_per_dim" by the ODE; "bound", the variational bound in bits per dimension of 8-bit data; or
+            "noise": the x0 that the ODE maps to a sample.
         source: the data; fewer samples than asked for are all of them.
         codec: ``encode(batch) -> x1``.
         model: holds the weights; ``model(x, t, y)``.
-        process, sampler: ``sampler.log_likelihood(...)`` and ``sampler.encode(...)``.
+        process, sampler: ``sampler.log_likelihood(...)``, ``sampler.bound(...)`` and ``sampler.encode(...)``.
         level: for bits, the width of a grey level in x1's units; each value is spread evenly over its level (uniform
             dequantization, Theis et al. 2016), which makes the result an upper bound for the discrete data.
             None measures the density as it is.
@@ -164,6 +165,8 @@ class MeasuringRun:
     def _values(self, x1: Tensor, y: Any, draws: KeyedDraws) -> Tensor:
         if self.quantity == "noise":
             return self.sampler.encode(self.process, self.model, x1, y)
+        if self.quantity == "bound":
+            return self.sampler.bound(self.process, self.model, x1, y, draws).total.double()
         if self.level is not None:
             x1 = x1 + self.level * (draws.uniform("likelihood.dequantize", tuple(x1.shape[1:])) - 0.5)
         width = 1.0 if self.level is None else self.level

@@ -167,6 +167,26 @@ class ChainSampler:
                 callback(place + 1, full_time(float(chain.times[place + 1]), x), x)
         return torch.stack(states)[:, :rows] if return_trajectory else x[:rows]
 
+    def bound(
+        self,
+        process: Gaussian,
+        model: ModelFunction,
+        x1: Tensor,
+        y: Any = None,
+        draws: KeyedDraws | None = None,
+    ) -> "Bound":
+        """The variational bound of data x1 (B, ...) under this chain, see :func:`variational_bound`.
+
+        Raises:
+            ValueError: not DDPM: the steps of DDIM have no density.
+            TypeError: the process is no Gaussian diffusion in discrete steps.
+        """
+        if self.method != "ddpm":
+            raise ValueError(f"{self.method} has no variational bound; use ddpm")
+        return variational_bound(
+            process, model, x1, y, draws, spacing=self.spacing, clip_denoised=self.clip_denoised
+        )
+
     def _predict(
         self, process: Diffusion, model: ModelFunction, chain: Chain, x: Tensor, step: Tensor, y: Any
     ) -> tuple[Tensor, Tensor | None]:
