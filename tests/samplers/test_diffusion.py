@@ -129,6 +129,39 @@ def test_ddim_converges_to_the_flow_and_back(name):
     assert trips[1] < 0.6 * trips[0] and trips[1] < 0.3
 
 
+CHAINS = {
+    "ddim": ("ddim", 0.0), "ddim eta 0.5": ("ddim", 0.5), "ddim eta 1": ("ddim", 1.0), "ddpm": ("ddpm", 0.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_chains_converge_with_order_one(kind):
+    """Mean and variance of the states beside the data, without any sampling: the network is affine in x.
+
+    Row 0 starts from the mean, row 1 a standard deviation beside it, and row 2 + k gets noise 1 at step k alone; what
+    each adds to row 0 is a gain, and the squares of the gains sum to the variance.
+    """
+    process = VariancePreserving(sample_eps=1e-2)
+    target, (method, eta) = Target(process), CHAINS[kind]
+    counts, errors = [100, 200, 400], []
+    for count in counts:
+        mean, std = target.moments(0.0)
+        x0 = mean.expand(count + 2, 1).clone()
+        x0[1] += std
+        unit = torch.eye(count + 2, dtype=torch.float64)[:, 2:]
+        states = ChainSampler(method, count, eta).sample(
+            process, target, x0, noise=lambda step, x, unit=unit: unit[:, step : step + 1], return_trajectory=True
+        )
+        # The last step goes from data_end to the data itself, however many steps came before.
+        beside = states[-2].flatten()
+        mean, std = target.moments(1 - process.data_end)
+        gains = beside[1:] - beside[0]
+        # A step's mean is affine in the data's own, so that every step has the right one.
+        assert (beside[0] - mean).abs() < 1e-10
+        errors.append(((gains**2).sum() - std**2).abs().item())
+    assert 0.85 < slope(counts, errors) < 1.15, errors
+
+
 @pytest.mark.parametrize(
     "sampler",
     [
