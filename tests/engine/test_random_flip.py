@@ -50,7 +50,7 @@ def test_the_key_reaches_the_loss(tmp_path):
 
 def test_latents_are_not_mirrored():
     with pytest.raises(SettingsError, match=r"data\.random_flip=true.*latents.*mirrored"):
-        plugins.check_command_line(["data=imagenet256_latents", "+data.random_flip=true"], "default")
+        plugins.check_command_line(["data=imagenet256_features", "+data.random_flip=true"], "default")
     latents = Batch(None, torch.zeros(1, 4, 2, 2), None, None, torch.arange(1), ("0",))
     with pytest.raises(ValueError, match=r"data\.random_flip=false"):
         flipped(latents, KeyedDraws(0, latents.ids))
