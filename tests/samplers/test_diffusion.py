@@ -150,7 +150,11 @@ def test_chains_converge_with_order_one(kind):
         x0[1] += std
         unit = torch.eye(count + 2, dtype=torch.float64)[:, 2:]
         states = ChainSampler(method, count, eta).sample(
-            process, target, x0, noise=lambda step, x, unit=unit: unit[:, step : step + 1], return_trajectory=True
+            process,
+            target,
+            x0,
+            noise=lambda step, x, unit=unit: unit[:, step : step + 1],
+            return_trajectory=True,
         )
         # The last step goes from data_end to the data itself, however many steps came before.
         beside = states[-2].flatten()

@@ -44,7 +44,9 @@ def main(argv: list[str]) -> int:
     experiment = any(o.startswith("+experiment=") for o in args.overrides)
     named = experiment or any(o.startswith("model=") for o in args.overrides)
     try:
-        common = ["data=none", "metrics=none", *args.overrides, f"run_dir={args.output}"]
+        # An experiment brings its data, and with them the codec.
+        none = ["metrics=none"] if experiment else ["data=none", "metrics=none"]
+        common = [*none, *args.overrides, f"run_dir={args.output}"]
         config = OmegaConf.to_container(plugins.compose_config(common), resolve=True)
         family = args.family or (family_of(config["model"]) if named else "zigma")
         if named and target_of(family) != config["model"].get("_target_"):
