@@ -116,7 +116,10 @@ def test_the_header_states_result_and_source(experiment):
     assert re.search(r"Source: .*(arXiv:\d{4}\.\d{5}|README)", head)
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+SOME = [e if e in QUICK else pytest.param(e, marks=pytest.mark.slow) for e in EXPERIMENTS]
+
+
+@pytest.mark.parametrize("experiment", SOME)
 def test_data_model_and_process_fit(experiment, tmp_path):
     (tmp_path / "train-000000.tar").touch()
     given = plain(experiment)
@@ -127,9 +130,7 @@ def test_data_model_and_process_fit(experiment, tmp_path):
     check_training(Settings.from_mapping(given))
 
 
-@pytest.mark.parametrize(
-    "experiment", [e if e in QUICK else pytest.param(e, marks=pytest.mark.slow) for e in EXPERIMENTS]
-)
+@pytest.mark.parametrize("experiment", SOME)
 def test_a_published_file_is_sampled_as_it_was_trained(experiment):
     given = plain(experiment)
     sampled = complete_from_defaults(plain(experiment, name="sample"), "published.pt")
@@ -139,9 +140,7 @@ def test_a_published_file_is_sampled_as_it_was_trained(experiment):
     assert sampled["model"] == {k: v for k, v in given["model"].items() if v is not None}
 
 
-@pytest.mark.parametrize(
-    "experiment", [e if e in QUICK else pytest.param(e, marks=pytest.mark.slow) for e in EXPERIMENTS]
-)
+@pytest.mark.parametrize("experiment", SOME)
 def test_it_trains_at_a_tiny_size(experiment, autoencoder, tmp_path):
     cfg = shrink(compose(experiment, f"run_dir={tmp_path / 'run'}"), autoencoder)
     rate = cfg.optim.lr

@@ -25,9 +25,7 @@ from .definitions import (
     scan_definition,
     with_gradients,
 )
-from .test_torch_operators import CountOperators, poisoned_memory, saved_bytes
-
-__all__ = ["poisoned_memory"]  # a fixture
+from .operators import CountOperators, saved_bytes
 
 # Without a compiler there is nothing here to test.
 pytestmark = pytest.mark.skipif(

@@ -4,7 +4,6 @@ import functools
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import dis_causal_conv1d.backends.torch_shift as torch_shift
@@ -21,19 +20,10 @@ from .definitions import (
     scan_definition,
     with_gradients,
 )
+from .operators import CountOperators, saved_bytes
 
 scan = functools.partial(selective_scan, backend="torch", delta_softplus=True)
 conv = functools.partial(causal_conv1d, backend="torch", activation="silu")
-
-
-class CountOperators(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.calls = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[func.name()] = self.calls.get(func.name(), 0) + 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("options", [("D", "z", "delta_bias"), ()])
@@ -53,23 +43,6 @@ def test_opcheck_of_the_convolution(bias):
     torch.library.opcheck(torch_shift.shifted_conv, (*tensors, True, False))
     frozen = [None if t is None else t.detach() for t in tensors]
     torch.library.opcheck(torch_shift.shifted_conv_backward, (torch.ones(2, 6, 3), *frozen, True, True))
-
-
-def saved_bytes(function, arguments):
-    """Bytes kept for backward beside the arguments themselves."""
-    mine = {value.untyped_storage().data_ptr() for value in arguments.values()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in mine:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = function(**arguments)
-    del out
-    return sum(kept.values())
 
 
 @pytest.mark.parametrize("L", [16, 32, 33, 256])
@@ -125,18 +98,6 @@ def test_convolution_cut_into_many_blocks(monkeypatch):
     assert_close("output", out, want, of_max=1e-5)
     for name in arguments:
         assert_close(name, grads[name], want_grads[name], of_max=1e-5)
-
-
-@pytest.fixture
-def poisoned_memory(monkeypatch):
-    """Fresh float memory is NaN, so that a value that is read before it is written shows."""
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-
-    def poison(tensor):
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
 
 
 @pytest.mark.usefixtures("poisoned_memory")

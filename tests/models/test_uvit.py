@@ -71,7 +71,7 @@ def test_skips_join_the_blocks_in_reverse_order():
     model = filled(UViT(**TINY)).eval()
     given = inputs(model)
     seen = {}
-    for name, block in model._blocks().items():
+    for name, block in model.named_blocks().items():
         block.register_forward_hook(lambda module, args, out, name=name: seen.update({name: (args[1], out)}))
     model(*given)
     assert seen["out_blocks.0"][0] is seen["in_blocks.1"][1]
@@ -83,7 +83,7 @@ def test_skips_join_the_blocks_in_reverse_order():
 
 @pytest.mark.parametrize("depth", [4, 5])
 def test_depth_counts_the_middle_block_once(depth):
-    assert len(UViT(**{**TINY, "depth": depth})._blocks()) == 5
+    assert len(UViT(**{**TINY, "depth": depth}).named_blocks()) == 5
 
 
 def test_extra_tokens_stand_before_the_patches():

@@ -33,18 +33,16 @@ from zigflow.nn import (
     SelfAttention,
     TimestepEmbedder,
     axial_rotations,
-    check_divisible,
     interpolate_positions,
     modulate,
-    null_condition,
     read_labels,
     read_text,
     sincos_positions,
     unpatchify,
 )
-from zigflow.nn.checkpointing import CHECKPOINT_POLICIES, checkpointed
-from zigflow.nn.conditioning import NO_NULL
-from zigflow.registry import MODEL_VARIANTS, unknown_name
+from zigflow.nn.backbone import Backbone
+from zigflow.nn.checkpointing import checkpointed
+from zigflow.registry import MODEL_VARIANTS
 
 
 def _plain_norm(dim: int) -> LayerNorm:
@@ -111,7 +109,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x_BLD).to(x_BLD.dtype), shift, scale))
 
 
-class DiT(nn.Module):
+class DiT(Backbone):
     """The DiT backbone; the defaults are those of the published class.
 
     Args:
@@ -133,7 +131,6 @@ class DiT(nn.Module):
     """
 
     time_scale = 1.0
-    video_frames = 0
 
     def __init__(
         self,
@@ -159,19 +156,15 @@ class DiT(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if not 0 <= class_dropout_prob < 1:
-            raise ValueError(f"class_dropout_prob lies in [0, 1), got {class_dropout_prob}")
-        if has_text and d_context <= 0:
-            raise ValueError(f"has_text=True needs d_context > 0, the width of a text token, got {d_context}")
+        self.describe(
+            in_channels=in_channels, img_dim=img_dim, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
+            num_classes=num_classes, class_dropout_prob=class_dropout_prob, has_text=has_text, d_context=d_context,
+            n_context_token=n_context_token,
+        )  # fmt: skip
         if has_text and class_dropout_prob > 0 and n_context_token <= 0:
             raise ValueError(
                 f"class_dropout_prob > 0 with text needs n_context_token > 0, the tokens of the null text, got "
                 f"{n_context_token}"
-            )
-        if class_dropout_prob > 0 and num_classes <= 0 and not has_text:
-            raise ValueError(
-                f"class_dropout_prob={class_dropout_prob} needs a condition to drop: set num_classes or has_text, or "
-                "class_dropout_prob=0"
             )
         if drop_sigma and not learn_sigma:
             raise ValueError("drop_sigma=True leaves out the channels of learn_sigma=True, which is off")
@@ -180,15 +173,6 @@ class DiT(nn.Module):
                 f"guided_channels is 1..{in_channels} (in_channels), or None for all, got {guided_channels}"
             )
         factory = {"device": device, "dtype": dtype}
-        self.in_channels = in_channels
-        self.img_dim = (img_dim, img_dim) if isinstance(img_dim, int) else (int(img_dim[0]), int(img_dim[1]))
-        self.patch_size = patch_size
-        self.embed_dim = embed_dim
-        self.depth = depth
-        self.grid = check_divisible(*self.img_dim, patch_size)
-        self.class_dropout_prob = class_dropout_prob
-        self.num_classes = -1 if has_text else num_classes
-        self.has_text, self.d_context, self.n_context_token = has_text, d_context, n_context_token
         self.guided_channels = in_channels if guided_channels is None else guided_channels
         self.head_channels = 2 * in_channels if learn_sigma else in_channels
         self.out_channels = in_channels if drop_sigma else self.head_channels
@@ -235,45 +219,12 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.adaLN_modulation[1].bias)
 
-    def set_checkpoint_policy(self, policy: str) -> None:
-        """none, block or selective; may change at any time, also on resume."""
-        if policy not in CHECKPOINT_POLICIES:
-            raise unknown_name("checkpoint policy", policy, list(CHECKPOINT_POLICIES))
-        for block in self.blocks:
-            block.checkpoint_policy = policy
-
-    def shard_units(self) -> list[nn.Module]:
-        """What may be sharded apart."""
-        return list(self.blocks)
-
-    def compile_blocks(self, **options) -> None:
-        """Compile each block in place; keys of the state dict stay as they are."""
-        for block in self.blocks:
-            block.compile(fullgraph=True, **options)
-
-    def null_condition(self, y):
-        """The condition that stands for "none" in guidance, built like ``y``: the null class, or the null text.
-
-        Args:
-            y: labels (B,), tokens (B, S, d_context), or a ``Condition``, of which the part that this model reads is
-                replaced.
-
-        Raises:
-            ValueError: the model was built without a null row, or a ``Condition`` lacks the part that it reads.
-        """
-        if self.class_dropout_prob <= 0:
-            raise ValueError(NO_NULL)
-        return null_condition(y, self.num_classes, self.null_text)
+    def named_blocks(self) -> dict[str, nn.Module]:
+        return {f"blocks.{i}": block for i, block in enumerate(self.blocks)}
 
     def _embed(self, x: Tensor, t: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens (B, L, D) with positions, and the grid (h, w)."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"this model reads (B, C, H, W) with C={self.in_channels}, got {tuple(x.shape)}")
-        if x.shape[0] == 0:
-            raise ValueError(f"a batch of 0 samples (x has shape {tuple(x.shape)}); give at least one")
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t must hold one time per sample, shape ({x.shape[0]},), got {tuple(t.shape)}")
-        grid = check_divisible(x.shape[2], x.shape[3], self.patch_size)
+        grid = self.check_input(x, t)
         tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
         return tokens + interpolate_positions(self.pos_embed, (1, *self.grid), (1, *grid)), grid
 
@@ -302,18 +253,12 @@ class DiT(nn.Module):
             c = c + self.y_embedder(labels)
         rotations = axial_rotations(self.grid, grid, self.head_dim, device=x.device) if self.rope else None
         features = {}
-        for i, block in enumerate(self.blocks):
+        for name, block in self.named_blocks().items():
             hidden = block(hidden, c, rotations, *context)
-            if f"blocks.{i}" in return_features:
-                features[f"blocks.{i}"] = hidden
+            if name in return_features:
+                features[name] = hidden
         out = unpatchify(self.final_layer(hidden, c), *grid, self.patch_size, self.head_channels)
-        out = out[:, : self.out_channels]
-        if not return_features:
-            return out
-        missing = [name for name in return_features if name not in features]
-        if missing:
-            raise unknown_name("feature", missing[0], [f"blocks.{i}" for i in range(self.depth)])
-        return out, features
+        return self.with_features(out[:, : self.out_channels], features, return_features)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y, cfg_scale: float) -> Tensor:
         """The published guided call on a doubled batch.

@@ -28,17 +28,15 @@ from zigflow.nn import (
     PatchEmbed,
     SelfAttention,
     axial_rotations,
-    check_divisible,
     interpolate_positions,
-    null_condition,
     read_labels,
     read_text,
     sinusoidal_embedding,
     unpatchify,
 )
-from zigflow.nn.checkpointing import CHECKPOINT_POLICIES, checkpointed
-from zigflow.nn.conditioning import NO_NULL
-from zigflow.registry import MODEL_VARIANTS, unknown_name
+from zigflow.nn.backbone import Backbone
+from zigflow.nn.checkpointing import checkpointed
+from zigflow.registry import MODEL_VARIANTS
 
 
 class UViTBlock(nn.Module):
@@ -74,7 +72,7 @@ class UViTBlock(nn.Module):
         return x_BLD + self.mlp(self.norm2(x_BLD).to(x_BLD.dtype))
 
 
-class UViT(nn.Module):
+class UViT(Backbone):
     """The U-ViT backbone.
 
     Args:
@@ -96,7 +94,6 @@ class UViT(nn.Module):
 
     # Flow times lie in [0, 1]; the sinusoid of the time token is made for 0..1000.
     time_scale = 1000.0
-    video_frames = 0
 
     def __init__(
         self,
@@ -123,28 +120,17 @@ class UViT(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if not 0 <= class_dropout_prob < 1:
-            raise ValueError(f"class_dropout_prob lies in [0, 1), got {class_dropout_prob}")
-        if has_text and (d_context <= 0 or n_context_token <= 0):
+        self.describe(
+            in_channels=in_channels, img_dim=img_dim, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
+            num_classes=num_classes, class_dropout_prob=class_dropout_prob, has_text=has_text, d_context=d_context,
+            n_context_token=n_context_token,
+        )  # fmt: skip
+        if has_text and n_context_token <= 0:
             raise ValueError(
-                f"has_text=True needs d_context > 0 and n_context_token > 0, the width and number of text tokens, got "
-                f"{d_context} and {n_context_token}"
-            )
-        if class_dropout_prob > 0 and num_classes <= 0 and not has_text:
-            raise ValueError(
-                f"class_dropout_prob={class_dropout_prob} needs a condition to drop: set num_classes or has_text, or "
-                "class_dropout_prob=0"
+                f"has_text=True needs n_context_token > 0, the number of text tokens, got {n_context_token}"
             )
         factory = {"device": device, "dtype": dtype}
-        self.in_channels = self.out_channels = self.guided_channels = in_channels
-        self.img_dim = (img_dim, img_dim) if isinstance(img_dim, int) else (int(img_dim[0]), int(img_dim[1]))
-        self.patch_size = patch_size
-        self.embed_dim = embed_dim
-        self.depth = depth
-        self.grid = check_divisible(*self.img_dim, patch_size)
-        self.class_dropout_prob = class_dropout_prob
-        self.num_classes = -1 if has_text else num_classes
-        self.has_text, self.d_context, self.n_context_token = has_text, d_context, n_context_token
+        self.out_channels = self.guided_channels = in_channels
         self.rope = rope
         self.extras = 1 + (n_context_token if has_text else int(num_classes > 0))
 
@@ -196,53 +182,17 @@ class UViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def _blocks(self) -> dict[str, UViTBlock]:
-        """Every block by its name, in the order in which they run."""
-        named = [(f"in_blocks.{i}", block) for i, block in enumerate(self.in_blocks)]
+    def named_blocks(self) -> dict[str, nn.Module]:
+        named: list[tuple[str, nn.Module]] = [
+            (f"in_blocks.{i}", block) for i, block in enumerate(self.in_blocks)
+        ]
         named.append(("mid_block", self.mid_block))
         named += [(f"out_blocks.{i}", block) for i, block in enumerate(self.out_blocks)]
-        return dict(named)  # type: ignore[arg-type]
-
-    def set_checkpoint_policy(self, policy: str) -> None:
-        """none, block or selective; may change at any time, also on resume."""
-        if policy not in CHECKPOINT_POLICIES:
-            raise unknown_name("checkpoint policy", policy, list(CHECKPOINT_POLICIES))
-        for block in self._blocks().values():
-            block.checkpoint_policy = policy
-
-    def shard_units(self) -> list[nn.Module]:
-        """What may be sharded apart."""
-        return list(self._blocks().values())
-
-    def compile_blocks(self, **options) -> None:
-        """Compile each block in place; keys of the state dict stay as they are."""
-        for block in self._blocks().values():
-            block.compile(fullgraph=True, **options)
-
-    def null_condition(self, y):
-        """The condition that stands for "none" in guidance, built like ``y``: the null class, or the null text.
-
-        Args:
-            y: labels (B,), tokens (B, S, d_context), or a ``Condition``, of which the part that this model reads is
-                replaced.
-
-        Raises:
-            ValueError: the model was built without a null row, or a ``Condition`` lacks the part that it reads.
-        """
-        if self.class_dropout_prob <= 0:
-            raise ValueError(NO_NULL)
-        return null_condition(y, self.num_classes, self.null_text)
+        return dict(named)
 
     def _tokens(self, x: Tensor, t: Tensor, y) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
         """All tokens (B, L, D) with positions, what may be read of them (B, L) or None, and the grid (h, w)."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"this model reads (B, C, H, W) with C={self.in_channels}, got {tuple(x.shape)}")
-        batch = x.shape[0]
-        if batch == 0:
-            raise ValueError(f"a batch of 0 samples (x has shape {tuple(x.shape)}); give at least one")
-        if t.shape != (batch,):
-            raise ValueError(f"t must hold one time per sample, shape ({batch},), got {tuple(t.shape)}")
-        grid = check_divisible(x.shape[2], x.shape[3], self.patch_size)
+        batch, grid = x.shape[0], self.check_input(x, t)
         dtype = self.pos_embed.dtype
         patches = self.patch_embed(x.to(dtype))
         time = self.time_embed(sinusoidal_embedding(t, self.embed_dim).to(dtype)).unsqueeze(1)
@@ -286,7 +236,7 @@ class UViT(nn.Module):
         if self.rope:
             rotations = axial_rotations(self.grid, grid, self.head_dim, self.extras, device=x.device)
         features, kept = {}, []
-        for name, block in self._blocks().items():
+        for name, block in self.named_blocks().items():
             joined = kept.pop() if self.skip and name.startswith("out_") else None
             hidden = block(hidden, joined, rotations, mask)
             if name.startswith("in_"):
@@ -295,12 +245,7 @@ class UViT(nn.Module):
                 features[name] = hidden
         out = self.decoder_pred(self.norm(hidden).to(hidden.dtype))[:, self.extras :]
         out = self.final_layer(unpatchify(out, *grid, self.patch_size, self.in_channels))
-        if not return_features:
-            return out
-        missing = [name for name in return_features if name not in features]
-        if missing:
-            raise unknown_name("feature", missing[0], list(self._blocks()))
-        return out, features
+        return self.with_features(out, features, return_features)
 
 
 _SHAPES = {
