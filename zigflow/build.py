@@ -314,7 +314,9 @@ def train_from_config(
             progress=settings.loop.progress,
             random_flip=settings.data.random_flip,
         ),
-        schedule=Schedule(optim.schedule, warmup=optim.warmup_steps, total=settings.data.train_steps),
+        schedule=Schedule(
+            optim.schedule, optim.warmup_steps, settings.data.train_steps, final=optim.min_lr / optim.lr
+        ),
         config=plain,
         epoch_size=epoch_size,
         data_identity={"fingerprint": source.fingerprint, "order": identity},

@@ -55,6 +55,7 @@ class OptimSettings:
     eps: float = 1e-8
     schedule: str = "constant"
     warmup_steps: int = 0
+    min_lr: float = 0.0
     exclude_tagged_from_decay: bool = False
 
     def __post_init__(self):
@@ -63,6 +64,10 @@ class OptimSettings:
         not_negative("optim.wd", self.wd)
         not_negative("optim.warmup_steps", self.warmup_steps)
         one_of("optim.schedule", self.schedule, ("constant", "cosine"))
+        if not 0 <= self.min_lr <= self.lr:
+            raise SettingsError(f"optim.min_lr={self.min_lr} is not in [0, optim.lr={self.lr}]")
+        if self.min_lr and self.schedule != "cosine":
+            raise SettingsError(f"optim.min_lr={self.min_lr} ends a cosine: set optim.schedule=cosine, or drop it")
 
 
 @dataclass(frozen=True, kw_only=True)

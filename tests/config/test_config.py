@@ -191,6 +191,8 @@ def test_presets_and_command_line_take_precedence_in_this_order():
         (["ode.sampling_method=heunn"], ["ode.sampling_method", "heun"]),
         (["sde.diffusion_form=sigmas"], ["sde.diffusion_form", "sigma"]),
         (["data.train_steps=20"], ["optim.warmup_steps=50", "data.train_steps=20"]),
+        (["optim.min_lr=1"], ["optim.min_lr=1", "optim.lr=0.008"]),
+        (["optim.min_lr=1e-6", "optim.schedule=constant"], ["optim.min_lr", "optim.schedule=cosine"]),
         (["optim.name=adam"], ["optim.name", "adamw"]),
         (["model.scan_type=zigzagN9"], ["model.scan_type", "9", "8"]),
         (["model.scan_type=zigzg"], ["model.scan_type", "zigzag"]),

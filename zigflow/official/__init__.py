@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from zigflow.registry import unknown_name
 
+from .dis import dis_arguments, dis_kwargs
+from .names import namespace, renamed
+
 log = logging.getLogger(__name__)
 
 
@@ -86,27 +89,12 @@ def _zigma_kwargs(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return model.get("params") if isinstance(model, dict) else None
 
 
-def _namespace() -> list[Any]:
-    """The command-line arguments that DiT's and SiT's training scripts store as ``args``."""
-    from argparse import Namespace
-
-    return [Namespace]
-
-
-def _renamed(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """``given`` with official keywords as ours; our own names stay."""
-    both = [(old, new) for old, new in names.items() if old in given and new in given]
-    if both:
-        raise ValueError(f"{' and '.join(both[0])} are one keyword: give one of them")
-    return {names.get(key, key): value for key, value in given.items()}
-
-
 _DIT_NAMES = {"input_size": "img_dim", "hidden_size": "embed_dim"}
 
 
 def _dit_arguments(given: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """Guidance acts on three channels, as published, unless ``guided_channels`` says otherwise."""
-    return {"guided_channels": 3, **_renamed(given, _DIT_NAMES), **ours}
+    return {"guided_channels": 3, **renamed(given, _DIT_NAMES), **ours}
 
 
 def _sit_arguments(given: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +126,7 @@ _UVIT_TEXT_NAMES = {**_UVIT_NAMES, "clip_dim": "d_context", "num_clip_token": "n
 
 def _uvit_arguments(given: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """The published ``num_classes`` counts the null class; with ``class_dropout_prob`` of ours it is the last row."""
-    arguments = _renamed({k: v for k, v in given.items() if k != "name"}, _UVIT_NAMES)
+    arguments = renamed({k: v for k, v in given.items() if k != "name"}, _UVIT_NAMES)
     if arguments.pop("qk_scale", None) is not None:
         raise ValueError("qk_scale had no effect in the published attention: leave it out")
     null_is_counted = ours.get("class_dropout_prob", 0) > 0 and "class_dropout_prob" not in given
@@ -149,7 +137,7 @@ def _uvit_arguments(given: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[s
 
 def _uvit_text_arguments(given: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     text = {"has_text": True, "d_context": 768, "n_context_token": 77}
-    return {**text, **_uvit_arguments(_renamed(given, _UVIT_TEXT_NAMES), ours)}
+    return {**text, **_uvit_arguments(renamed(given, _UVIT_TEXT_NAMES), ours)}
 
 
 _UVIT_WEIGHTS = "nnet_ema.pth"
@@ -162,10 +150,13 @@ FAMILIES: dict[str, Family] = {
         check=_check_zigma,
         ctor_kwargs=_zigma_kwargs,
     ),
-    "dit": Family(
-        "zigflow.models.dit.DiT", _namespace, _dit_arguments, ctor_kwargs=_dit_kwargs, processes=("gaussian",)
+    "dis": Family(
+        "zigflow.models.dis.DiS", namespace, dis_arguments, ctor_kwargs=dis_kwargs, processes=("gaussian",)
     ),
-    "sit": Family("zigflow.models.dit.DiT", _namespace, _sit_arguments, ctor_kwargs=_dit_kwargs),
+    "dit": Family(
+        "zigflow.models.dit.DiT", namespace, _dit_arguments, ctor_kwargs=_dit_kwargs, processes=("gaussian",)
+    ),
+    "sit": Family("zigflow.models.dit.DiT", namespace, _sit_arguments, ctor_kwargs=_dit_kwargs),
     "uvit": Family("zigflow.models.uvit.UViT", arguments=_uvit_arguments, processes=("vp", "sd_discrete")),
     "uvit_t2i": Family(
         "zigflow.models.uvit.UViT", arguments=_uvit_text_arguments, processes=("sd_discrete",)
@@ -264,7 +255,7 @@ def load_official(
     """Our model with an official checkpoint's weights.
 
     Args:
-        family: the published code base: "zigma", "dit", "sit", "uvit" or "uvit_t2i".
+        family: the published code base: "zigma", "dis", "dit", "sit", "uvit" or "uvit_t2i".
         ctor_kwargs: keywords as the official constructor takes them, or as our class does.
         state_dict: tensors as the official checkpoint holds them; wrapper prefixes are removed.
         null_text: (S, d_context), the encoded empty prompt that guidance of a text model needs; official files do

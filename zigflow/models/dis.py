@@ -1,0 +1,421 @@
+"""DiS: a diffusion backbone of bidirectional Mamba blocks that takes time, class and patches as tokens alike.
+
+Paper: Fei et al., "Scalable Diffusion Models with State Space Backbone", 2024, arXiv:2402.05608.
+
+The tensor story: an image (B, C, H, W) becomes patch tokens in raster order; before them stand the time token and,
+with classes, the class token: [class, time, patches]. A learned table is added to all of them. Every block adds the
+previous block's output to a float32 residual stream, normalizes the stream and mixes it in both directions; what goes
+on is the mixer's output. depth // 2 blocks keep that output, a middle block follows, and depth // 2 blocks each join
+the latest kept output to their input by a linear layer, before it is added to the stream. Two norms in a row, the
+second one modulated by time + class where there are classes, and a linear head give (B, C, H, W), or (B, 2 C, H, W)
+with ``learn_sigma``: the prediction, then what the Gaussian process reads as its variance.
+
+Differences from the published code:
+  - keyword names are the project's (``img_dim``, ``in_channels``); zigflow.official translates;
+  - the backward branch of a mixer gets the initialization of the forward one (``official_backward_dt_init``);
+  - ``class_dropout_prob`` is 0 by default, since a model without classes has nothing to drop;
+  - guidance acts on all channels of the prediction; ``guided_channels=3`` is the published one;
+  - grids need not be square, and other sizes than the one built for are accepted (positions are interpolated);
+  - the patches may be visited along any registered scan (``scan``), the extra tokens staying in front.
+
+Legend: B batch, C channels, H W image, h w token grid, L tokens with the extra ones, D width, p patch size.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dis_mamba import BiMambaMixer
+from scans import TokenLayout, parse_scan_type
+from zigflow.nn import (
+    LabelEmbedder,
+    LayerNorm,
+    PatchEmbed,
+    RMSNorm,
+    check_divisible,
+    drop_path_scales,
+    interpolate_positions,
+    modulate,
+    null_condition,
+    permute,
+    read_labels,
+    sinusoidal_embedding,
+    unpatchify,
+)
+from zigflow.nn.checkpointing import CHECKPOINT_POLICIES, checkpointed
+from zigflow.nn.conditioning import NO_NULL
+from zigflow.registry import MODEL_VARIANTS, unknown_name
+
+_GRIDS_KEPT = 8
+
+
+class DiSBlock(nn.Module):
+    """Join the skipped tokens, if it is a block with ``skip``; add to the stream, norm, mix along an order."""
+
+    checkpoint_policy = "none"
+
+    def __init__(self, dim: int, mixer: nn.Module, norm: nn.Module, skip: bool, **factory):
+        super().__init__()
+        self.mixer = mixer
+        self.norm = norm
+        self.skip_linear = nn.Linear(2 * dim, dim, **factory) if skip else None
+
+    def forward(self, *args) -> tuple[Tensor, Tensor]:
+        """One layer (see ``layer``) under the policy, inside of what is compiled."""
+        return checkpointed(self.checkpoint_policy, self.layer, *args)
+
+    def layer(
+        self,
+        hidden_BLD: Tensor,
+        residual_BLD: Tensor,
+        skip_BLD: Tensor | None = None,
+        drop_scale_B: Tensor | None = None,
+        order_L: Tensor | None = None,
+        inverse_L: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One layer. Returns the mixer's output and the residual stream before the norm, tokens in raster order."""
+        if self.skip_linear is not None:
+            hidden_BLD = self.skip_linear(torch.cat([hidden_BLD, skip_BLD], dim=-1))
+        if drop_scale_B is not None:
+            hidden_BLD = hidden_BLD * drop_scale_B[:, None, None]
+        residual_BLD = residual_BLD + hidden_BLD
+        x = self.norm(residual_BLD).to(hidden_BLD.dtype)
+        if order_L is None or inverse_L is None:
+            return self.mixer(x), residual_BLD
+        return permute(self.mixer(permute(x, order_L, inverse_L)), inverse_L, order_L), residual_BLD
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm without parameters (eps 1e-6), modulated where there is a condition, then Linear."""
+
+    def __init__(self, dim: int, out_features: int, conditional: bool, **factory):
+        super().__init__()
+        self.norm_final = LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(dim, out_features, **factory)
+        self.adaLN_modulation = (
+            nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim, **factory)) if conditional else None
+        )
+
+    def forward(self, x_BLD: Tensor, c_BD: Tensor) -> Tensor:
+        x = self.norm_final(x_BLD).to(x_BLD.dtype)
+        if self.adaLN_modulation is not None:
+            x = modulate(x, *self.adaLN_modulation(c_BD).chunk(2, dim=1))
+        return self.linear(x)
+
+
+class DiS(nn.Module):
+    """The DiS backbone; the defaults are those of the published class, but for ``class_dropout_prob``.
+
+    Args:
+        in_channels, img_dim, patch_size: the input; ``img_dim`` is a side or (height, width).
+        embed_dim, depth: width D and depth; there are 2 (depth // 2) + 1 blocks, an odd number.
+        num_classes: > 0 for a class token and the modulated head. ``class_dropout_prob`` > 0 adds the null class, and
+            drops labels in training.
+        learn_sigma: C more output channels, the variance of the Gaussian process.
+        mlp_time_embed, skip: Linear, SiLU, Linear on the time token; the long skip connections.
+        drop_path_rate: last block's stochastic depth; blocks 0 and 1 have none.
+        ssm_cfg: keywords of the mixer (d_state, d_conv, expand, dt_rank, ..., backend).
+        rms_norm, norm_epsilon, residual_in_fp32: the norms and the residual stream.
+        guided_channels: guidance acts on the first so many channels; None: all of the prediction, C.
+        scan, scan_seed: a registered scan along which the patches are visited, block i taking its path i; None is the
+            raster. The seed is that of random scans.
+        mixer: a factory called as ``mixer(embed_dim, **ssm_cfg, device=..., dtype=...)`` that replaces the
+            bidirectional mixer: any module from (B, L, D) to (B, L, D).
+        official_backward_dt_init: the published initialization, see the module's head.
+
+    Raises:
+        ValueError: values that exclude each other, named with what is allowed.
+    """
+
+    # Flow times lie in [0, 1]; the sinusoid of the time token is made for 0..1000.
+    time_scale = 1000.0
+    video_frames = 0
+    has_text = False
+    scan_orders: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        embed_dim: int = 192,
+        depth: int = 12,
+        img_dim: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        num_classes: int = -1,
+        class_dropout_prob: float = 0.0,
+        learn_sigma: bool = True,
+        mlp_time_embed: bool = True,
+        skip: bool = True,
+        drop_path_rate: float = 0.1,
+        ssm_cfg: dict | None = None,
+        rms_norm: bool = True,
+        norm_epsilon: float = 1e-5,
+        residual_in_fp32: bool = True,
+        guided_channels: int | None = None,
+        scan: str | None = None,
+        scan_seed: int = 0,
+        mixer: Callable[..., nn.Module] | None = None,
+        official_backward_dt_init: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if not 0 <= class_dropout_prob < 1:
+            raise ValueError(f"class_dropout_prob lies in [0, 1), got {class_dropout_prob}")
+        if class_dropout_prob > 0 and num_classes <= 0:
+            raise ValueError(
+                f"class_dropout_prob={class_dropout_prob} needs a condition to drop: set num_classes, or "
+                "class_dropout_prob=0"
+            )
+        if guided_channels is not None and not 1 <= guided_channels <= in_channels:
+            raise ValueError(
+                f"guided_channels is 1..{in_channels} (in_channels), or None for all, got {guided_channels}"
+            )
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate lies in [0, 1), got {drop_path_rate}")
+        factory = {"device": device, "dtype": dtype}
+        self.in_channels = in_channels
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.guided_channels = in_channels if guided_channels is None else guided_channels
+        self.img_dim = (img_dim, img_dim) if isinstance(img_dim, int) else (int(img_dim[0]), int(img_dim[1]))
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
+        self.depth = depth
+        self.grid = check_divisible(*self.img_dim, patch_size)
+        self.num_classes = num_classes
+        self.class_dropout_prob = class_dropout_prob
+        self.residual_in_fp32 = residual_in_fp32
+        self.skip = skip
+        self.extras = 1 + int(num_classes > 0)
+
+        tokens = self.extras + self.grid[0] * self.grid[1]
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim, **factory))
+        self.patch_embed = PatchEmbed(in_channels, embed_dim, patch_size, **factory)
+        self.time_embed = nn.Identity()
+        if mlp_time_embed:
+            self.time_embed = nn.Sequential(
+                nn.Linear(embed_dim, 4 * embed_dim, **factory),
+                nn.SiLU(),
+                nn.Linear(4 * embed_dim, embed_dim, **factory),
+            )
+        if num_classes > 0:
+            self.label_emb = LabelEmbedder(num_classes, embed_dim, class_dropout_prob, **factory)
+
+        options = dict(ssm_cfg or {})
+        if mixer is None:
+            mixer, options = BiMambaMixer, {"official_backward_dt_init": official_backward_dt_init, **options}
+        build_mixer = partial(mixer, embed_dim, **options, **factory)
+        norm = partial(RMSNorm if rms_norm else LayerNorm, embed_dim, eps=norm_epsilon, **factory)
+
+        def block(joins: bool) -> DiSBlock:
+            return DiSBlock(embed_dim, build_mixer(), norm(), joins, **factory)
+
+        self.in_blocks = nn.ModuleList(block(False) for _ in range(depth // 2))
+        self.mid_block = block(False)
+        self.out_blocks = nn.ModuleList(block(skip) for _ in range(depth // 2))
+        self.norm_f = norm()
+        self.final_layer = FinalLayer(
+            embed_dim, patch_size * patch_size * self.out_channels, num_classes > 0, **factory
+        )
+
+        blocks = 2 * (depth // 2) + 1
+        ramp = np.linspace(0, drop_path_rate, depth, dtype=np.float32).tolist()
+        self.drop_path_rates = (*(0.0, *ramp)[:blocks], drop_path_rate)
+        self.scan_spec = None if scan in (None, "from_model") else parse_scan_type("v2").with_scan(scan)
+        self.scan_seed = scan_seed
+        self._other_grids: OrderedDict[tuple, Tensor | None] = OrderedDict()
+        # As a buffer the orders follow the model from device to device.
+        self.register_buffer("scan_orders", self._orders(self.grid, device), persistent=False)
+        self.set_checkpoint_policy("none")
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The published initialization; mixers, convolutions and the weights of linear layers have drawn theirs."""
+        nn.init.zeros_(self.pos_embed)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                if module.bias is not None and not getattr(module.bias, "_no_reinit", False):
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, LabelEmbedder):
+                module.reset_parameters()
+            elif isinstance(module, BiMambaMixer):
+                nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
+                module.out_proj.weight /= math.sqrt(self.depth)
+
+    def _blocks(self) -> dict[str, DiSBlock]:
+        """Every block by its name, in the order in which they run."""
+        named = [(f"in_blocks.{i}", block) for i, block in enumerate(self.in_blocks)]
+        named.append(("mid_block", self.mid_block))
+        named += [(f"out_blocks.{i}", block) for i, block in enumerate(self.out_blocks)]
+        return dict(named)  # type: ignore[arg-type]
+
+    def set_checkpoint_policy(self, policy: str) -> None:
+        """none, block or selective; may change at any time, also on resume."""
+        if policy not in CHECKPOINT_POLICIES:
+            raise unknown_name("checkpoint policy", policy, list(CHECKPOINT_POLICIES))
+        for block in self._blocks().values():
+            block.checkpoint_policy = policy
+
+    def shard_units(self) -> list[nn.Module]:
+        """What may be sharded apart."""
+        return list(self._blocks().values())
+
+    def compile_blocks(self, **options) -> None:
+        """Compile each block in place; keys of the state dict stay as they are."""
+        for block in self._blocks().values():
+            block.compile(fullgraph=True, **options)
+
+    def _orders(self, grid: tuple[int, int], device) -> Tensor | None:
+        """(blocks, 2, L): each block's order of all tokens and its inverse; None where all of them are the raster."""
+        if self.scan_spec is None:
+            return None
+        blocks = 2 * (self.depth // 2) + 1
+        steps, layers = self.scan_spec.schedule(blocks, 1, *grid, seed=self.scan_seed).distinct()
+        layout = TokenLayout.prefix(grid[0] * grid[1], self.extras)
+        paths = [layout.lift(step.path) for step in steps]
+        if all(path.is_identity for path in paths):
+            return None
+        both = np.stack([np.stack([paths[i].order, paths[i].inverse]) for i in layers])
+        return torch.from_numpy(both).to(torch.empty(0, device=device).device)
+
+    def _walks(
+        self, grid: tuple[int, int], device: torch.device
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
+        """One (order, inverse) per block: the buffer for the built grid, a small cache for others."""
+        orders = self.scan_orders
+        if grid != self.grid:
+            if (grid, device) not in self._other_grids:
+                self._other_grids[grid, device] = self._orders(grid, device)
+                while len(self._other_grids) > _GRIDS_KEPT:
+                    self._other_grids.popitem(last=False)
+            orders = self._other_grids[grid, device]
+        if orders is None:
+            return [(None, None)] * (2 * (self.depth // 2) + 1)
+        return [(both[0], both[1]) for both in orders.unbind()]
+
+    def scan_state(self) -> dict[str, Tensor]:
+        """The orders that a checkpoint must carry: those of random scans, by block; else nothing."""
+        if self.scan_spec is None or not self.scan_spec.is_seeded or self.scan_orders is None:
+            return {}
+        return {f"blocks.{i}.order": both[0].contiguous() for i, both in enumerate(self.scan_orders)}
+
+    def null_condition(self, y):
+        """The condition that stands for "none" in guidance, built like ``y``: the null class.
+
+        Args:
+            y: labels (B,), or a ``Condition``, whose labels are replaced.
+
+        Raises:
+            ValueError: the model was built without a null class, or a ``Condition`` has no labels.
+        """
+        if self.class_dropout_prob <= 0:
+            raise ValueError(NO_NULL)
+        return null_condition(y, self.num_classes, None)
+
+    def _tokens(self, x: Tensor, t: Tensor, y) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """All tokens (B, L, D) with positions, time + class (B, D) for the head, and the grid (h, w)."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"this model reads (B, C, H, W) with C={self.in_channels}, got {tuple(x.shape)}")
+        batch = x.shape[0]
+        if batch == 0:
+            raise ValueError(f"a batch of 0 samples (x has shape {tuple(x.shape)}); give at least one")
+        if t.shape != (batch,):
+            raise ValueError(f"t must hold one time per sample, shape ({batch},), got {tuple(t.shape)}")
+        grid = check_divisible(x.shape[2], x.shape[3], self.patch_size)
+        dtype = self.pos_embed.dtype
+        c = self.time_embed(sinusoidal_embedding(t, self.embed_dim).to(dtype))
+        parts = [c.unsqueeze(1), self.patch_embed(x.to(dtype))]
+        if self.num_classes > 0:
+            labels = read_labels(y, batch, self.num_classes, self.class_dropout_prob, self.training, x.device)
+            label = self.label_emb(labels)
+            parts, c = [label.unsqueeze(1), *parts], c + label
+        table = self.pos_embed
+        if grid != self.grid:
+            resized = interpolate_positions(table[:, self.extras :], (1, *self.grid), (1, *grid))
+            table = torch.cat([table[:, : self.extras], resized], dim=1)
+        return torch.cat(parts, dim=1) + table, c, grid
+
+    def forward(self, x: Tensor, t: Tensor, y=None, return_features: tuple[str, ...] = ()):
+        """Predict from a noisy image.
+
+        Args:
+            x: (B, C, H, W); H and W multiples of the patch size.
+            t: (B,) times as the process feeds them, 0..1000.
+            y: labels (B,), a ``Condition``, or None: the null class.
+            return_features: names of blocks ("in_blocks.0", "mid_block", "out_blocks.0", ...) for what their mixers
+                give, (B, L, D) with the extra tokens first.
+
+        Returns:
+            (B, out_channels, H, W): C channels of prediction, with ``learn_sigma`` C of variance; with
+            ``return_features`` also a dict of features.
+        """
+        hidden, c, grid = self._tokens(x, t, y)
+        batch = hidden.shape[0]
+        scales: list[Tensor | None] = [None] * len(self.drop_path_rates)
+        if self.training and max(self.drop_path_rates) > 0:
+            scales = list(drop_path_scales(self.drop_path_rates, batch, hidden.device, hidden.dtype))
+        stream = torch.promote_types(hidden.dtype, torch.float32) if self.residual_in_fp32 else hidden.dtype
+        residual = torch.zeros_like(hidden, dtype=stream)
+        features, kept = {}, []
+        walks = self._walks(grid, hidden.device)
+        for i, (name, block) in enumerate(self._blocks().items()):
+            joined = kept.pop() if self.skip and name.startswith("out_") else None
+            hidden, residual = block(hidden, residual, joined, scales[i], *walks[i])
+            if name.startswith("in_"):
+                kept.append(hidden)
+            if name in return_features:
+                features[name] = hidden
+        if scales[-1] is not None:
+            hidden = hidden * scales[-1][:, None, None]
+        out = self.norm_f(residual + hidden).to(hidden.dtype)
+        out = unpatchify(
+            self.final_layer(out, c)[:, self.extras :], *grid, self.patch_size, self.out_channels
+        )
+        if not return_features:
+            return out
+        missing = [name for name in return_features if name not in features]
+        if missing:
+            raise unknown_name("feature", missing[0], list(self._blocks()))
+        return out, features
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y, cfg_scale: float = 1.5) -> Tensor:
+        """The published guided call on a doubled batch.
+
+        Args:
+            x: (2 B, C, H, W), of which the first B rows are read, for both halves.
+            t: (2 B,). y: the condition of B rows, then their null condition.
+            cfg_scale: w in uncond + w (cond - uncond), on the first ``guided_channels`` channels.
+
+        Returns:
+            (2 B, out_channels, H, W): both halves hold the guided channels, and each its own of the others.
+        """
+        half = x[: len(x) // 2]
+        out = self(torch.cat([half, half]), t, y)
+        cond, uncond = out[:, : self.guided_channels].chunk(2)
+        guided = uncond + cfg_scale * (cond - uncond)
+        return torch.cat([torch.cat([guided, guided]), out[:, self.guided_channels :]], dim=1)
+
+
+SIZES = {"s": (368, 24), "b": (768, 24), "m": (768, 48), "l": (1024, 48), "h": (1536, 48)}
+_LATENT_CLASSES = {"in_channels": 4, "img_dim": 32, "num_classes": 1000, "class_dropout_prob": 0.1}
+
+
+def _variant(name: str, **fixed):
+    def build(**kwargs) -> DiS:
+        return DiS(**{**fixed, **kwargs})
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"DiS of width {fixed['embed_dim']} and depth {fixed['depth']}."
+    return MODEL_VARIANTS.register(name)(build)
+
+
+for _size, (_dim, _depth) in SIZES.items():
+    for _patch in (2, 4):
+        globals()[f"dis_{_size}_{_patch}"] = _variant(
+            f"dis_{_size}_{_patch}", **_LATENT_CLASSES, embed_dim=_dim, depth=_depth, patch_size=_patch
+        )
