@@ -9,13 +9,14 @@ import torch
 from torch import distributed
 
 from model_zigma import ZigMa
-from tests.engine.test_real_model import zigma
+from tests.engine.test_real_model import dis, zigma
 from tests.engine.toys import PROFILES, assert_same_bits, batch_at, make_trainer, snapshot
 from zigflow.engine import checkpoint
 from zigflow.engine.launch import LaunchError, check_same, make_accelerator
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.run_state import load_weights
 from zigflow.engine.sharding import shard
+from zigflow.processes import Gaussian
 from zigflow.processes.flow import Flow
 from zigflow.samplers import OdeSampler
 
@@ -40,10 +41,10 @@ def samples(model):
         return OdeSampler(method="heun", num_steps=4).sample(Flow(), model, x0, torch.tensor([0, 1, 2, 0]))
 
 
-def trained(folder, ranks, accelerator, steps, *, sharded, model=None, **changes):
+def trained(folder, ranks, accelerator, steps, *, sharded, model=None, process=None, **changes):
     trainer = make_trainer(
         folder, steps=steps, model=model or zigma(0), loader=loader(ranks.rank, ranks.size),
-        process=Flow(), ema=PROFILES, batch_size=LOCAL, grad_accum=ACCUMULATED, max_grad_norm=0.05, shard=sharded,
+        process=process or Flow(), ema=PROFILES, batch_size=LOCAL, grad_accum=ACCUMULATED, max_grad_norm=0.05, shard=sharded,
         accelerator=accelerator, **changes,
     )  # fmt: skip
     trainer.fit()
@@ -106,6 +107,18 @@ def main():
         for sharded in (True, False)
     ]
     close(*runs)
+
+    # A stream that starts at zero, long skips, a learned variance: as copies, in shards, and resumed.
+    dis_runs = []
+    for name, sharded, stops in (("whole", False, (4,)), ("shards", True, (4,)), ("cut", True, (2, 4))):
+        for seed, steps in enumerate(stops):
+            _, state = trained(
+                folder / f"dis_{name}", ranks, accelerator, steps, sharded=sharded, model=dis(seed),
+                process=Gaussian(),
+            )  # fmt: skip
+        dis_runs.append(state)
+    close(*dis_runs[:2])
+    assert_same_bits(*dis_runs[1:])
 
     model = zigma(7)
     shard(model, 2)
