@@ -67,7 +67,9 @@ class OptimSettings:
         if not 0 <= self.min_lr <= self.lr:
             raise SettingsError(f"optim.min_lr={self.min_lr} is not in [0, optim.lr={self.lr}]")
         if self.min_lr and self.schedule != "cosine":
-            raise SettingsError(f"optim.min_lr={self.min_lr} ends a cosine: set optim.schedule=cosine, or drop it")
+            raise SettingsError(
+                f"optim.min_lr={self.min_lr} ends a cosine: set optim.schedule=cosine, or drop it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

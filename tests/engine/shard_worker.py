@@ -44,8 +44,8 @@ def samples(model):
 def trained(folder, ranks, accelerator, steps, *, sharded, model=None, process=None, **changes):
     trainer = make_trainer(
         folder, steps=steps, model=model or zigma(0), loader=loader(ranks.rank, ranks.size),
-        process=process or Flow(), ema=PROFILES, batch_size=LOCAL, grad_accum=ACCUMULATED, max_grad_norm=0.05, shard=sharded,
-        accelerator=accelerator, **changes,
+        process=process or Flow(), ema=PROFILES, batch_size=LOCAL, grad_accum=ACCUMULATED, max_grad_norm=0.05,
+        shard=sharded, accelerator=accelerator, **changes,
     )  # fmt: skip
     trainer.fit()
     state = snapshot(trainer)

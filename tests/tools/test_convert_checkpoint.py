@@ -1,4 +1,4 @@
-"""Official files of DiT, SiT and U-ViT become checkpoints of ours, which sample like the files themselves."""
+"""Official files of DiT, SiT, U-ViT and DiS become checkpoints of ours, which sample like the files themselves."""
 
 import argparse
 import json
@@ -10,6 +10,8 @@ import torch
 from tests.models.transformers import filled
 from zigflow import plugins
 from zigflow.engine import checkpoint as checkpoints
+from zigflow.models import dis
+from zigflow.models.dis import DiS
 from zigflow.models.dit import DiT
 from zigflow.models.uvit import UViT
 from zigflow.sample_job import sample_from_config
@@ -44,7 +46,9 @@ def save(file, model, **more):
     return file
 
 
+DIS = ["model=dis_s_2", "process=gaussian", *LABELS]
 CASES = {
+    "dis": (DiS, {"num_classes": 3, "class_dropout_prob": 0.1}, DIS, 3),
     "dit": (
         DiT,
         {"num_classes": 3, "learn_sigma": False},
@@ -59,19 +63,22 @@ CASES = {
         None,
     ),
 }
-PROCESSES = {"dit": "Gaussian", "sit": "Flow", "uvit": "VariancePreserving"}
+PROCESSES = {"dis": "Gaussian", "dit": "Gaussian", "sit": "Flow", "uvit": "VariancePreserving"}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_converted_file_samples_like_the_file(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     family, options, overrides, guided = CASES[case]
-    file = save(tmp_path / "released.pt", filled(family(**SIZE, **options)))
-    stored = convert(file, tmp_path / "run", *overrides, *SIZED)
+    # Heads are of the transformers alone.
+    size = {k: v for k, v in SIZE.items() if k != "num_heads" or family is not DiS}
+    sized = [f"model.{key}={value}" for key, value in size.items()]
+    file = save(tmp_path / "released.pt", filled(family(**size, **options)))
+    stored = convert(file, tmp_path / "run", *overrides, *sized)
     assert stored.config["model"].get("guided_channels") == guided
     assert stored.config["process"]["_target_"].rpartition(".")[2] == PROCESSES[case]
     assert json.loads((stored.path / "trainer.json").read_text())["converted_from"]["family"] == case
-    direct = sampled(f"ckpt={file}", "data=none", "data.channels=3", "data.image_size=4", *overrides, *SIZED)
+    direct = sampled(f"ckpt={file}", "data=none", "data.channels=3", "data.image_size=4", *overrides, *sized)
     assert len(set(direct)) == 3
     assert sampled(f"ckpt={tmp_path / 'run'}") == direct
 
@@ -107,6 +114,21 @@ def test_the_process_that_a_file_was_trained_under_is_known_or_asked_for(tmp_pat
     assert sampled(f"ckpt={file}", "data=none", *chosen, "process=flow", f"sample_dir={tmp_path / 'flow'}")
     made = json.loads((tmp_path / "flow" / "results.json").read_text())["protocol"]
     assert (made["process"]["path_type"], made["process"]["prediction"]) == ("Linear", "velocity")
+
+
+def test_a_file_of_diss_training_needs_no_model(tmp_path, monkeypatch):
+    """Its arguments say the size, and whether it is one of latents."""
+    monkeypatch.setitem(dis.SIZES, "s", (16, 2))
+    args = argparse.Namespace(model="DiS-S/2", image_size=32, num_classes=3, latent_space=True)
+    source = filled(DiS(in_channels=4, img_dim=4, patch_size=2, embed_dim=16, depth=2, num_classes=3,
+                        class_dropout_prob=0.1))  # fmt: skip
+    file = save(tmp_path / "0000010.pt", source, args=args, opt={})
+    stored = convert(file, tmp_path / "run", "--family", "dis", "process=gaussian", "codec=sd_vae")
+    assert stored.config["model"] == {
+        "name": "0000010", "_target_": "zigflow.models.dis.DiS", "img_dim": 4, "patch_size": 2, "embed_dim": 16,
+        "depth": 2, "in_channels": 4, "num_classes": 3, "class_dropout_prob": 0.1, "guided_channels": 3,
+    }  # fmt: skip
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in stored.tensors("model").items())
 
 
 def test_a_text_model_takes_its_null_text_along(tmp_path, capsys):
