@@ -235,7 +235,7 @@ class _ScanPicture:
             return
         file = Path(trainer.options.run_dir) / "scans.png"
         try:
-            plot_scans([str(self._name)], *self._grid[1:], str(file))
+            plot_scans([str(self._name)], *self._grid[-2:], str(file))
         except ValueError as error:
             log.info("the scan orders of %s are not drawn: %s", self._name, error)
         else:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.evaluation_toys import in_loop
+from tests.engine.test_real_model import MODELS
 from tests.engine.toys import make_trainer
 from zigflow.engine import checkpoint
 from zigflow.engine.log import read_metrics
@@ -48,6 +49,22 @@ def notes():
         return made[-1]
 
     return made, Trackers({"notes": make})
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_the_chosen_scan_is_drawn(family, tmp_path):
+    from omegaconf import OmegaConf
+
+    from zigflow.evaluation_job import _ScanPicture
+    from zigflow.plugins import compose_config
+    from zigflow.settings import Settings
+
+    cfg = compose_config(["scan=hilbert", "run_dir=unused"])
+    settings = Settings.from_mapping(OmegaConf.to_container(cfg, resolve=True))
+    made, trackers = notes()
+    hook = _ScanPicture(settings, MODELS[family][0](0))
+    make_trainer(tmp_path, steps=1, trackers=trackers, hooks=[hook]).fit()
+    assert made[0].pictures == [("scans", b"\x89PNG", 0)]
 
 
 def test_a_tracker_gets_the_lines_of_the_log_and_the_evaluations(tmp_path):

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dis_causal_conv1d import use_backend
 from scans import get_scan
 from tests.assertions import BF16_RELATIVE_RMS, assert_close, assert_relative_rms
 from tests.models.transformers import filled, inputs
@@ -98,6 +100,26 @@ def test_operations_are_the_sum_of_the_blocks():
     joined = counted(4).forward - four
     tokens, dim = 6 + 1, 16
     assert joined == 2 * (2 * tokens * 2 * dim * dim)
+
+
+def test_nothing_is_done_token_by_token():
+    """As many operations on 6 tokens as on 96, the orders of a scan included."""
+
+    class Counter(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.operations += 1
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for size in ((4, 6), (16, 24)):
+        with torch.device("meta"):
+            model = DiS(**{**TINY, "img_dim": size}, scan="zigzag")
+        with Counter() as counter, use_backend("torch"):
+            model(torch.empty(2, 2, *size, device="meta"), torch.empty(2, device="meta"))
+        counts.append(counter.operations)
+    assert counts[0] == counts[1] > 50
 
 
 @pytest.mark.parametrize("depth", [4, 5])
