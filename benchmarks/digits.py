@@ -64,8 +64,10 @@ ROWS = [
     Row("zigma", "digits_zigzag8", "flow", "8e-3", HEUN),
     Row("dit", "digits_dit", "flow", "2e-3", HEUN),
     Row("uvit", "digits_uvit", "flow", "2e-3", HEUN),
+    Row("dis", "digits_dis", "flow", "5e-3", HEUN),
     Row("zigma", "digits_zigzag8", "gaussian", "8e-3", DDIM),
     Row("dit", "digits_dit", "gaussian", "2e-3", DDIM),
+    Row("dis", "digits_dis", "gaussian", "5e-3", DDIM),
     Row("uvit", "digits_uvit", "vp", "2e-3", DPM),
 ]
 
