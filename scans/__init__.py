@@ -26,12 +26,14 @@ from scans import (  # noqa: F401
 )
 from scans.layout import TokenLayout
 from scans.metrics import PathMetrics, path_metrics
+from scans.mirrored import ComposedWalk, composed_walk, mirrored_schedule
 from scans.path import ScanPath
 from scans.schedule import ResolvedStep, ScanSchedule, ScanStep
 from scans.spec import ScanSpec, parse_scan_type
 from scans.video import factorized_steps
 
 __all__ = [
+    "ComposedWalk",
     "PathMetrics",
     "ResolvedStep",
     "Scan",
@@ -41,9 +43,11 @@ __all__ = [
     "ScanStep",
     "TokenLayout",
     "UnknownScanError",
+    "composed_walk",
     "factorized_steps",
     "get_scan",
     "list_scans",
+    "mirrored_schedule",
     "parse_scan_type",
     "path_metrics",
     "register_scan",

@@ -5,7 +5,9 @@ from typing import Any
 
 from zigflow.registry import MODEL_VARIANTS
 
-_FAMILIES = ("model_zigma", "zigflow.models.dis", "zigflow.models.dit", "zigflow.models.uvit")
+_FAMILIES = (
+    "model_zigma", "zigflow.models.dim", "zigflow.models.dis", "zigflow.models.dit", "zigflow.models.uvit",
+)  # fmt: skip
 
 
 def _load_families() -> None:

@@ -34,12 +34,12 @@ def sincos_positions(height: int, width: int, dim: int) -> Tensor:
 
 
 def interpolate_positions(
-    table_1LD: Tensor, built: tuple[int, int, int], wanted: tuple[int, int, int]
+    table_1LD: Tensor, built: tuple[int, int, int], wanted: tuple[int, int, int], mode: str = "bicubic"
 ) -> Tensor:
     """Resample a table (1, T * h * w, D) from grid ``built`` = (T, h, w) to ``wanted``.
 
-    Space is resampled bicubically (corners not aligned, as Vision Transformers do), time linearly. The
-    result equals the table itself when the grids agree.
+    Space is resampled bicubically (corners not aligned, as Vision Transformers do) or by another ``mode`` of
+    ``F.interpolate``, time linearly. The result equals the table itself when the grids agree.
     """
     if built == wanted:
         return table_1LD
@@ -47,7 +47,7 @@ def interpolate_positions(
     dim = table_1LD.shape[-1]
     x = table_1LD.reshape(t0, h0, w0, dim).permute(0, 3, 1, 2).float()
     if (h0, w0) != (h1, w1):
-        x = F.interpolate(x, size=(h1, w1), mode="bicubic", align_corners=False)
+        x = F.interpolate(x, size=(h1, w1), mode=mode, align_corners=False)
     if t0 != t1:
         x = x.permute(2, 3, 1, 0).reshape(h1 * w1, dim, t0)
         x = F.interpolate(x, size=t1, mode="linear", align_corners=False)

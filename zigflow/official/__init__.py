@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zigflow.registry import unknown_name
 
+from .dim import dim_arguments, implied_by_weights
 from .dis import dis_arguments, dis_kwargs
 from .names import namespace, renamed
 
@@ -35,6 +36,7 @@ class Family:
         check: refuses what cannot be loaded.
         ctor_kwargs: the constructor's keywords from the training arguments that a file holds, or None.
         processes: what its published models were trained under, as ``process=`` names it.
+        implied: keywords of our class that only the weights tell.
     """
 
     target: str
@@ -47,6 +49,7 @@ class Family:
     check: Callable[[Mapping[str, Any], Mapping[str, Any]], None] = lambda ctor_kwargs, ours: None
     ctor_kwargs: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = lambda config: None
     processes: tuple[str, ...] = ("flow",)
+    implied: Callable[[Mapping[str, Tensor]], Mapping[str, Any]] = lambda state_dict: {}
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,12 @@ def _uvit_text_arguments(given: Mapping[str, Any], ours: Mapping[str, Any]) -> d
 _UVIT_WEIGHTS = "nnet_ema.pth"
 
 FAMILIES: dict[str, Family] = {
+    "dim": Family(
+        "zigflow.models.dim.DiM",
+        arguments=dim_arguments,
+        implied=implied_by_weights,
+        processes=("sd_discrete", "vp"),
+    ),
     "zigma": Family(
         "model_zigma.ZigMa",
         _zigma_types,
@@ -255,7 +264,7 @@ def load_official(
     """Our model with an official checkpoint's weights.
 
     Args:
-        family: the published code base: "zigma", "dis", "dit", "sit", "uvit" or "uvit_t2i".
+        family: the published code base: "zigma", "dim", "dis", "dit", "sit", "uvit" or "uvit_t2i".
         ctor_kwargs: keywords as the official constructor takes them, or as our class does.
         state_dict: tensors as the official checkpoint holds them; wrapper prefixes are removed.
         null_text: (S, d_context), the encoded empty prompt that guidance of a text model needs; official files do
@@ -279,9 +288,9 @@ def load_official(
         ours = {"class_dropout_prob": ctor_kwargs.get("class_dropout_prob", 0.1), **ours}
     module, _, name = known.target.rpartition(".")
     build = getattr(importlib.import_module(module), name)
-    model = build(**official_arguments(family, ctor_kwargs, **ours)).float()
-    own = model.state_dict()
     given = {k: v.float() if v.is_floating_point() else v for k, v in strip_wrappers(state_dict).items()}
+    model = build(**{**known.implied(given), **official_arguments(family, ctor_kwargs, **ours)}).float()
+    own = model.state_dict()
     if null_text is not None:
         given["null_text"] = null_text.float()
     elif "null_text" in own and "null_text" not in given:
@@ -314,14 +323,14 @@ def load_official(
 def read_official(path: str | Path, family: str) -> OfficialFile:
     """Read an official ``.pt`` file: weights only, the allow-list of its family, nothing executed.
 
-    Of a folder ``N.ckpt`` of U-ViT's training the EMA weights are read.
+    Of a folder ``N.ckpt`` of U-ViT's or DiM's training the EMA weights are read.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, or holds a type outside the allow-list (named).
     """
     path = Path(path)
-    if family.startswith("uvit") and (path / _UVIT_WEIGHTS).is_file():
+    if family.startswith(("uvit", "dim")) and (path / _UVIT_WEIGHTS).is_file():
         path = path / _UVIT_WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}")

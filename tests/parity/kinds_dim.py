@@ -1,0 +1,101 @@
+"""Checks of the fixture kinds dim.*: model, scan orders, pad layouts, positions, initialization, sampling."""
+
+import numpy as np
+import torch
+
+from scans import composed_walk, get_scan, mirrored_schedule
+from tests.assertions import GRADIENT_RTOL_OF_MAX, assert_close
+from tests.parity.harness import Fixture, parity_kind
+from tests.parity.initialization import check_statistics
+from zigflow.models.dim import DiM, padded_layout
+from zigflow.nn import interpolate_positions
+from zigflow.official import load_official, official_arguments
+
+# Published name of a direction -> path of the scan "sweep4".
+DIRECTIONS = {0: 0, -2: 1, 1: 2, -1: 3}
+
+
+@parity_kind("dim.model")
+def check_model(fixture: Fixture, case: str) -> None:
+    meta, t = fixture.meta, fixture.tensors
+    model = load_official("dim", meta["kwargs"], fixture.under("param."))
+    assert sum(p.numel() for p in model.parameters()) == meta["param_count"]
+    assert list(model.state_dict()) == list(fixture_names(meta, "param."))
+    paths = get_scan("sweep4")(*padded_layout(*model.grid, 3, model.pad_layout, 3).body_shape)
+    schedule = model.walk(model.grid)[0]
+    for layer, (_, direction) in enumerate(meta["scan_pattern_chain"]):
+        np.testing.assert_array_equal(
+            schedule[layer].path.order[5:] - 5, paths[DIRECTIONS[direction]].order, err_msg=f"layer {layer}"
+        )
+    for block, weight in meta.get("skip_tune_weights_as_run", {}).items():
+        own = model._skip_weights(t["in.t"])[int(block) - model.depth + model.joining]
+        assert_close(f"skip weight {block}", own, torch.full_like(own, weight), of_max=1e-7)
+    x = t["in.x"].requires_grad_()
+    out = model(x, t["in.t"], t.get("in.y"))
+    assert_close("out", out, t["out"])
+    (out * t["grad_weight"]).sum().backward()
+    assert_close("grad x", x.grad, t["grad.in.x"], of_max=GRADIENT_RTOL_OF_MAX)
+    stored = fixture.under("grad.param.")
+    assert stored
+    for name, want in stored.items():
+        assert_close(name, model.get_parameter(name).grad, want, of_max=GRADIENT_RTOL_OF_MAX)
+
+
+def fixture_names(meta: dict, prefix: str) -> list[str]:
+    return [name.removeprefix(prefix) for name in meta["tensors"] if name.startswith(prefix)]
+
+
+@parity_kind("dim.scan_orders")
+def check_orders(fixture: Fixture, case: str) -> None:
+    for item in fixture.meta["items"]:
+        h, w, pads, depth = item["H"], item["W"], item["pad_len"], item["num_layers"]
+        layout = padded_layout(h, w, pads, "lateral", 3)
+        assert layout.body_shape == (h + pads, w + pads)
+        front = layout.num_prefix
+        assert (layout.positions - front).tolist() == item["x_positions_in_padded_seq"]
+        learned = np.flatnonzero(layout.source[front:] >= h * w)
+        assert learned.tolist() == item["pad_positions"]
+        paths = get_scan("sweep4")(*layout.body_shape)
+        for direction, order in item["order_by_pattern"].items():
+            assert paths[DIRECTIONS[int(direction)]].order.tolist() == order
+        schedule = mirrored_schedule(layout, paths, depth)
+        walk = composed_walk(layout, schedule)
+        tokens = np.arange(len(layout))
+        for layer, (before, now) in enumerate(item["chain"]):
+            want = np.array(item["order_by_pattern"][str(now)])
+            np.testing.assert_array_equal(schedule[layer].path.order, np.r_[:front, want + front])
+            if layer:
+                previous = np.array(item["order_by_pattern"][str(before)])
+                tokens = tokens[walk.moves[layer - 1].order]
+                assert walk.moves[layer - 1].is_identity == np.array_equal(previous, want)
+            np.testing.assert_array_equal(tokens, np.r_[:front, want + front])
+
+
+@parity_kind("dim.pad_layouts")
+def check_layouts(fixture: Fixture, case: str) -> None:
+    for item in fixture.meta["items"]:
+        h, w, pads = item["H"], item["W"], item["P"]
+        for name in ("lateral", "rho_pad"):
+            layout = padded_layout(h, w, pads, name, 3)
+            body = layout.source[layout.num_prefix :]
+            own = np.where(body < h * w, body + 1, -(body - h * w - layout.num_prefix + 1))
+            assert own.reshape(layout.body_shape).tolist() == item[name]
+
+
+@parity_kind("dim.pos_interp")
+def check_positions(fixture: Fixture, case: str) -> None:
+    table = fixture.tensors["in.pos"]
+    for name, want in fixture.under("out.").items():
+        side = round((want.shape[1] - 2) ** 0.5)
+        own = interpolate_positions(table[:, 2:], (1, 4, 4), (1, side, side), mode="bilinear")
+        assert_close(name, torch.cat([table[:, :2], own], dim=1), want)
+
+
+@parity_kind("dim.init_stats")
+def check_init(fixture: Fixture, case: str) -> None:
+    torch.manual_seed(0)
+    own = dict(DiM(**official_arguments("dim", fixture.meta["kwargs"])).named_parameters())
+    stored = fixture.meta["stats"]
+    assert list(own) == list(stored)
+    for name, want in stored.items():
+        check_statistics(name, own[name].detach(), want)

@@ -1,0 +1,531 @@
+"""DiM: a diffusion backbone of Mamba blocks that read a padded grid in four directions, with long skip connections.
+
+Paper: Teng et al., "DiM: Diffusion Mamba for Efficient High-Resolution Image Synthesis", 2024, arXiv:2405.14224.
+
+The tensor story: an image (B, C, H, W) becomes patch tokens. A learned table is added to them, to a time token and to
+a class token; a depthwise convolution smooths the patches. Learned pad tokens end every row of the patch grid and fill
+rows below it, three learned tokens divide the time and class tokens from the grid: [time, class, split, padded grid].
+Each block walks the grid in one of four directions (rows, rows backwards, columns, columns backwards), a cycle that
+goes up to the middle block and back down, so that a block of the second half has the direction of the block of the
+first half whose output it joins. Tokens stay in the order of the latest block: one gather per block, composed of the
+inverse of one order and the next order (``scans.composed_walk``). The patches are taken out, smoothed, normalized,
+modulated and give the prediction by a linear layer.
+
+Time and class come in twice: through an embedding that modulates every block (one linear layer for all blocks, plus a
+table per block), and as tokens, whose plain sum modulates the output.
+
+Differences from the published code:
+  - keyword names are the project's (``img_dim``, ``embed_dim``, ``depth``); zigflow.official translates;
+  - any height and width, not five squares; layouts and orders are built once per grid, without a loop over tokens;
+  - any registered scan over the padded grid (``scan``);
+  - the residual stream is float32 also where blocks compute in half precision (published: cast down in every block);
+  - labels are dropped in the model (published: in the data sets), the null class being the last row of both tables;
+  - skip tuning is off by default; published configurations that name it run with it off in effect (``"as_published"``)
+    where weights from 1 to 0.82 were meant (``"as_intended"``).
+
+Legend: B batch, C channels, H W image, h w patch grid, N = h * w patches, L all tokens, D width.
+"""
+
+import math
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dis_mamba import MambaMixer
+from scans import ComposedWalk, ScanSchedule, TokenLayout, composed_walk, get_scan, mirrored_schedule
+from zigflow.nn import (
+    PatchEmbed,
+    RMSNorm,
+    check_divisible,
+    interpolate_positions,
+    modulate,
+    null_condition,
+    permute,
+    read_labels,
+    sinusoidal_embedding,
+    unpatchify,
+)
+from zigflow.nn.checkpointing import CHECKPOINT_POLICIES, checkpointed
+from zigflow.nn.conditioning import NO_NULL
+from zigflow.registry import MODEL_VARIANTS, unknown_name
+
+PAD_LAYOUTS = {"lateral": "rows", "rho_pad": "cycle"}
+SKIP_TUNING = ("as_published", "as_intended")
+_SPLIT_SKIP_ABOVE = 512
+_TIME_FREQUENCIES = 256
+_PLANS_KEPT = 8
+
+
+def padded_layout(height: int, width: int, num_pads: int, pad_layout: str, num_split: int) -> TokenLayout:
+    """Where [time, class, split tokens] and the (h + P, w + P) padded grid stand.
+
+    In the table of learned tokens: time, class, the split tokens, the P pads.
+
+    Args:
+        pad_layout: "lateral": the k-th row below is pad k throughout (published for 256 x 256 images); "rho_pad": the
+            rows below read pad 0, 1, .., P-1, 0, 1, .. in raster order (published for larger ones).
+
+    Raises:
+        UnknownNameError: another ``pad_layout``.
+    """
+    if pad_layout not in PAD_LAYOUTS:
+        raise unknown_name("pad layout", pad_layout, list(PAD_LAYOUTS))
+    return TokenLayout.row_end_pads(
+        height, width, num_pads, bottom=PAD_LAYOUTS[pad_layout], num_prefix=2 + num_split
+    )
+
+
+class Plan(NamedTuple):
+    """The gathers over one grid as tensors; see ``scans.ComposedWalk``.
+
+    ``moves[i]`` is (order, inverse) before block i, None where the tokens stay.
+    """
+
+    enter: Tensor
+    moves: tuple[tuple[Tensor | None, Tensor | None], ...]
+    leave: Tensor
+
+
+class DiMBlock(nn.Module):
+    """Join the skipped tokens, if it is a block with ``skip``; move on; then a modulated and gated Mamba mixer."""
+
+    checkpoint_policy = "none"
+
+    def __init__(self, dim: int, ssm_cfg: dict, skip: bool, split_skip: bool, **factory):
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.empty(3, dim, **factory))
+        self.norm1 = nn.ModuleDict({"norm": RMSNorm(dim, **factory)})
+        self.attn1 = MambaMixer(dim, **ssm_cfg, **factory)
+        self.skip_linear = None
+        if skip and split_skip:
+            self.skip_linear = nn.ModuleList(nn.Linear(dim, dim, **factory) for _ in range(2))
+        elif skip:
+            self.skip_linear = nn.Linear(2 * dim, dim, **factory)
+
+    def forward(self, *args) -> Tensor:
+        """One layer (see ``layer``) under the policy, inside of what is compiled."""
+        return checkpointed(self.checkpoint_policy, self.layer, *args)
+
+    def layer(
+        self,
+        x_BLD: Tensor,
+        modulation_B3D: Tensor,
+        order_L: Tensor | None = None,
+        inverse_L: Tensor | None = None,
+        skip_BLD: Tensor | None = None,
+        skip_weight_B: Tensor | None = None,
+    ) -> Tensor:
+        """(B, L, D) in the order of the block before -> (B, L, D) in this block's order."""
+        if self.skip_linear is not None:
+            x_BLD = self._join(x_BLD, skip_BLD, skip_weight_B)
+        if order_L is not None:
+            x_BLD = permute(x_BLD, order_L, inverse_L)
+        shift, scale, gate = (self.scale_shift_table + modulation_B3D).unbind(1)
+        normed = modulate(self.norm1["norm"](x_BLD).to(shift.dtype), shift, scale)
+        return x_BLD + (1 + gate.unsqueeze(1)) * self.attn1(normed)
+
+    def _join(self, x_BLD: Tensor, skip_BLD: Tensor, skip_weight_B: Tensor | None) -> Tensor:
+        """One linear layer on both, or the sum of one on each; the result replaces the stream, in its dtype."""
+        if skip_weight_B is not None:
+            skip_BLD = skip_BLD * skip_weight_B[:, None, None]
+        dtype = self.scale_shift_table.dtype
+        if isinstance(self.skip_linear, nn.ModuleList):
+            own, kept = self.skip_linear
+            return (own(x_BLD.to(dtype)) + kept(skip_BLD.to(dtype))).to(x_BLD.dtype)
+        return self.skip_linear(torch.cat([x_BLD, skip_BLD], dim=-1).to(dtype)).to(x_BLD.dtype)
+
+
+class _TimestepEmbedder(nn.Module):
+    def __init__(self, dim: int, **factory):
+        super().__init__()
+        self.linear_1 = nn.Linear(_TIME_FREQUENCIES, dim, **factory)
+        self.linear_2 = nn.Linear(dim, dim, **factory)
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        frequencies = sinusoidal_embedding(t_B, _TIME_FREQUENCIES).to(self.linear_1.weight.dtype)
+        return self.linear_2(nn.functional.silu(self.linear_1(frequencies)))
+
+
+class _ClassEmbedder(nn.Module):
+    def __init__(self, rows: int, dim: int, **factory):
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, dim, **factory)
+
+    def forward(self, labels_B: Tensor) -> Tensor:
+        return self.embedding_table(labels_B)
+
+
+class SharedModulation(nn.Module):
+    """Time and class as the shift, scale and gate (B, 3, D) that all blocks share."""
+
+    def __init__(self, dim: int, rows: int, **factory):
+        super().__init__()
+        self.emb = nn.ModuleDict(
+            {
+                "timestep_embedder": _TimestepEmbedder(dim, **factory),
+                "class_embedder": _ClassEmbedder(rows, dim, **factory),
+            }
+        )
+        self.linear = nn.Linear(dim, 3 * dim, **factory)
+
+    def forward(self, t_B: Tensor, labels_B: Tensor) -> Tensor:
+        embedded = self.emb["timestep_embedder"](t_B) + self.emb["class_embedder"](labels_B)
+        return self.linear(nn.functional.silu(embedded)).unflatten(-1, (3, -1))
+
+
+class PadsAndSmoothers(nn.Module):
+    """The learned pad and split tokens, and the 3 x 3 depthwise convolutions before and after the blocks."""
+
+    def __init__(self, dim: int, num_pads: int, num_split: int, **factory):
+        super().__init__()
+        if num_split:
+            self.pad_token_dec_split = nn.Parameter(torch.empty(1, num_split, dim, **factory))
+        self.pad_token = nn.Parameter(torch.empty(1, dim, num_pads, **factory))
+        self.first_smoother = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.last_smoother = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.num_split = num_split
+
+    def tokens(self, batch: int) -> list[Tensor]:
+        """The split tokens and the pads, each (B, n, D)."""
+        split = [self.pad_token_dec_split] if self.num_split else []
+        return [table.expand(batch, -1, -1) for table in (*split, self.pad_token.transpose(1, 2))]
+
+    @staticmethod
+    def smooth(convolution: nn.Conv2d, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, N, D) -> (B, N, D) over the patch grid (h, w), zeros around it."""
+        x_BDhw = x_BND.transpose(1, 2).unflatten(2, grid)
+        return convolution(x_BDhw).flatten(2).transpose(1, 2)
+
+
+class DiM(nn.Module):
+    """The DiM backbone; the defaults are those of the published model for 256 x 256 images of ImageNet, size H.
+
+    Args:
+        in_channels, img_dim, patch_size: the input; ``img_dim`` is a side or (height, width).
+        embed_dim, depth: width D and number of blocks, odd with ``skip``: block 0, k blocks whose outputs are kept, k
+            blocks that join them.
+        num_classes, class_dropout_prob: classes, and how often a label is replaced by the null class in training. The
+            tables always have a row for the null class; guidance needs ``class_dropout_prob`` > 0.
+        unconditional: feed the null class always, as the published CIFAR-10 model, whose tables have ten rows that
+            nothing reads.
+        pad_layout, num_pads, num_split: see ``padded_layout``.
+        scan: a registered scan over the padded grid; its paths are the cycle. "sweep4" is the published one.
+        scan_seed: the seed of random scans.
+        skip: the long skip connections. split_skip: two linear layers whose results are summed in the place of one
+            on both; None: two above width 512, as published.
+        official_skip_tuning: weights of the kept outputs: None for none, "as_published" or "as_intended". Block by
+            block they lie at ``1 - (1 - b) t / 1000``, b going evenly from ``skip_tune_param[1]`` in the first joining
+            block to ``skip_tune_param[0]`` in the last one; the published code takes t = 1 whatever the time is.
+        ssm_cfg: keywords of the mixer (d_state, d_conv, expand, dt_rank, ..., backend); d_conv is 3 by default.
+        residual_in_fp32: keep the residual stream in float32 whatever the blocks compute in.
+        use_checkpoint: recompute each block in the backward pass (policy "block").
+
+    Raises:
+        ValueError: values that exclude each other, named with what is allowed.
+    """
+
+    # Flow times lie in [0, 1]; the sinusoids are made for 0..1000.
+    time_scale = 1000.0
+    video_frames = 0
+    has_text, d_context, n_context_token = False, 0, 0
+
+    def __init__(
+        self,
+        in_channels: int = 4,
+        embed_dim: int = 1536,
+        depth: int = 49,
+        img_dim: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        unconditional: bool = False,
+        pad_layout: str = "lateral",
+        num_pads: int = 3,
+        num_split: int = 3,
+        scan: str = "sweep4",
+        scan_seed: int = 0,
+        skip: bool = True,
+        split_skip: bool | None = None,
+        official_skip_tuning: str | None = None,
+        skip_tune_param: tuple[float, float] = (0.82, 1.0),
+        ssm_cfg: dict | None = None,
+        residual_in_fp32: bool = True,
+        use_checkpoint: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if not 0 <= class_dropout_prob < 1:
+            raise ValueError(f"class_dropout_prob lies in [0, 1), got {class_dropout_prob}")
+        num_classes = max(num_classes, 0)
+        unconditional = unconditional or num_classes == 0
+        if class_dropout_prob > 0 and unconditional:
+            raise ValueError(
+                f"class_dropout_prob={class_dropout_prob} needs a condition to drop: set num_classes > 0 without "
+                "unconditional=true, or class_dropout_prob=0"
+            )
+        if depth < 1 or (skip and depth % 2 == 0):
+            raise ValueError(
+                f"depth={depth}: one block, then as many that keep their output as blocks that join it, so an odd "
+                f"number such as {max(depth, 0) + 1}; skip=false takes any"
+            )
+        if num_pads < 1 or num_split < 0:
+            raise ValueError(f"num_pads is at least 1 and num_split at least 0, got {num_pads}, {num_split}")
+        if official_skip_tuning is not None and official_skip_tuning not in SKIP_TUNING:
+            raise unknown_name("skip tuning", official_skip_tuning, list(SKIP_TUNING))
+        factory = {"device": device, "dtype": dtype}
+        self.in_channels = self.out_channels = self.guided_channels = in_channels
+        self.img_dim = (img_dim, img_dim) if isinstance(img_dim, int) else (int(img_dim[0]), int(img_dim[1]))
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
+        self.depth = depth
+        self.grid = check_divisible(*self.img_dim, patch_size)
+        self.class_dropout_prob = class_dropout_prob
+        self.num_classes = -1 if unconditional else num_classes
+        self.null_label = num_classes
+        self.pad_layout, self.num_pads, self.num_split = pad_layout, num_pads, num_split
+        self.scan, self.scan_seed = scan, scan_seed
+        self.joining = (depth - 1) // 2 if skip else 0
+        self.official_skip_tuning, self.skip_tune_param = official_skip_tuning, tuple(skip_tune_param)
+        self.residual_in_fp32 = residual_in_fp32
+        split_skip = embed_dim > _SPLIT_SKIP_ABOVE if split_skip is None else split_skip
+
+        # Names and their order are those of the published checkpoints, "pos_embed" for the patches included.
+        patches = self.grid[0] * self.grid[1]
+        self.additional_embed = nn.Parameter(torch.zeros(1, 2 + patches, embed_dim, **factory))
+        self.pos_embed = PatchEmbed(in_channels, embed_dim, patch_size, **factory)
+        mixer = {"d_conv": 3, **(ssm_cfg or {})}
+        self.transformer_blocks = nn.ModuleList(
+            DiMBlock(embed_dim, mixer, depth - i <= self.joining, split_skip, **factory) for i in range(depth)
+        )
+        self.norm_out = nn.ModuleDict({"norm": RMSNorm(embed_dim, **factory)})
+        self.adaln_single = SharedModulation(embed_dim, num_classes + 1, **factory)
+        self.label_emb = nn.Embedding(num_classes + 1, embed_dim, **factory)
+        self.a4m_adapter = PadsAndSmoothers(embed_dim, num_pads, num_split, **factory)
+        self.proj_out_2 = nn.Linear(embed_dim, patch_size * patch_size * in_channels, **factory)
+        self.proj_out_1 = nn.Linear(embed_dim, 2 * embed_dim, **factory)
+        self.set_checkpoint_policy("block" if use_checkpoint else "none")
+        self._plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self._register_plan(device)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The published initialization; mixers and convolutions have drawn theirs already, nothing starts at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                if not getattr(module.bias, "_no_reinit", False):
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for layer in self.adaln_single.emb["timestep_embedder"].children():
+            nn.init.normal_(layer.weight, std=0.02)
+        for table in (*self.a4m_adapter.parameters(recurse=False),):
+            nn.init.normal_(table, std=0.02)
+        for block in self.transformer_blocks:
+            nn.init.normal_(block.scale_shift_table, std=self.embed_dim**-0.5)
+            weight = block.attn1.out_proj.weight
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            weight /= math.sqrt(self.depth)
+
+    def set_checkpoint_policy(self, policy: str) -> None:
+        """none, block or selective; may change at any time, also on resume."""
+        if policy not in CHECKPOINT_POLICIES:
+            raise unknown_name("checkpoint policy", policy, list(CHECKPOINT_POLICIES))
+        for block in self.transformer_blocks:
+            block.checkpoint_policy = policy
+
+    def shard_units(self) -> list[nn.Module]:
+        """What may be sharded apart."""
+        return list(self.transformer_blocks)
+
+    def compile_blocks(self, **options) -> None:
+        """Compile each block in place; keys of the state dict stay as they are."""
+        for block in self.transformer_blocks:
+            block.compile(fullgraph=True, **options)
+
+    def walk(self, grid: tuple[int, int]) -> tuple[ScanSchedule, ComposedWalk]:
+        """The schedule over the L tokens of a patch grid, and its gathers."""
+        layout = padded_layout(*grid, self.num_pads, self.pad_layout, self.num_split)
+        scan = get_scan(self.scan)
+        options = {"seed": self.scan_seed} if "seed" in scan.options else {}
+        schedule = mirrored_schedule(layout, scan(*layout.body_shape, **options), self.depth)
+        return schedule, composed_walk(layout, schedule)
+
+    def _register_plan(self, device) -> None:
+        """Keep the built grid's gathers as buffers, so that they follow the model from device to device."""
+        walk = self.walk(self.grid)[1]
+        device = torch.empty(0, device=device).device
+
+        def keep(name: str, array) -> str:
+            self.register_buffer(name, torch.from_numpy(array.copy()).to(device), persistent=False)
+            return name
+
+        keep("enter", walk.enter)
+        keep("leave", walk.leave)
+        known: dict = {}
+        for path in walk.moves:
+            if path not in known:
+                names = (keep(f"move_{len(known)}", path.order), keep(f"back_{len(known)}", path.inverse))
+                known[path] = (None, None) if path.is_identity else names
+        self._moves = tuple(known[path] for path in walk.moves)
+
+    def _plan(self, grid: tuple[int, int], device: torch.device) -> Plan:
+        """The gathers over a grid: the buffers for the built one, a small cache for others."""
+        if grid == self.grid:
+            moves = tuple(
+                (name and getattr(self, name), back and getattr(self, back)) for name, back in self._moves
+            )
+            return Plan(self.enter, ((None, None), *moves), self.leave)
+        key = (grid, device)
+        if key not in self._plans:
+            walk = self.walk(grid)[1]
+
+            def place(array) -> Tensor:
+                return torch.from_numpy(array.copy()).to(device)
+
+            made = {
+                path: (None, None) if path.is_identity else (place(path.order), place(path.inverse))
+                for path in dict.fromkeys(walk.moves)
+            }
+            moves = tuple(made[path] for path in walk.moves)
+            self._plans[key] = Plan(place(walk.enter), ((None, None), *moves), place(walk.leave))
+            while len(self._plans) > _PLANS_KEPT:
+                self._plans.popitem(last=False)
+        return self._plans[key]
+
+    def scan_state(self) -> dict[str, Tensor]:
+        """The orders that a checkpoint must carry: those of random scans, by layer; else nothing."""
+        if "seed" not in get_scan(self.scan).options:
+            return {}
+        schedule = self.walk(self.grid)[0]
+        return {f"layers.{i}.order": torch.from_numpy(s.path.order.copy()) for i, s in enumerate(schedule)}
+
+    def null_condition(self, y):
+        """The condition that stands for "none" in guidance, built like ``y`` (labels (B,) or a ``Condition``).
+
+        Raises:
+            ValueError: the null class is not trained, or a ``Condition`` has no labels.
+        """
+        if self.class_dropout_prob <= 0:
+            raise ValueError(NO_NULL)
+        return null_condition(y, self.null_label, None)
+
+    def _labels(self, y, batch: int, device: torch.device) -> Tensor:
+        if self.num_classes < 0:
+            return torch.full((batch,), self.null_label, dtype=torch.int64, device=device)
+        return read_labels(y, batch, self.num_classes, self.class_dropout_prob, self.training, device)
+
+    def _skip_weights(self, t_B: Tensor) -> list[Tensor | None]:
+        """For each joining block, first to last, (B,) weights of the kept output, or None."""
+        if self.official_skip_tuning is None:
+            return [None] * self.joining
+        last, first = self.skip_tune_param
+        noise_B = t_B.to(torch.promote_types(t_B.dtype, torch.float32)) / 1000
+        if self.official_skip_tuning == "as_published":
+            noise_B = torch.full_like(noise_B, 1 / 1000)
+        bounds = torch.linspace(first, last, self.joining, dtype=noise_B.dtype, device=noise_B.device)
+        return list(1 - (1 - bounds.unsqueeze(1)) * noise_B)
+
+    def _embed(self, x: Tensor, t: Tensor, y) -> tuple[Tensor, Tensor, Tensor, tuple[int, int], Plan]:
+        """Tokens (B, L, D) as block 0 reads them, what modulates the blocks and the output, the grid, its gathers."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"this model reads (B, C, H, W) with C={self.in_channels}, got {tuple(x.shape)}")
+        batch = x.shape[0]
+        if batch == 0:
+            raise ValueError(f"a batch of 0 samples (x has shape {tuple(x.shape)}); give at least one")
+        if t.shape != (batch,):
+            raise ValueError(f"t must hold one time per sample, shape ({batch},), got {tuple(t.shape)}")
+        grid = check_divisible(x.shape[2], x.shape[3], self.patch_size)
+        plan = self._plan(grid, x.device)
+        labels = self._labels(y, batch, x.device)
+        dtype = self.additional_embed.dtype
+        time = sinusoidal_embedding(t, self.embed_dim).to(dtype)
+        label = self.label_emb(labels)
+        extras, table = self.additional_embed[:, :2], self.additional_embed[:, 2:]
+        table = interpolate_positions(table, (1, *self.grid), (1, *grid), mode="bilinear")
+        patches = self.pos_embed(x.to(dtype)) + table
+        patches = self.a4m_adapter.smooth(self.a4m_adapter.first_smoother, patches, grid)
+        front = torch.stack([time, label], dim=1) + extras
+        tokens = torch.cat([patches, front, *self.a4m_adapter.tokens(batch)], dim=1)
+        return tokens.index_select(1, plan.enter), self.adaln_single(t, labels), time + label, grid, plan
+
+    def forward(self, x: Tensor, t: Tensor, y=None, return_features: tuple[str, ...] = ()):
+        """Predict from a noisy image.
+
+        Args:
+            x: (B, C, H, W); H and W multiples of the patch size.
+            t: (B,) times as the process feeds them, 0..1000.
+            y: labels (B,), a ``Condition``, or None: the null class.
+            return_features: "transformer_blocks.{i}" for the outputs of those blocks, (B, L, D) in the order of the
+                layout: time, class, split tokens, padded grid.
+
+        Returns:
+            The prediction, shaped like ``x``; with ``return_features`` also a dict of features.
+        """
+        hidden, modulation, condition, grid, plan = self._embed(x, t, y)
+        if self.residual_in_fp32:
+            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        features, kept = {}, []
+        weights = [None] * (self.depth - self.joining) + self._skip_weights(t)
+        for i, (block, move, weight) in enumerate(
+            zip(self.transformer_blocks, plan.moves, weights, strict=True)
+        ):
+            joins = block.skip_linear is not None
+            hidden = block(hidden, modulation, *move, kept.pop() if joins else None, weight)
+            if 1 <= i <= self.joining:
+                kept.append(hidden)
+            if (name := f"transformer_blocks.{i}") in return_features:
+                home = torch.from_numpy(self.walk(grid)[1].homes[i].order.copy())
+                features[name] = hidden.index_select(1, home.to(hidden.device))
+        dtype = self.additional_embed.dtype
+        out = hidden.index_select(1, plan.leave).to(dtype)
+        out = self.a4m_adapter.smooth(self.a4m_adapter.last_smoother, out, grid)
+        shift, scale = self.proj_out_1(nn.functional.silu(condition)).chunk(2, dim=-1)
+        out = self.proj_out_2(modulate(self.norm_out["norm"](out).to(shift.dtype), shift, scale))
+        out = unpatchify(out, *grid, self.patch_size, self.in_channels)
+        if not return_features:
+            return out
+        missing = [name for name in return_features if name not in features]
+        if missing:
+            raise unknown_name("feature", missing[0], [f"transformer_blocks.{i}" for i in range(self.depth)])
+        return out, features
+
+
+_SHAPES = {
+    "s": {"embed_dim": 512, "depth": 25},
+    "l": {"embed_dim": 1024, "depth": 49},
+    "h": {"embed_dim": 1536, "depth": 49},
+}
+_CIFAR = {
+    "in_channels": 3,
+    "img_dim": 32,
+    "num_classes": 10,
+    "class_dropout_prob": 0.0,
+    "unconditional": True,
+}
+_UPSAMPLED = {"pad_layout": "rho_pad", "class_dropout_prob": 0.15, "official_skip_tuning": "as_published"}
+# Name -> (shape, the rest): the published configurations; h_1024 and h_1536 are the grids of 2x and 3x upsampling.
+PUBLISHED = {
+    "s": ("s", _CIFAR),
+    "l": ("l", {"class_dropout_prob": 0.15}),
+    "h": ("h", {}),
+    "h_512": ("h", {"img_dim": 64, "pad_layout": "rho_pad", "class_dropout_prob": 0.15}),
+    "h_1024": ("h", {"img_dim": 128, **_UPSAMPLED}),
+    "h_1536": ("h", {"img_dim": 192, **_UPSAMPLED}),
+}
+
+
+def _variant(name: str, **fixed):
+    def build(**kwargs) -> DiM:
+        return DiM(**{**fixed, **kwargs})
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"DiM of width {fixed['embed_dim']} and depth {fixed['depth']}."
+    return MODEL_VARIANTS.register(name)(build)
+
+
+for _name, (_shape, _rest) in PUBLISHED.items():
+    globals()[f"dim_{_name}"] = _variant(f"dim_{_name}", **_SHAPES[_shape], **_rest)
