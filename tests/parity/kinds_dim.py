@@ -7,9 +7,12 @@ from scans import composed_walk, get_scan, mirrored_schedule
 from tests.assertions import GRADIENT_RTOL_OF_MAX, assert_close
 from tests.parity.harness import Fixture, parity_kind
 from tests.parity.initialization import check_statistics
+from tests.parity.kinds_diffusion_models import sibling
 from zigflow.models.dim import DiM, padded_layout
 from zigflow.nn import interpolate_positions
 from zigflow.official import load_official, official_arguments
+from zigflow.processes import StableDiffusion, VariancePreserving
+from zigflow.samplers import DpmSolver, Guided, SdeSampler
 
 # Published name of a direction -> path of the scan "sweep4".
 DIRECTIONS = {0: 0, -2: 1, 1: 2, -1: 3}
@@ -99,3 +102,65 @@ def check_init(fixture: Fixture, case: str) -> None:
     assert list(own) == list(stored)
     for name, want in stored.items():
         check_statistics(name, own[name].detach(), want)
+
+
+def stored_model(fixture: Fixture) -> torch.nn.Module:
+    """The model whose weights the fixture uses."""
+    source = sibling(fixture, fixture.meta["weights"].removesuffix(".safetensors"))
+    return load_official("dim", source.meta["kwargs"], source.under("param."))
+
+
+@parity_kind("dim.vpsde")
+def check_vpsde(fixture: Fixture, case: str) -> None:
+    t, model, process = fixture.tensors, stored_model(fixture), VariancePreserving()
+    time = 1 - t["in.t"]
+    assert_close("x_t", process.interpolate(t["in.x0"], t["in.noise"], time), t["x_t"])
+    assert_close("loss", process.loss(model, t["in.x0"], t["in.noise"], time), t["loss"])
+    for name, norm in (("ode", 0.0), ("sde", 1.0)):
+        sampler = SdeSampler(
+            "Euler", fixture.meta["steps"], diffusion_form="SBDM", diffusion_norm=norm, last_step_size=1e-3
+        )
+        got = sampler.sample(process, model, t["in.x_init"], noise=lambda k, x: t["noises"][k])
+        assert_close(name, got, t[f"out.{name}"])
+
+
+@parity_kind("dim.sample")
+def check_sample(fixture: Fixture, case: str) -> None:
+    """With guidance; published scales s are w - 1."""
+    t, model, process = fixture.tensors, stored_model(fixture), StableDiffusion()
+    guided = Guided(model, 1 + fixture.meta["cfg_scale"], process=process)
+    for steps in fixture.meta["steps"]:
+        got = DpmSolver("dpm_solver++", "fast", steps, 3, "time_uniform").sample(
+            process, guided, t["in.z"], t["in.y"]
+        )
+        assert_close(f"{steps} steps", got, t[f"out.{steps}"])
+
+
+@parity_kind("dim.dpm_solver")
+def check_dpm_solver(fixture: Fixture, case: str) -> None:
+    meta, t, process = fixture.meta, fixture.tensors, StableDiffusion()
+    for n, want in meta["cum_alphas"].items():
+        t_n = 1 - torch.tensor([int(n) / 1000.0], dtype=torch.float64)
+        assert_close(f"alpha bar {n}", process.path.alpha(t_n) ** 2, torch.tensor([want]), of_max=1e-6)
+        if n != "0":
+            assert_close(
+                f"SNR {n}", process.path.log_snr(t_n).exp(), torch.tensor([meta["snr"][n]]), of_max=1e-6
+            )
+    calls = []
+
+    def toy(x: torch.Tensor, net_time: torch.Tensor, y=None) -> torch.Tensor:
+        s = net_time.to(x) / 1000
+        calls.append(s[0].item())
+        s = s[:, None]
+        return 0.9 * torch.tanh(x * (0.5 + s)) + 0.1 * torch.sin(7 * s)
+
+    for name, want in fixture.under("out.").items():
+        form, _, steps = name.partition(".")
+        method = {"pp": "dpm_solver++", "noise": "dpm_solver"}[form]
+        sampler = DpmSolver(method, "fast", int(steps), 3, "time_uniform")
+        calls.clear()
+        got = sampler.sample(process, toy, t["in.x"])
+        assert_close(name, got, want)
+        assert sampler.num_function_evaluations == len(calls) == meta["nfe"][name]
+        # The stored times are rounded to seven digits.
+        assert_close(f"{name}: times", torch.tensor(calls), torch.tensor(meta["calls"][steps]), of_max=1e-6)
