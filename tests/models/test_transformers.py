@@ -1,4 +1,4 @@
-"""What DiT, U-ViT and DiS have in common: compilation, checkpointing, sizes, conditions, precision, clear errors."""
+"""What DiT, U-ViT, DiS and DiM have in common: compilation, checkpointing, sizes, conditions, precision, errors."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from tests.assertions import BF16_RELATIVE_RMS, assert_close, assert_relative_rms
 from tests.models.transformers import filled, inputs, run
 from zigflow.keyed import KeyedDraws
+from zigflow.models.dim import DiM
 from zigflow.models.dis import DiS
 from zigflow.models.dit import DiT
 from zigflow.models.uvit import UViT
@@ -15,7 +16,22 @@ from zigflow.samplers.guidance import Guided
 SIZE = {"in_channels": 2, "img_dim": (4, 6), "patch_size": 2, "embed_dim": 16, "depth": 4, "num_heads": 2}
 TEXT = {"has_text": True, "d_context": 6, "n_context_token": 5, "class_dropout_prob": 0.3}
 LABELS = {"num_classes": 3, "class_dropout_prob": 0.3}
+
+
+def dim(num_heads, **options):
+    return DiM(**{**options, **DIM})
+
+
+DIM = {"depth": 5, "ssm_cfg": {"d_state": 4}}
+SPLIT = {
+    "pad_layout": "rho_pad",
+    "split_skip": True,
+    "official_skip_tuning": "as_intended",
+    "scan": "hilbert",
+}
 CASES = {
+    "dim": (dim, LABELS),
+    "dim-split": (dim, {**LABELS, **SPLIT}),
     "dit": (DiT, LABELS),
     "dit-text": (DiT, TEXT),
     "dit-rope": (DiT, {**LABELS, "qk_norm": True, "rope": True}),
@@ -191,8 +207,8 @@ def test_masks_of_text(case):
         assert_close("dropped", model(x, t, Condition(tokens=y, mask=mask)), model(x, t, null), of_max=1e-6)
 
 
-# Of DiS in test_dis.py, as it is initialized: the recurrence of the weights drawn here amplifies rounding.
-@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("dis")])
+# Of DiS and DiM in their own files, as they are initialized: a recurrence of the weights drawn here amplifies rounding.
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("dis", "dim"))])
 def test_bfloat16_weights_and_autocast_stay_close(case):
     model = tiny(case).eval()
     x, t, y = inputs(model, batch=4)
@@ -228,9 +244,12 @@ def test_features(case):
     model = tiny(case).eval()
     given = inputs(model)
     names = ("blocks.0", "blocks.3") if case.startswith(("dit", "sit")) else ("mid_block", "out_blocks.1")
+    if case.startswith("dim"):
+        names = ("transformer_blocks.1", "transformer_blocks.4")
     out, features = model(*given, return_features=names)
     assert torch.equal(out, model(*given))
-    tokens = 6 + getattr(model, "extras", 0)
+    # DiM has three pads after each row and three rows of them.
+    tokens = 5 + 5 * 6 if case.startswith("dim") else 6 + getattr(model, "extras", 0)
     assert {k: v.shape for k, v in features.items()} == dict.fromkeys(names, (2, tokens, 16))
     with pytest.raises(KeyError, match="block"):
         model(*given, return_features=("block.1",))

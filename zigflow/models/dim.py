@@ -473,8 +473,11 @@ class DiM(nn.Module):
         for i, (block, move, weight) in enumerate(
             zip(self.transformer_blocks, plan.moves, weights, strict=True)
         ):
-            joins = block.skip_linear is not None
-            hidden = block(hidden, modulation, *move, kept.pop() if joins else None, weight)
+            skip = None if block.skip_linear is None else kept.pop()
+            if skip is hidden:
+                # The first joining block joins its own input, which torch.compile would make a graph of its own for.
+                skip = skip.view_as(skip)
+            hidden = block(hidden, modulation, *move, skip, weight)
             if 1 <= i <= self.joining:
                 kept.append(hidden)
             if (name := f"transformer_blocks.{i}") in return_features:
