@@ -70,19 +70,21 @@ def test_compiled_equals_eager_with_at_most_three_graphs(case):
     common.test_compiled_equals_eager_with_at_most_three_graphs(case)
 
 
-def test_skips_join_outputs_of_the_same_direction():
-    model = tiny(depth=7).eval()
+@pytest.mark.parametrize("depth, pairs", [(1, []), (2, []), (4, [(3, 1)]), (7, [(4, 3), (5, 2), (6, 1)])])
+def test_skips_join_outputs_of_the_same_direction(depth, pairs):
+    model = tiny(depth=depth).eval()
     seen = {}
     for i, block in enumerate(model.transformer_blocks):
         block.register_forward_hook(lambda module, args, out, i=i: seen.update({i: (args, out)}))
     model(*inputs(model))
     schedule = model.walk(model.grid)[0]
-    for joining, kept in ((4, 3), (5, 2), (6, 1)):
+    for joining, kept in pairs:
         assert torch.equal(seen[joining][0][4], seen[kept][1])
         # The stream reaches the block in the order of the block before.
         assert schedule[joining - 1].path == schedule[kept].path
-    assert all(seen[i][0][4] is None for i in range(4))
-    assert [i for i, b in enumerate(model.transformer_blocks) if b.skip_linear is not None] == [4, 5, 6]
+    blocks = model.transformer_blocks
+    assert [i for i, b in enumerate(blocks) if b.skip_linear is not None] == [joining for joining, _ in pairs]
+    assert sum(args[4] is not None for args, _ in seen.values()) == len(pairs)
 
 
 def test_each_block_mixes_the_tokens_in_its_own_order():
@@ -300,7 +302,7 @@ def test_a_folder_of_the_training_script_gives_its_average(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"depth": 4}, "depth=4.*odd"),
+        ({"depth": 0}, "depth is at least 1"),
         ({"class_dropout_prob": 1.0}, "class_dropout_prob"),
         ({"unconditional": True}, "class_dropout_prob=0.3"),
         ({"pad_layout": "latera"}, "lateral"),

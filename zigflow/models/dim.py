@@ -204,8 +204,8 @@ class DiM(nn.Module):
 
     Args:
         in_channels, img_dim, patch_size: the input; ``img_dim`` is a side or (height, width).
-        embed_dim, depth: width D and number of blocks, odd with ``skip``: block 0, k blocks whose outputs are kept, k
-            blocks that join them.
+        embed_dim, depth: width D and number of blocks: block 0, k blocks whose outputs are kept, k blocks that join
+            them; with an even depth there is a plain block in the middle.
         num_classes, class_dropout_prob: classes, and how often a label is replaced by the null class in training. The
             tables always have a row for the null class; guidance needs ``class_dropout_prob`` > 0.
         unconditional: feed the null class always, as the published CIFAR-10 model, whose tables have ten rows that
@@ -266,11 +266,8 @@ class DiM(nn.Module):
                 f"class_dropout_prob={class_dropout_prob} needs a condition to drop: set num_classes > 0 without "
                 "unconditional=true, or class_dropout_prob=0"
             )
-        if depth < 1 or (skip and depth % 2 == 0):
-            raise ValueError(
-                f"depth={depth}: one block, then as many that keep their output as blocks that join it, so an odd "
-                f"number such as {max(depth, 0) + 1}; skip=false takes any"
-            )
+        if depth < 1:
+            raise ValueError(f"depth is at least 1, got {depth}")
         if num_pads < 1 or num_split < 0:
             raise ValueError(f"num_pads is at least 1 and num_split at least 0, got {num_pads}, {num_split}")
         if official_skip_tuning is not None and official_skip_tuning not in SKIP_TUNING:
