@@ -61,6 +61,7 @@ class Row(NamedTuple):
 
 
 ROWS = [
+    Row("dim", "digits_dim", "flow", "8e-3", HEUN),
     Row("zigma", "digits_zigzag8", "flow", "8e-3", HEUN),
     Row("dit", "digits_dit", "flow", "2e-3", HEUN),
     Row("uvit", "digits_uvit", "flow", "2e-3", HEUN),

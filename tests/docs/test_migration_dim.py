@@ -1,5 +1,6 @@
 """docs/migration_dim.md: our commands compose, the published files they name are sampled, the names it gives exist."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -28,6 +29,11 @@ COMMANDS = {
     "imagenet256_H_DiM": 3, "imagenet512_H_DiM_ft": 2, "imagenet512_H_DiM_upsample_test": 1,
     "imagenet512_H_DiM_upsample_3x_test": 1,
 }  # fmt: skip
+EXPERIMENTS = {
+    "dim_cifar10_s": "cifar10_S_DiM", "dim_imagenet256_l": "imagenet256_L_DiM",
+    "dim_imagenet256_h": "imagenet256_H_DiM", "dim_imagenet512_h": "imagenet512_H_DiM_ft",
+}  # fmt: skip
+MANIFESTS = Path(__file__).parents[1] / "parity" / "fixtures" / "dis_dim" / "manifests"
 TINY = {"embed_dim": 16, "depth": 3, "img_dim": 4, "num_classes": 3}
 
 
@@ -55,6 +61,29 @@ def test_every_command_of_the_readme_is_there():
     found = [re.search(r"configs/(\w+)\.py", line)[1] for line in THEIRS]
     assert {name: found.count(name) for name in found} == COMMANDS
     assert len(OURS) >= 10
+
+
+@pytest.mark.parametrize("experiment, published", EXPERIMENTS.items())
+def test_experiments_have_the_published_hyper_parameters(experiment, published):
+    stored = json.loads((MANIFESTS / f"DiM_{published}_config.json").read_text())
+    found = Settings.from_mapping(compose([f"+experiment={experiment}"], "default"))
+    optimizer, train = stored["optimizer"], stored["train"]
+    own = (found.optim.lr, found.optim.wd, list(found.optim.betas), found.optim.eps, found.optim.warmup_steps)
+    assert own == (
+        optimizer["lr"], optimizer["weight_decay"], optimizer["betas"], optimizer.get("eps", 1e-8),
+        stored["lr_scheduler"]["warmup_steps"],
+    )  # fmt: skip
+    assert (found.optim.schedule, found.ema_rate) == ("constant", 0.9999)
+    assert (found.data.train_steps, found.ckpt_every) == (train["n_steps"], train["save_interval"])
+    # The README starts eight processes.
+    assert 8 * found.data.batch_size * found.grad_accum == train["batch_size"]
+    assert found.max_grad_norm == stored.get("max_grad_norm")
+    assert found.model["class_dropout_prob"] == stored["dataset"].get("p_uncond", 0.0)
+    assert found.model["img_dim"] == stored["nnet"]["sample_size"]
+    assert found.num_fid_samples == stored["sample"]["n_samples"]
+    assert found.cfg_scale == pytest.approx(1 + stored["sample"].get("scale", 0.0))
+    solver = found.sde if found.sample_mode == "SDE" else found.diffusion
+    assert int(solver.num_steps) == stored["sample"]["sample_steps"]
 
 
 @pytest.mark.parametrize("command", [c for c in OURS if "train_acc.py" in c])

@@ -12,6 +12,7 @@ from tests.models import test_transformers as common
 from tests.models.transformers import filled, inputs, run
 from zigflow.models import build_model
 from zigflow.models.dim import PUBLISHED, DiM
+from zigflow.nn.flops import count_flops
 from zigflow.official import family_of, load_official, official_arguments, read_official
 from zigflow.plugins import compose_config
 
@@ -240,6 +241,18 @@ def test_the_residual_stream_stays_float32_where_blocks_compute_in_bfloat16():
             block.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
         assert model(*inputs(model)).dtype == torch.bfloat16
         assert seen == {wanted}
+
+
+def test_operations_are_counted_over_the_padded_tokens():
+    model = tiny()
+    count = count_flops(model)
+    tokens, width, inner = 5 + 5 * 6, 16, 32
+    mixer = "transformer_blocks.1.attn1"
+    # A multiply-add is two; one step rank and two times four states come out of x_proj.
+    assert count.modules[f"{mixer}.in_proj"] == 2 * tokens * width * 2 * inner
+    assert count.modules[f"{mixer}.x_proj"] == 2 * tokens * inner * (1 + 2 * 4)
+    assert count.modules["transformer_blocks.4.skip_linear"] == 2 * tokens * 2 * width * width
+    assert count.modules["a4m_adapter.first_smoother"] == 2 * 6 * 9 * width
 
 
 def test_random_scans_are_stored():

@@ -217,7 +217,8 @@ class DiM(nn.Module):
             on both; None: two above width 512, as published.
         official_skip_tuning: weights of the kept outputs: None for none, "as_published" or "as_intended". Block by
             block they lie at ``1 - (1 - b) t / 1000``, b going evenly from ``skip_tune_param[1]`` in the first joining
-            block to ``skip_tune_param[0]`` in the last one; the published code takes t = 1 whatever the time is.
+            block to ``skip_tune_param[0]`` in the last one, and t as diffusion processes feed it, 1000 for noise; the
+            published code takes t = 1 whatever the time is.
         ssm_cfg: keywords of the mixer (d_state, d_conv, expand, dt_rank, ..., backend); d_conv is 3 by default.
         residual_in_fp32: keep the residual stream in float32 whatever the blocks compute in.
         use_checkpoint: recompute each block in the backward pass (policy "block").

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--family",
-        help="the code base it comes from: zigma, dis, dit, sit, uvit, uvit_t2i; default: that of model=",
+        help="the code base it comes from: zigma, dim, dis, dit, sit, uvit, uvit_t2i; default: that of model=",
     )
     parser.add_argument(
         "--null-text", type=Path, help="the encoded empty prompt (S, D) as .npy, for guidance of a text model"
