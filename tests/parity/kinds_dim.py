@@ -8,6 +8,7 @@ from tests.assertions import GRADIENT_RTOL_OF_MAX, assert_close
 from tests.parity.harness import Fixture, parity_kind
 from tests.parity.initialization import check_statistics
 from tests.parity.kinds_diffusion_models import sibling
+from tests.parity.kinds_dim_upsample import check_upsampled, check_upsampled_sample
 from zigflow.models.dim import DiM, padded_layout
 from zigflow.nn import interpolate_positions
 from zigflow.official import load_official, official_arguments
@@ -42,6 +43,8 @@ def check_model(fixture: Fixture, case: str) -> None:
     assert stored
     for name, want in stored.items():
         assert_close(name, model.get_parameter(name).grad, want, of_max=GRADIENT_RTOL_OF_MAX)
+    if "upsample" in meta:
+        check_upsampled(model, meta["upsample"], t)
 
 
 def fixture_names(meta: dict, prefix: str) -> list[str]:
@@ -128,6 +131,9 @@ def check_vpsde(fixture: Fixture, case: str) -> None:
 def check_sample(fixture: Fixture, case: str) -> None:
     """With guidance; published scales s are w - 1."""
     t, model, process = fixture.tensors, stored_model(fixture), StableDiffusion()
+    if "m" in fixture.meta:
+        check_upsampled_sample(model, fixture)
+        return
     guided = Guided(model, 1 + fixture.meta["cfg_scale"], process=process)
     for steps in fixture.meta["steps"]:
         got = DpmSolver("dpm_solver++", "fast", steps, 3, "time_uniform").sample(

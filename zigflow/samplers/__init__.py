@@ -8,6 +8,7 @@ from .likelihood import Likelihood
 from .ode import OdeSampler
 from .sde import SdeSampler
 from .solver import SAMPLERS, SamplingError, Solution
+from .upsampling import Upsampled
 
 __all__ = [
     "SAMPLERS",
@@ -20,6 +21,7 @@ __all__ = [
     "SamplingError",
     "SdeSampler",
     "Solution",
+    "Upsampled",
     "ode_adaptive",
     "ode_fixed",
     "variational_bound",

@@ -33,6 +33,7 @@ from .conditions import pad_batch
 from .dpm_grids import GRIDS, VARIANTS, Span, plan
 from .guidance import Guided
 from .solver import SAMPLERS, Callback, FiniteWatch, SamplingError, name_rows
+from .upsampling import Upsampled
 
 FORMS = {"dpm_solver": "noise", "dpm_solver++": "data"}
 CORRECTIONS = ("dpm_solver", "taylor")
@@ -226,7 +227,7 @@ class DpmSolver:
         path: Any = getattr(process, "path", None)
         if path is None:
             raise TypeError(f"{type(process).__name__} has no path of alpha and sigma; use its own sampler")
-        if self.variant == "adaptive" and isinstance(model, Guided) and not self.coupled:
+        if self.variant == "adaptive" and isinstance(model, (Guided, Upsampled)) and not self.coupled:
             model = model.always_doubled()
         form = FORMS[self.method]
         self.num_function_evaluations = 0

@@ -17,6 +17,7 @@ from .conditions import map_tensors, padding_index
 from .guidance import Guided
 from .likelihood import Likelihood, Probe, augmented_drift, prior_log_density, probe_source
 from .solver import SAMPLERS, Callback, Drift, OdeSolver, Solution, SolverSettings
+from .upsampling import Upsampled
 
 
 def ode_names() -> list[str]:
@@ -188,7 +189,7 @@ class OdeSampler:
         return self.solution.x if self.solution.trajectory is None else self.solution.trajectory
 
     def _drift(self, process: Process, model: ModelFunction, y: Any) -> Drift:
-        if self.solver.adaptive and isinstance(model, Guided):
+        if self.solver.adaptive and isinstance(model, (Guided, Upsampled)):
             model = model.always_doubled()
 
         def drift(x: Tensor, t: Tensor) -> Tensor:
