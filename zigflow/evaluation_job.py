@@ -28,8 +28,9 @@ from zigflow.engine.track_wandb import WandbTracker, import_wandb
 from zigflow.engine.trackers import Trackers
 from zigflow.engine.trainer import Trainer
 from zigflow.nn.flops import count_flops
+from zigflow.nn.skip_tuning import set_skip_tuning
 from zigflow.preflight import check_decoding
-from zigflow.samplers import Guided
+from zigflow.samplers import Guided, Upsampled
 from zigflow.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
@@ -61,12 +62,17 @@ def build_sampling_run(
         )
     frames = (model.video_frames,) if getattr(model, "video_frames", 0) else ()
     process = make("process", settings.process)
+    if settings.upsample.skip_tuning is not None:
+        try:
+            set_skip_tuning(model, settings.upsample.skip_tuning, settings.upsample.skip_tuning_range)
+        except ValueError as error:
+            raise SettingsError(f"upsample.skip_tuning={settings.upsample.skip_tuning}: {error}") from error
     return SamplingRun(
         model=model,
         process=process,
         sampler=build_sampler(settings),
         codec=codec,
-        shape=(*frames, model.in_channels, *model.img_dim),
+        shape=(*frames, model.in_channels, *(settings.upsample.factor * side for side in model.img_dim)),
         num_samples=num_samples,
         batch_size=batch_size,
         seed=settings.global_seed,
@@ -74,19 +80,25 @@ def build_sampling_run(
         num_classes=max(model.num_classes, 0),
         ids=ids,
         label_of=data_texts(settings, model)[0] if label_of is None and model.has_text else label_of,
-        guide=lambda m: Guided(
-            m,
-            settings.cfg_scale,
-            interval=settings.cfg_interval,
-            process=process,
-            channels=getattr(model, "guided_channels", None),
-        ),
+        guide=partial(_guided, settings, process),
         identity=identity,
         device=device,
         ranks=ranks,
         mixed_precision=settings.mixed_precision or "no",
         progress=settings.loop.progress,
     )
+
+
+def _guided(settings: Settings, process: Any, model: Any) -> Any:
+    """The model function that samplers call: with guidance, and for larger images with that of the small one."""
+    channels = getattr(model, "guided_channels", None)
+    guided = Guided(
+        model, settings.cfg_scale, interval=settings.cfg_interval, process=process, channels=channels
+    )
+    chosen = settings.upsample
+    if chosen.factor == 1:
+        return guided
+    return Upsampled(guided, process, chosen.factor, chosen.eta, chosen.theta, chosen.matching)
 
 
 def data_texts(settings: Settings, model: Any) -> tuple[Any, SourceRows]:
@@ -111,7 +123,11 @@ def build_judge(
         # A published reference needs no data, which may lie elsewhere.
         if not node.get("reference_stats"):
             train, heldout = build_source(settings), build_source(settings, "heldout")
-    return Judge(metric, train, heldout, ranks=ranks, codec=codec, device=device, preview=preview)
+    # Such a metric knows the trained size alone.
+    reduced = settings.upsample.factor if getattr(metric, "fixed_size", False) else 1
+    return Judge(
+        metric, train, heldout, ranks=ranks, codec=codec, device=device, preview=preview, reduced=reduced
+    )
 
 
 def sampling_facts(settings: Settings, weights: str, step: int | None) -> dict[str, Any]:
@@ -119,7 +135,9 @@ def sampling_facts(settings: Settings, weights: str, step: int | None) -> dict[s
     chosen = {"SDE": settings.sde, "diffusion": settings.diffusion}.get(
         settings.sample_mode or "", settings.ode
     )
+    upsample = {"upsample": asdict(settings.upsample)} if settings.upsample.factor > 1 else {}
     return {
+        **upsample,
         "weights": weights,
         "step": step,
         "sample_mode": settings.sample_mode,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scans import parse_scan_type
+from zigflow.settings_upsample import UpsampleSettings
 from zigflow.typed import SettingsError, at_least, not_negative, one_of, parse, positive
 
 PATH_TYPES = ("Linear", "GVP", "VP")
@@ -260,6 +261,7 @@ class Settings:
     sde: SdeSettings
     loop: LoopSettings
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
+    upsample: UpsampleSettings = field(default_factory=UpsampleSettings)
     model: Mapping[str, Any]
     scan: Mapping[str, Any]
     process: Mapping[str, Any]
@@ -334,6 +336,7 @@ class Settings:
                 "process=gaussian, and ddim with diffusion.eta=0 can be reversed"
             )
         self._check_process()
+        self.upsample.check(self.process, measures=likelihood or self.ode.reverse)
         if likelihood and self.ode.reverse:
             raise SettingsError("likelihood=true and ode.reverse=true exclude each other: choose one")
         if (likelihood or self.ode.reverse) and self.cfg_scale != 1:

@@ -69,6 +69,7 @@ class Judge:
         codec: makes pixels of a source of latents.
         preview: samples 0..preview-1 are kept to be looked at.
         batch_size: real images that are read at a time.
+        reduced: judge the means over blocks of so many pixels a side, for images larger than the real ones.
 
     Raises:
         ValueError: (when used) the metric cannot judge these samples against these real images.
@@ -85,11 +86,13 @@ class Judge:
         device: torch.device | str = "cpu",
         preview: int = 0,
         batch_size: int = 256,
+        reduced: int = 1,
     ):
         self.metric, self.ranks, self.preview = metric, ranks, preview
         self._sources = {"train": train, "heldout": heldout}
         self._codec, self._device = codec or IdentityCodec(), torch.device(device)
         self._batch_size = batch_size
+        self._reduced = reduced
         self._ready = metric is None
 
     def check(self, count: int, labels: Tensor | None) -> None:
@@ -122,7 +125,7 @@ class Judge:
                     images, ids, labels = batch
                     counted.add(ids)
                     if metric is not None:
-                        metric.update(images, labels, ids)
+                        metric.update(_reduce(images, self._reduced), labels, ids)
                     first = ids < self.preview
                     if first.any():
                         shown.append((images[first], ids[first], None if labels is None else labels[first]))
@@ -154,6 +157,8 @@ class Judge:
         metrics: dict[str, Any] = {"n": len(counted)}
         if self.metric is not None:
             metrics, protocol = self.metric.compute(), protocol | self.metric.protocol()
+            if self._reduced > 1:
+                protocol["judged"] = f"means of {self._reduced} x {self._reduced} pixels"
         parts = [part for part in shown if part]
         if not parts:
             return Judgement(metrics, protocol, None, None)
@@ -246,6 +251,14 @@ def averaged_weights(model: nn.Module, ema: EmaProfiles, device: torch.device) -
         for module, training in modes.items():
             module.training = training
         set_random_state(generators, device)
+
+
+def _reduce(images: Tensor, factor: int) -> Tensor:
+    """Means over blocks of (B, C, H, W) uint8, rounded to uint8."""
+    if factor == 1:
+        return images
+    blocks = images.double().unflatten(-1, (-1, factor)).unflatten(-3, (-1, factor))
+    return blocks.mean((-3, -1)).round().to(torch.uint8)
 
 
 def _gather(ranks: Ranks, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

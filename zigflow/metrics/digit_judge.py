@@ -90,6 +90,8 @@ class DigitJudge(Metric):
     name = "digit_judge"
     best_by = ("frechet", "min")
 
+    fixed_size = True  # samples have the size of the real images
+
     def __init__(
         self,
         seed: int = 0,

@@ -49,10 +49,10 @@ from zigflow.nn import (
 )
 from zigflow.nn.checkpointing import CHECKPOINT_POLICIES, checkpointed
 from zigflow.nn.conditioning import NO_NULL
+from zigflow.nn.skip_tuning import check_skip_tuning, skip_weights
 from zigflow.registry import MODEL_VARIANTS, unknown_name
 
 PAD_LAYOUTS = {"lateral": "rows", "rho_pad": "cycle"}
-SKIP_TUNING = ("as_published", "as_intended")
 _SPLIT_SKIP_ABOVE = 512
 _TIME_FREQUENCIES = 256
 _PLANS_KEPT = 8
@@ -271,8 +271,7 @@ class DiM(nn.Module):
             raise ValueError(f"depth is at least 1, got {depth}")
         if num_pads < 1 or num_split < 0:
             raise ValueError(f"num_pads is at least 1 and num_split at least 0, got {num_pads}, {num_split}")
-        if official_skip_tuning is not None and official_skip_tuning not in SKIP_TUNING:
-            raise unknown_name("skip tuning", official_skip_tuning, list(SKIP_TUNING))
+        check_skip_tuning(official_skip_tuning)
         factory = {"device": device, "dtype": dtype}
         self.in_channels = self.out_channels = self.guided_channels = in_channels
         self.img_dim = (img_dim, img_dim) if isinstance(img_dim, int) else (int(img_dim[0]), int(img_dim[1]))
@@ -418,14 +417,7 @@ class DiM(nn.Module):
 
     def _skip_weights(self, t_B: Tensor) -> list[Tensor | None]:
         """For each joining block, first to last, (B,) weights of the kept output, or None."""
-        if self.official_skip_tuning is None:
-            return [None] * self.joining
-        last, first = self.skip_tune_param
-        noise_B = t_B.to(torch.promote_types(t_B.dtype, torch.float32)) / 1000
-        if self.official_skip_tuning == "as_published":
-            noise_B = torch.full_like(noise_B, 1 / 1000)
-        bounds = torch.linspace(first, last, self.joining, dtype=noise_B.dtype, device=noise_B.device)
-        return list(1 - (1 - bounds.unsqueeze(1)) * noise_B)
+        return skip_weights(t_B, self.official_skip_tuning, self.skip_tune_param, self.joining)
 
     def _embed(self, x: Tensor, t: Tensor, y) -> tuple[Tensor, Tensor, Tensor, tuple[int, int], Plan]:
         """Tokens (B, L, D) as block 0 reads them, what modulates the blocks and the output, the grid, its gathers."""

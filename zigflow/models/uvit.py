@@ -36,6 +36,7 @@ from zigflow.nn import (
 )
 from zigflow.nn.backbone import Backbone
 from zigflow.nn.checkpointing import checkpointed
+from zigflow.nn.skip_tuning import skip_weights
 from zigflow.registry import MODEL_VARIANTS
 
 
@@ -94,6 +95,9 @@ class UViT(Backbone):
 
     # Flow times lie in [0, 1]; the sinusoid of the time token is made for 0..1000.
     time_scale = 1000.0
+    # Of sampling alone, see zigflow.nn.skip_tuning.
+    official_skip_tuning: str | None = None
+    skip_tune_param = (0.82, 1.0)
 
     def __init__(
         self,
@@ -236,8 +240,11 @@ class UViT(Backbone):
         if self.rope:
             rotations = axial_rotations(self.grid, grid, self.head_dim, self.extras, device=x.device)
         features, kept = {}, []
+        weights = skip_weights(t, self.official_skip_tuning, self.skip_tune_param, len(self.out_blocks))
         for name, block in self.named_blocks().items():
             joined = kept.pop() if self.skip and name.startswith("out_") else None
+            if joined is not None and (weight := weights.pop(0)) is not None:
+                joined = joined * weight[:, None, None].to(joined.dtype)
             hidden = block(hidden, joined, rotations, mask)
             if name.startswith("in_"):
                 kept.append(hidden)
