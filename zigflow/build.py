@@ -28,19 +28,15 @@ from zigflow.engine.log import read_metrics
 from zigflow.engine.optim import Schedule, build_optimizer
 from zigflow.engine.options import TrainOptions
 from zigflow.engine.ranks import Ranks
-from zigflow.engine.run_dir import check_same_config
-from zigflow.engine.run_state import load_model_state, load_weights
 from zigflow.engine.trackers import Trackers
 from zigflow.engine.trainer import Trainer
 from zigflow.metrics.pictures import save_loss_curve
-from zigflow.official import family_of, read_official
 from zigflow.preflight import check_training
 from zigflow.samplers import ChainSampler, DpmSolver, OdeSampler, SdeSampler
 from zigflow.settings import Settings, SettingsError
+from zigflow.start_job import start_from
 
 log = logging.getLogger(__name__)
-
-OFFICIAL_SUFFIXES = (".pt", ".pth", ".ckpt")
 
 
 def model_arguments(settings: Settings) -> dict[str, Any]:
@@ -257,8 +253,9 @@ def train_from_config(
             f"{split.global_batch}: lower data.batch_size or grad_accum"
         )
     # A run that continues has weights of its own.
+    start = None
     if settings.ckpt is not None and not checkpoints.list_complete(Path(settings.run_dir) / "checkpoints"):
-        _start_from(settings.ckpt, model, plain)
+        start = start_from(settings, model, plain, write=accelerator.is_main_process)
     seed, workers = settings.global_seed, settings.data.num_workers
     batch = GlobalBatch(split.global_batch, split.processes, accelerator.process_index, split.grad_accum)
     skipped = SkippedSamples(settings.data.max_skipped)
@@ -329,6 +326,7 @@ def train_from_config(
         trackers=watched.trackers,
         training_flops=watched.training_flops,
         peak_flops=watched.peak_flops,
+        start=start,
     )
     counters = trainer.fit()
     run_dir = Path(settings.run_dir)
@@ -344,21 +342,3 @@ def train_from_config(
         save_loss_curve(curve, rows)
         log.info("trained: %s, loss curve %s", run_dir, curve)
     return run_dir
-
-
-def _start_from(ckpt: str, model: torch.nn.Module, config: Mapping[str, Any]) -> None:
-    """Weights only: a run that starts from a checkpoint is a new run, with its own optimizer and step 0.
-
-    Raises:
-        SettingsError: the checkpoint's model is another one; the first difference is named.
-    """
-    try:
-        if Path(ckpt).suffix in OFFICIAL_SUFFIXES:
-            load_model_state(model, read_official(ckpt, family_of(config["model"])).state_dict)
-        else:
-            stored = checkpoints.open_checkpoint(ckpt)
-            check_same_config(config, stored.config, sections=("model", "scan"))
-            load_weights(model, stored)
-    except (ValueError, RuntimeError) as error:
-        raise SettingsError(f"ckpt={ckpt}: {error}") from error
-    log.info("starting from the weights of %s", ckpt)

@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from zigflow import plugins
 from zigflow.build import (
-    OFFICIAL_SUFFIXES,
     build_codec,
     build_model,
     build_sampler,
@@ -43,7 +42,7 @@ from zigflow.evaluation_job import (
 from zigflow.metrics.base import SampleIds
 from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
 from zigflow.metrics.results import write_results
-from zigflow.official import family_of, load_official, process_of, read_official
+from zigflow.official import OFFICIAL_SUFFIXES, family_of, load_official, process_of, read_official
 from zigflow.preflight import check_decoding
 from zigflow.samplers.chain import chain_of
 from zigflow.settings import Settings, SettingsError

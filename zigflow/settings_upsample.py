@@ -26,10 +26,13 @@ class UpsampleSettings:
         one_of("upsample.matching", self.matching, ("exact", "as_published"))
         one_of("upsample.skip_tuning", self.skip_tuning, (None, *SKIP_TUNING))
         if not 0 < self.eta <= 1:
-            raise SettingsError(f"upsample.eta={self.eta} is not in (0, 1]: give a share of the sampling time")
+            raise SettingsError(
+                f"upsample.eta={self.eta} is not in (0, 1]: give a share of the sampling time"
+            )
         if self.factor == 1 and self.skip_tuning is not None:
             raise SettingsError(
-                f"upsample.skip_tuning={self.skip_tuning} is for larger images: set upsample.factor=2 or more, or drop it"
+                f"upsample.skip_tuning={self.skip_tuning} is for larger images: set upsample.factor=2 or more, "
+                "or drop it"
             )
 
     def check(self, process: Mapping[str, Any], measures: bool) -> None:
@@ -43,8 +46,8 @@ class UpsampleSettings:
             return
         if measures:
             raise SettingsError(
-                f"upsample.factor={self.factor} with likelihood=true or ode.reverse=true: only samples are made larger, "
-                "set upsample.factor=1"
+                f"upsample.factor={self.factor} with likelihood=true or ode.reverse=true: only samples are made "
+                "larger, set upsample.factor=1"
             )
         target = str(process.get("_target_", ""))
         if self.matching == "as_published" and not target.endswith(".StableDiffusion"):
@@ -54,6 +57,6 @@ class UpsampleSettings:
             )
         if self.skip_tuning is not None and target.endswith(".Flow"):
             raise SettingsError(
-                f"upsample.skip_tuning={self.skip_tuning} weighs by the noise level 0..1000 that diffusion processes feed "
-                "the model, process=flow feeds it otherwise: drop upsample.skip_tuning"
+                f"upsample.skip_tuning={self.skip_tuning} weighs by the noise level 0..1000 that diffusion processes "
+                "feed the model, process=flow feeds it otherwise: drop upsample.skip_tuning"
             )

@@ -9,14 +9,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = {
     1: ["scans", "dis_causal_conv1d", "dis_mamba"],
-    2: ["zigflow.nn", "zigflow.processes", "zigflow.data", "zigflow.settings", "zigflow.settings_upsample", "zigflow.typed",
-        "zigflow.registry", "zigflow.paths",
+    2: ["zigflow.nn", "zigflow.processes", "zigflow.data", "zigflow.settings", "zigflow.typed",
+        "zigflow.registry", "zigflow.paths", "zigflow.settings_upsample",
         "zigflow.keyed", "zigflow._version", "zigflow.latents"],
     3: ["model_zigma", "zigflow.models", "zigflow.samplers", "zigflow.metrics", "zigflow.datasets", "zigflow.codec",
         "zigflow.compvis", "zigflow.text"],
     4: ["zigflow.engine", "zigflow.official"],
     5: ["zigflow.build", "zigflow.evaluation_job", "zigflow.sample_job", "zigflow.stored_config", "zigflow.plugins",
-        "zigflow.tools", "zigflow.preflight"],
+        "zigflow.tools", "zigflow.preflight", "zigflow.start_job"],
     6: ["train_acc", "sample_acc", "zigflow.cli"],
 }  # fmt: skip
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

@@ -33,6 +33,7 @@ class Counters:
         time_sums, time_counts: of the samples since the last logged line, by time bin.
         best: the best evaluation so far, ``{"metric", "value", "step"}``.
         evaluated: the last step that was evaluated.
+        ema_images: images that were behind the averages when the run began, of the run whose weights it started from.
         keep: steps whose checkpoints stay.
         tracking: by tracker, what it has to know to continue.
     """
@@ -46,6 +47,7 @@ class Counters:
     time_counts: list[float] = field(default_factory=list)
     best: dict[str, Any] | None = None
     evaluated: int = 0
+    ema_images: int = 0
     keep: list[int] = field(default_factory=list)
     tracking: dict[str, Any] = field(default_factory=dict)
 
@@ -252,6 +254,18 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: str | None =
     for name, target in targets.items():
         assign(target, averages[name])
     return f"ema_{chosen}"
+
+
+def inference_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The model's state as it is sampled by default: with the parameters of the first EMA profile, if there is one."""
+    listed = [profile["name"] for profile in checkpoint.trainer["ema"]]
+    return checkpoint.tensors("model") | (checkpoint.tensors(f"ema_{listed[0]}") if listed else {})
+
+
+def all_averages(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
+    """The averages of every EMA profile, by its name."""
+    names = [profile["name"] for profile in checkpoint.trainer["ema"]]
+    return {name: checkpoint.tensors(f"ema_{name}") for name in names}
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -139,7 +139,7 @@ class OptimizerStep:
         for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = base * factor
         self.optimizer.step()
-        self.ema.update(counters.images_seen, self.global_batch)
+        self.ema.update(counters.ema_images + counters.images_seen, self.global_batch)
         counters.step += 1
         counters.images_seen += self.global_batch
         loss = float(losses.double().mean())

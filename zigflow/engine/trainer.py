@@ -33,6 +33,7 @@ from .ranks import Ranks
 from .run_dir import RunDir, check_same_config
 from .run_state import Counters, RunState, set_random_state
 from .sharding import place
+from .start import Start
 from .step import OptimizerStep, StepRecord
 from .trackers import Trackers
 
@@ -68,6 +69,7 @@ class Trainer:
         trackers: where the lines of the log go besides.
         training_flops: operations of a sample's forward and backward pass; None logs no utilization.
         peak_flops: operations per second of one device; None logs no utilization.
+        start: what a new run takes over beside the weights in ``model``: the averages of EMA profiles of its names.
 
     Attributes:
         stopped_by: the signal that ended :meth:`fit` before its last step, or None.
@@ -97,6 +99,7 @@ class Trainer:
         trackers: Trackers | None = None,
         training_flops: float | None = None,
         peak_flops: float | None = None,
+        start: Start | None = None,
     ):
         self.options = options
         self.accelerator = accelerator or make_accelerator()
@@ -123,6 +126,10 @@ class Trainer:
         wrapped, no_sync = place(model, self.accelerator, sharded=options.shard)
         self.optimizer = optimizer(model)
         self.ema = EmaProfiles(model, options.ema)
+        for name in self.ema.names() if start is not None else ():
+            if name in start.averages:
+                self.ema.load_state_dict(name, start.averages[name])
+                self.counters.ema_images = start.images
         self.scaler = LossScaler(self.mixed_precision == "fp16", max_skips=options.max_skips)
         self._step = OptimizerStep(
             model=model, wrapped=wrapped, no_sync=no_sync, process=process, codec=self.codec,

@@ -229,6 +229,7 @@ class DiM(nn.Module):
 
     # Flow times lie in [0, 1]; the sinusoids are made for 0..1000.
     time_scale = 1000.0
+    position_mode = "bilinear"
     video_frames = 0
     has_text, d_context, n_context_token = False, 0, 0
 
@@ -435,7 +436,7 @@ class DiM(nn.Module):
         time = sinusoidal_embedding(t, self.embed_dim).to(dtype)
         label = self.label_emb(labels)
         extras, table = self.additional_embed[:, :2], self.additional_embed[:, 2:]
-        table = interpolate_positions(table, (1, *self.grid), (1, *grid), mode="bilinear")
+        table = interpolate_positions(table, (1, *self.grid), (1, *grid), mode=self.position_mode)
         patches = self.pos_embed(x.to(dtype)) + table
         patches = self.a4m_adapter.smooth(self.a4m_adapter.first_smoother, patches, grid)
         front = torch.stack([time, label], dim=1) + extras

@@ -24,6 +24,8 @@ from .transformers import dit_arguments, dit_kwargs, sit_arguments, uvit_argumen
 
 log = logging.getLogger(__name__)
 
+OFFICIAL_SUFFIXES = (".pt", ".pth", ".ckpt")
+
 
 @dataclass(frozen=True)
 class Family:

@@ -143,7 +143,9 @@ class Upsampled:
         if not 0 < eta <= 1:
             raise ValueError(f"upsampling's eta is {eta}; give a share of the time in (0, 1]")
         if not theta > 0:
-            raise ValueError(f"upsampling's theta is {theta}; give a positive number, 1 replaces the block means")
+            raise ValueError(
+                f"upsampling's theta is {theta}; give a positive number, 1 replaces the block means"
+            )
         if matching not in MATCHINGS:
             raise unknown_name("time matching", matching, list(MATCHINGS))
         self.model = model
@@ -186,7 +188,9 @@ class Upsampled:
         value, *variance = output.split(x.shape[axis], axis)
         guided = self._guided(value.to(working_dtype(x)), x, time, y)
         guided = torch.where(over_batch(acts, x), guided, value.to(guided.dtype))
-        return torch.cat([guided, *(part.to(guided.dtype) for part in variance)], axis) if variance else guided
+        return (
+            torch.cat([guided, *(part.to(guided.dtype) for part in variance)], axis) if variance else guided
+        )
 
     def _guided(self, value: Tensor, x: Tensor, t: Tensor, y: Any) -> Tensor:
         process, m = self.process, self.factor

@@ -1,0 +1,69 @@
+"""A new run that starts from old weights, ours or official, also those of a smaller image size."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zigflow.engine import checkpoint as checkpoints
+from zigflow.engine import durable
+from zigflow.engine.run_dir import check_same_config
+from zigflow.engine.run_state import all_averages, check_scan_state, inference_weights
+from zigflow.engine.start import Start, grid_of, start_model
+from zigflow.official import OFFICIAL_SUFFIXES, family_of, read_official
+from zigflow.settings import Settings, SettingsError
+
+# What another model may have that starts from some weights; the rest says what they mean.
+_MAY_DIFFER = (
+    "name", "img_dim", "patch_size", "video_frames", "num_classes", "class_dropout_prob", "drop_path_rate",
+    "pad_layout", "use_checkpoint", "official_skip_tuning", "skip_tune_param",
+)  # fmt: skip
+
+
+def start_from(settings: Settings, model: torch.nn.Module, config: Mapping[str, Any], write: bool) -> Start:
+    """Weights and their averages: a run that starts from a checkpoint is a new run, with its own optimizer and step 0.
+
+    The run begins at the weights that sampling takes: those of the first EMA profile, if there is one. What became of
+    each parameter is logged, and with ``write`` noted in the run directory, ``adapted.json``.
+
+    Raises:
+        SettingsError: the checkpoint is missing, or its model is another one; the first difference is named.
+    """
+    ckpt = str(settings.ckpt)
+    try:
+        if Path(ckpt).suffix in OFFICIAL_SUFFIXES:
+            weights = read_official(ckpt, family_of(config["model"])).state_dict
+            start = start_model(model, weights, {}, patches=settings.ckpt_patches)
+        else:
+            stored = checkpoints.open_checkpoint(ckpt)
+            given, kept = ({k: _fixed(k, c) for k, c in v.items()} for v in (config, stored.config))
+            check_same_config(given, kept, sections=("model", "scan"))
+            built = grid_of(stored.config["model"])
+            if built is None or built == grid_of(config["model"]):
+                check_scan_state(model, stored)
+            weights, averages = inference_weights(stored), all_averages(stored)
+            start = start_model(
+                model,
+                weights,
+                averages,
+                built=built,
+                same_classes=stored.config["model"].get("num_classes") == config["model"].get("num_classes"),
+                patches=settings.ckpt_patches,
+                images=int(stored.trainer["counters"]["images_seen"])
+                + int(stored.trainer["counters"].get("ema_images", 0)),
+            )
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        raise SettingsError(f"ckpt={ckpt}: {error}") from error
+    start.report.log(ckpt)
+    if write:
+        Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
+        durable.replace_json(Path(settings.run_dir) / "adapted.json", {"ckpt": ckpt, **asdict(start.report)})
+    return start
+
+
+def _fixed(section: str, values: Any) -> Any:
+    if section != "model":
+        return values
+    return {k: v for k, v in values.items() if k not in _MAY_DIFFER}
