@@ -128,9 +128,7 @@ def test_frames_and_the_grid_of_a_configuration():
 
 
 def test_what_has_no_rule_is_an_error_that_names_it():
-    with pytest.raises(
-        ValueError, match=r"pos_embed is .* only positions, patch layers and class tables"
-    ):
+    with pytest.raises(ValueError, match=r"pos_embed is .* only positions, patch layers and class tables"):
         start_model(build("dit"), build("dit", embed_dim=32).state_dict(), {})
     with pytest.raises(ValueError, match="no grid"):
         start_model(build("dit", img_dim=(8, 4)), build("dit", img_dim=(8, 6)).state_dict(), {})
