@@ -33,6 +33,7 @@ EXPERIMENTS = {
     "dim_cifar10_s": "cifar10_S_DiM", "dim_imagenet256_l": "imagenet256_L_DiM",
     "dim_imagenet256_h": "imagenet256_H_DiM", "dim_imagenet512_h": "imagenet512_H_DiM_ft",
 }  # fmt: skip
+UPSAMPLED = {2: "imagenet512_H_DiM_upsample_test", 3: "imagenet512_H_DiM_upsample_3x_test"}
 MANIFESTS = Path(__file__).parents[1] / "parity" / "fixtures" / "dis_dim" / "manifests"
 TINY = {"embed_dim": 16, "depth": 3, "img_dim": 4, "num_classes": 3}
 
@@ -98,8 +99,21 @@ def test_sampling_commands_compose(command, folders):
     given = compose(overrides_of(command), "sample")
     given.pop("weights")
     SampleOptions.take_from(given)
-    assert (given["sample_mode"], given["diffusion"]["sampling_method"]) == ("diffusion", "dpm_solver++")
-    if given["ckpt"].endswith(".pth"):
+    larger = {"dim_imagenet1024_h": 2, "dim_imagenet1536_h": 3}
+    factor = next((larger[name] for name in larger if name in command), None)
+    method = "dpm_solver" if factor else "dpm_solver++"
+    assert (given["sample_mode"], given["diffusion"]["sampling_method"]) == ("diffusion", method)
+    if factor:
+        stored = json.loads((MANIFESTS / f"DiM_{UPSAMPLED[factor]}_config.json").read_text())
+        settings = Settings.from_mapping(complete_from_defaults(given, given["ckpt"]))
+        assert settings.upsample.factor == stored["nnet"]["multi_times"] == factor
+        assert (settings.upsample.eta, settings.upsample.theta) == (stored["ug_eta"], stored["ug_theta"])
+        assert list(settings.upsample.skip_tuning_range) == list(stored["nnet"]["skip_tune_param"])
+        assert settings.cfg_scale == 1 + stored["sample"]["scale"]
+        assert settings.model["img_dim"] * factor == stored["nnet"]["sample_size"]
+        assert int(settings.diffusion.num_steps) == stored["sample"]["sample_steps"]
+        assert settings.num_fid_samples == stored["sample"]["n_samples"]
+    elif given["ckpt"].endswith(".pth"):
         settings = Settings.from_mapping(complete_from_defaults(given, given["ckpt"]))
         assert settings.codec["scale"] == 0.18215
         assert settings.cfg_scale == (1.7 if "512" in command else 1.4)
