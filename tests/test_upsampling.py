@@ -18,7 +18,7 @@ from zigflow.evaluation_job import build_judge
 from zigflow.metrics.digit_judge import DigitJudge
 from zigflow.sample_job import sample_from_config
 from zigflow.settings import SettingsError
-from zigflow.settings_upsample import UpsampleSettings
+from zigflow.settings_sampling import UpsampleSettings
 
 TINY = [
     "data=synthetic", "data.image_size=4", "data.train_steps=1", "data.batch_size=4", "model.embed_dim=8",

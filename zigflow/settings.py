@@ -9,19 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scans import parse_scan_type
-from zigflow.settings_upsample import UpsampleSettings
+from zigflow.settings_sampling import DiffusionSettings, OdeSettings, SdeSettings, UpsampleSettings
 from zigflow.typed import SettingsError, at_least, not_negative, one_of, parse, positive
 
 PATH_TYPES = ("Linear", "GVP", "VP")
 PREDICTIONS = ("velocity", "score", "noise", "data")
-ODE_METHODS = ("euler", "midpoint", "heun", "heun2", "heun3", "rk4", "rk4_classic", "dopri5", "bosh3")
-SDE_METHODS = ("Euler", "Heun")
-DIFFUSION_METHODS = ("ddpm", "ddim", "dpm_solver", "dpm_solver++")
-DPM_VARIANTS = ("singlestep", "fast", "multistep", "adaptive")
-DPM_GRIDS = ("logSNR", "time_uniform", "time_quadratic")
-DIFFUSION_FORMS = (
-    "constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing", "inccreasing-decreasing",
-)  # fmt: skip
 OPTIMIZERS = ("adamw",)
 WANDB_KEY = (
     "wandb.key does not belong in a configuration, which logs and checkpoints repeat: remove it (and revoke the key if "
@@ -71,87 +63,6 @@ class OptimSettings:
             raise SettingsError(
                 f"optim.min_lr={self.min_lr} ends a cosine: set optim.schedule=cosine, or drop it"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OdeSettings:
-    """Group ``ode``; ``num_steps`` counts grid points, a fixed solver makes one step less."""
-
-    sampling_method: str = "dopri5"
-    num_steps: int = 250
-    atol: float = 1e-6
-    rtol: float = 1e-3
-    reverse: bool = False
-    likelihood: bool = False
-
-    def __post_init__(self):
-        if not self.sampling_method.startswith("torchdiffeq/"):
-            one_of("ode.sampling_method", self.sampling_method, (*ODE_METHODS, "torchdiffeq/NAME"))
-        at_least("ode.num_steps", self.num_steps, 2)
-        positive("ode.atol", self.atol)
-        positive("ode.rtol", self.rtol)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SdeSettings:
-    """Group ``sde``."""
-
-    sampling_method: str = "Euler"
-    num_steps: int = 250
-    diffusion_form: str = "sigma"
-    diffusion_norm: float = 1.0
-    last_step: str | None = "Mean"
-    last_step_size: float = 0.04
-
-    def __post_init__(self):
-        one_of("sde.sampling_method", self.sampling_method, SDE_METHODS)
-        one_of("sde.diffusion_form", self.diffusion_form, DIFFUSION_FORMS)
-        one_of("sde.last_step", self.last_step, (None, "Mean", "Tweedie", "Euler"))
-        at_least("sde.num_steps", self.num_steps, 2)
-        not_negative("sde.last_step_size", self.last_step_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiffusionSettings:
-    """Group ``diffusion``: the samplers of the processes gaussian, vp and sd_discrete.
-
-    ``num_steps`` is text: a number, or for ddpm and ddim a spacing such as ddim50 or 10,15,20.
-    """
-
-    sampling_method: str = "ddim"
-    num_steps: str = "50"
-    eta: float = 0.0
-    clip_denoised: bool = False
-    variant: str = "fast"
-    order: int = 3
-    grid: str = "time_uniform"
-    correction: str = "dpm_solver"
-    lower_order_final: bool = False
-    atol: float = 0.0078
-    rtol: float = 0.05
-
-    def __post_init__(self):
-        one_of("diffusion.sampling_method", self.sampling_method, DIFFUSION_METHODS)
-        one_of("diffusion.variant", self.variant, DPM_VARIANTS)
-        one_of("diffusion.grid", self.grid, DPM_GRIDS)
-        one_of("diffusion.correction", self.correction, ("dpm_solver", "taylor"))
-        one_of("diffusion.order", self.order, (1, 2, 3))
-        positive("diffusion.atol", self.atol)
-        positive("diffusion.rtol", self.rtol)
-        if not 0 <= self.eta <= 1:
-            raise SettingsError(f"diffusion.eta={self.eta} is not in [0, 1]: 0 is deterministic, 1 ancestral")
-        if self.eta and self.sampling_method != "ddim":
-            raise SettingsError(
-                f"diffusion.eta={self.eta} is for diffusion.sampling_method=ddim, not {self.sampling_method}: drop it"
-            )
-        if self.sampling_method.startswith("dpm_solver"):
-            if not self.num_steps.isdecimal() or int(self.num_steps) < self.order:
-                raise SettingsError(
-                    f"diffusion.num_steps={self.num_steps} must be a number, {self.order} (diffusion.order) at least, "
-                    f"for diffusion.sampling_method={self.sampling_method}"
-                )
-            if self.variant == "adaptive" and self.order == 1:
-                raise SettingsError("diffusion.variant=adaptive needs diffusion.order=2 or 3")
 
 
 @dataclass(frozen=True, kw_only=True)

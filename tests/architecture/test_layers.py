@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     1: ["scans", "dis_causal_conv1d", "dis_mamba"],
     2: ["zigflow.nn", "zigflow.processes", "zigflow.data", "zigflow.settings", "zigflow.typed",
-        "zigflow.registry", "zigflow.paths", "zigflow.settings_upsample",
+        "zigflow.registry", "zigflow.paths", "zigflow.settings_sampling",
         "zigflow.keyed", "zigflow._version", "zigflow.latents"],
     3: ["model_zigma", "zigflow.models", "zigflow.samplers", "zigflow.metrics", "zigflow.datasets", "zigflow.codec",
         "zigflow.compvis", "zigflow.text"],
