@@ -37,7 +37,7 @@ HEUN = ("ode.sampling_method=heun", "ode.num_steps=17")
 GUIDANCE = "cfg_scale=1.15"
 
 
-# Eight by eight pixels need little noise to be unrecognizable: with the published schedules, made for larger images, and
+# Little noise makes eight by eight pixels unrecognizable: with the published schedules, made for larger images, and
 # the noise as target, most steps teach a model of this size nothing.
 COSINE = ("process.betas=cosine", "process.prediction=v")
 COSINE_VP = ("process.schedule=cosine", "process.prediction=v")
