@@ -38,17 +38,15 @@ from scans import ComposedWalk, ScanSchedule, TokenLayout, composed_walk, get_sc
 from zigflow.nn import (
     PatchEmbed,
     RMSNorm,
-    check_divisible,
     interpolate_positions,
     modulate,
-    null_condition,
     permute,
     read_labels,
     sinusoidal_embedding,
     unpatchify,
 )
-from zigflow.nn.checkpointing import CHECKPOINT_POLICIES, checkpointed
-from zigflow.nn.conditioning import NO_NULL
+from zigflow.nn.backbone import Backbone
+from zigflow.nn.checkpointing import checkpointed
 from zigflow.nn.skip_tuning import check_skip_tuning, skip_weights
 from zigflow.registry import MODEL_VARIANTS, unknown_name
 
@@ -199,7 +197,7 @@ class PadsAndSmoothers(nn.Module):
         return convolution(x_BDhw).flatten(2).transpose(1, 2)
 
 
-class DiM(nn.Module):
+class DiM(Backbone):
     """The DiM backbone; the defaults are those of the published model for 256 x 256 images of ImageNet, size H.
 
     Args:
@@ -230,8 +228,6 @@ class DiM(nn.Module):
     # Flow times lie in [0, 1]; the sinusoids are made for 0..1000.
     time_scale = 1000.0
     position_mode = "bilinear"
-    video_frames = 0
-    has_text, d_context, n_context_token = False, 0, 0
 
     def __init__(
         self,
@@ -259,29 +255,19 @@ class DiM(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if not 0 <= class_dropout_prob < 1:
-            raise ValueError(f"class_dropout_prob lies in [0, 1), got {class_dropout_prob}")
         num_classes = max(num_classes, 0)
-        unconditional = unconditional or num_classes == 0
-        if class_dropout_prob > 0 and unconditional:
-            raise ValueError(
-                f"class_dropout_prob={class_dropout_prob} needs a condition to drop: set num_classes > 0 without "
-                "unconditional=true, or class_dropout_prob=0"
-            )
+        self.describe(
+            in_channels=in_channels, img_dim=img_dim, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
+            num_classes=-1 if unconditional or num_classes == 0 else num_classes, class_dropout_prob=class_dropout_prob,
+            has_text=False, d_context=0, n_context_token=0,
+        )  # fmt: skip
         if depth < 1:
             raise ValueError(f"depth is at least 1, got {depth}")
         if num_pads < 1 or num_split < 0:
             raise ValueError(f"num_pads is at least 1 and num_split at least 0, got {num_pads}, {num_split}")
         check_skip_tuning(official_skip_tuning)
         factory = {"device": device, "dtype": dtype}
-        self.in_channels = self.out_channels = self.guided_channels = in_channels
-        self.img_dim = (img_dim, img_dim) if isinstance(img_dim, int) else (int(img_dim[0]), int(img_dim[1]))
-        self.patch_size = patch_size
-        self.embed_dim = embed_dim
-        self.depth = depth
-        self.grid = check_divisible(*self.img_dim, patch_size)
-        self.class_dropout_prob = class_dropout_prob
-        self.num_classes = -1 if unconditional else num_classes
+        self.out_channels = self.guided_channels = in_channels
         self.null_label = num_classes
         self.pad_layout, self.num_pads, self.num_split = pad_layout, num_pads, num_split
         self.scan, self.scan_seed = scan, scan_seed
@@ -328,21 +314,8 @@ class DiM(nn.Module):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
             weight /= math.sqrt(self.depth)
 
-    def set_checkpoint_policy(self, policy: str) -> None:
-        """none, block or selective; may change at any time, also on resume."""
-        if policy not in CHECKPOINT_POLICIES:
-            raise unknown_name("checkpoint policy", policy, list(CHECKPOINT_POLICIES))
-        for block in self.transformer_blocks:
-            block.checkpoint_policy = policy
-
-    def shard_units(self) -> list[nn.Module]:
-        """What may be sharded apart."""
-        return list(self.transformer_blocks)
-
-    def compile_blocks(self, **options) -> None:
-        """Compile each block in place; keys of the state dict stay as they are."""
-        for block in self.transformer_blocks:
-            block.compile(fullgraph=True, **options)
+    def named_blocks(self) -> dict[str, nn.Module]:
+        return {f"transformer_blocks.{i}": block for i, block in enumerate(self.transformer_blocks)}
 
     def walk(self, grid: tuple[int, int]) -> tuple[ScanSchedule, ComposedWalk]:
         """The schedule over the L tokens of a patch grid, and its gathers."""
@@ -401,16 +374,6 @@ class DiM(nn.Module):
         schedule = self.walk(self.grid)[0]
         return {f"layers.{i}.order": torch.from_numpy(s.path.order.copy()) for i, s in enumerate(schedule)}
 
-    def null_condition(self, y):
-        """The condition that stands for "none" in guidance, built like ``y`` (labels (B,) or a ``Condition``).
-
-        Raises:
-            ValueError: the null class is not trained, or a ``Condition`` has no labels.
-        """
-        if self.class_dropout_prob <= 0:
-            raise ValueError(NO_NULL)
-        return null_condition(y, self.null_label, None)
-
     def _labels(self, y, batch: int, device: torch.device) -> Tensor:
         if self.num_classes < 0:
             return torch.full((batch,), self.null_label, dtype=torch.int64, device=device)
@@ -422,14 +385,7 @@ class DiM(nn.Module):
 
     def _embed(self, x: Tensor, t: Tensor, y) -> tuple[Tensor, Tensor, Tensor, tuple[int, int], Plan]:
         """Tokens (B, L, D) as block 0 reads them, what modulates the blocks and the output, the grid, its gathers."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"this model reads (B, C, H, W) with C={self.in_channels}, got {tuple(x.shape)}")
-        batch = x.shape[0]
-        if batch == 0:
-            raise ValueError(f"a batch of 0 samples (x has shape {tuple(x.shape)}); give at least one")
-        if t.shape != (batch,):
-            raise ValueError(f"t must hold one time per sample, shape ({batch},), got {tuple(t.shape)}")
-        grid = check_divisible(x.shape[2], x.shape[3], self.patch_size)
+        batch, grid = x.shape[0], self.check_input(x, t)
         plan = self._plan(grid, x.device)
         labels = self._labels(y, batch, x.device)
         dtype = self.additional_embed.dtype
@@ -480,12 +436,7 @@ class DiM(nn.Module):
         shift, scale = self.proj_out_1(nn.functional.silu(condition)).chunk(2, dim=-1)
         out = self.proj_out_2(modulate(self.norm_out["norm"](out).to(shift.dtype), shift, scale))
         out = unpatchify(out, *grid, self.patch_size, self.in_channels)
-        if not return_features:
-            return out
-        missing = [name for name in return_features if name not in features]
-        if missing:
-            raise unknown_name("feature", missing[0], [f"transformer_blocks.{i}" for i in range(self.depth)])
-        return out, features
+        return self.with_features(out, features, return_features)
 
 
 _SHAPES = {

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .names import renamed
+
 _NAMES = {"sample_size": "img_dim", "num_layers": "depth", "num_embeds_ada_norm": "num_classes"}
 _MIXER_NAMES = {"mamba_d_state": "d_state", "mamba_d_conv": "d_conv", "mamba_expand": "expand"}
 # Nothing in the published network reads these, or only parts that are switched off below.
@@ -37,10 +39,8 @@ def dim_arguments(given: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str
             raise ValueError(
                 f"{name}={found!r}: every published configuration of DiM has {value!r}, no other is known here"
             )
-    both = [(old, new) for old, new in _NAMES.items() if old in left and new in left]
-    if both:
-        raise ValueError(f"{' and '.join(both[0])} are one keyword: give one of them")
-    made = {new: left.pop(old) for old, new in _NAMES.items() if old in left}
+    left = renamed(left, _NAMES)
+    made = {}
     if "attention_head_dim" in left:
         made["embed_dim"] = left.pop("attention_head_dim") * left.pop("num_attention_heads", 1)
     mixer = {new: left.pop(old) for old, new in _MIXER_NAMES.items() if old in left}
