@@ -84,7 +84,7 @@ def test_configurations_are_the_variants(name):
     assert (own.img_dim, own.guided_channels) == (variant.img_dim, 4)
 
 
-def test_operations_are_the_sum_of_the_blocks():
+def test_operations_are_the_sum_of_thenamed_blocks():
     def counted(depth, **changes):
         return count_flops(DiS(**{**TINY, "depth": depth, **changes}))
 
@@ -118,7 +118,7 @@ def test_nothing_is_done_token_by_token():
 @pytest.mark.parametrize("depth", [4, 5])
 def test_there_is_an_odd_number_of_blocks(depth):
     model = DiS(**{**TINY, "depth": depth})
-    assert list(model._blocks()) == [
+    assert list(model.named_blocks()) == [
         "in_blocks.0", "in_blocks.1", "mid_block", "out_blocks.0", "out_blocks.1",
     ]  # fmt: skip
 
@@ -128,7 +128,7 @@ def watched(model, given):
     seen = {}
     hooks = [
         block.register_forward_hook(lambda module, args, out, name=name: seen.update({name: (args, out)}))
-        for name, block in model._blocks().items()
+        for name, block in model.named_blocks().items()
     ]
     model(*given)
     for hook in hooks:
@@ -222,7 +222,7 @@ def test_a_scan_visits_the_patches_and_leaves_the_extra_tokens_in_front(scan, si
     name, _, count = scan.partition(":")
     height, width = size[0] // 2, size[1] // 2
     paths = get_scan(name)(height, width)[: int(count or 99)]
-    for i, block in enumerate(plain._blocks().values()):
+    for i, block in enumerate(plain.named_blocks().values()):
         order = torch.from_numpy(np.r_[0, 1, 2 + paths[i % len(paths)].order])
         back = order.argsort()
         block.mixer.register_forward_pre_hook(lambda module, args, order=order: (args[0][:, order],))

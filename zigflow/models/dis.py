@@ -37,19 +37,17 @@ from zigflow.nn import (
     LayerNorm,
     PatchEmbed,
     RMSNorm,
-    check_divisible,
     drop_path_scales,
     interpolate_positions,
     modulate,
-    null_condition,
     permute,
     read_labels,
     sinusoidal_embedding,
     unpatchify,
 )
-from zigflow.nn.checkpointing import CHECKPOINT_POLICIES, checkpointed
-from zigflow.nn.conditioning import NO_NULL
-from zigflow.registry import MODEL_VARIANTS, unknown_name
+from zigflow.nn.backbone import Backbone
+from zigflow.nn.checkpointing import checkpointed
+from zigflow.registry import MODEL_VARIANTS
 
 _GRIDS_KEPT = 8
 
@@ -108,7 +106,7 @@ class FinalLayer(nn.Module):
         return self.linear(x)
 
 
-class DiS(nn.Module):
+class DiS(Backbone):
     """The DiS backbone; the defaults are those of the published class, but for ``class_dropout_prob``.
 
     Args:
@@ -134,8 +132,6 @@ class DiS(nn.Module):
 
     # Flow times lie in [0, 1]; the sinusoid of the time token is made for 0..1000.
     time_scale = 1000.0
-    video_frames = 0
-    has_text = False
     scan_orders: Tensor | None
 
     def __init__(
@@ -164,13 +160,11 @@ class DiS(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if not 0 <= class_dropout_prob < 1:
-            raise ValueError(f"class_dropout_prob lies in [0, 1), got {class_dropout_prob}")
-        if class_dropout_prob > 0 and num_classes <= 0:
-            raise ValueError(
-                f"class_dropout_prob={class_dropout_prob} needs a condition to drop: set num_classes, or "
-                "class_dropout_prob=0"
-            )
+        self.describe(
+            in_channels=in_channels, img_dim=img_dim, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
+            num_classes=num_classes, class_dropout_prob=class_dropout_prob, has_text=False, d_context=0,
+            n_context_token=0,
+        )  # fmt: skip
         if guided_channels is not None and not 1 <= guided_channels <= in_channels:
             raise ValueError(
                 f"guided_channels is 1..{in_channels} (in_channels), or None for all, got {guided_channels}"
@@ -178,16 +172,8 @@ class DiS(nn.Module):
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate lies in [0, 1), got {drop_path_rate}")
         factory = {"device": device, "dtype": dtype}
-        self.in_channels = in_channels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.guided_channels = in_channels if guided_channels is None else guided_channels
-        self.img_dim = (img_dim, img_dim) if isinstance(img_dim, int) else (int(img_dim[0]), int(img_dim[1]))
-        self.patch_size = patch_size
-        self.embed_dim = embed_dim
-        self.depth = depth
-        self.grid = check_divisible(*self.img_dim, patch_size)
-        self.num_classes = num_classes
-        self.class_dropout_prob = class_dropout_prob
         self.residual_in_fp32 = residual_in_fp32
         self.skip = skip
         self.extras = 1 + int(num_classes > 0)
@@ -230,7 +216,6 @@ class DiS(nn.Module):
         self._other_grids: OrderedDict[tuple, Tensor | None] = OrderedDict()
         # As a buffer the orders follow the model from device to device.
         self.register_buffer("scan_orders", self._orders(self.grid, device), persistent=False)
-        self.set_checkpoint_policy("none")
         self.reset_parameters()
 
     @torch.no_grad()
@@ -247,28 +232,13 @@ class DiS(nn.Module):
                 nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
                 module.out_proj.weight /= math.sqrt(self.depth)
 
-    def _blocks(self) -> dict[str, DiSBlock]:
-        """Every block by its name, in the order in which they run."""
-        named = [(f"in_blocks.{i}", block) for i, block in enumerate(self.in_blocks)]
+    def named_blocks(self) -> dict[str, nn.Module]:
+        named: list[tuple[str, nn.Module]] = [
+            (f"in_blocks.{i}", block) for i, block in enumerate(self.in_blocks)
+        ]
         named.append(("mid_block", self.mid_block))
         named += [(f"out_blocks.{i}", block) for i, block in enumerate(self.out_blocks)]
-        return dict(named)  # type: ignore[arg-type]
-
-    def set_checkpoint_policy(self, policy: str) -> None:
-        """none, block or selective; may change at any time, also on resume."""
-        if policy not in CHECKPOINT_POLICIES:
-            raise unknown_name("checkpoint policy", policy, list(CHECKPOINT_POLICIES))
-        for block in self._blocks().values():
-            block.checkpoint_policy = policy
-
-    def shard_units(self) -> list[nn.Module]:
-        """What may be sharded apart."""
-        return list(self._blocks().values())
-
-    def compile_blocks(self, **options) -> None:
-        """Compile each block in place; keys of the state dict stay as they are."""
-        for block in self._blocks().values():
-            block.compile(fullgraph=True, **options)
+        return dict(named)
 
     def _orders(self, grid: tuple[int, int], device) -> Tensor | None:
         """(blocks, 2, L): each block's order of all tokens and its inverse; None where all of them are the raster."""
@@ -304,29 +274,9 @@ class DiS(nn.Module):
             return {}
         return {f"blocks.{i}.order": both[0].contiguous() for i, both in enumerate(self.scan_orders)}
 
-    def null_condition(self, y):
-        """The condition that stands for "none" in guidance, built like ``y``: the null class.
-
-        Args:
-            y: labels (B,), or a ``Condition``, whose labels are replaced.
-
-        Raises:
-            ValueError: the model was built without a null class, or a ``Condition`` has no labels.
-        """
-        if self.class_dropout_prob <= 0:
-            raise ValueError(NO_NULL)
-        return null_condition(y, self.num_classes, None)
-
     def _tokens(self, x: Tensor, t: Tensor, y) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """All tokens (B, L, D) with positions, time + class (B, D) for the head, and the grid (h, w)."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"this model reads (B, C, H, W) with C={self.in_channels}, got {tuple(x.shape)}")
-        batch = x.shape[0]
-        if batch == 0:
-            raise ValueError(f"a batch of 0 samples (x has shape {tuple(x.shape)}); give at least one")
-        if t.shape != (batch,):
-            raise ValueError(f"t must hold one time per sample, shape ({batch},), got {tuple(t.shape)}")
-        grid = check_divisible(x.shape[2], x.shape[3], self.patch_size)
+        batch, grid = x.shape[0], self.check_input(x, t)
         dtype = self.pos_embed.dtype
         c = self.time_embed(sinusoidal_embedding(t, self.embed_dim).to(dtype))
         parts = [c.unsqueeze(1), self.patch_embed(x.to(dtype))]
@@ -363,7 +313,7 @@ class DiS(nn.Module):
         residual = torch.zeros_like(hidden, dtype=stream)
         features, kept = {}, []
         walks = self._walks(grid, hidden.device)
-        for i, (name, block) in enumerate(self._blocks().items()):
+        for i, (name, block) in enumerate(self.named_blocks().items()):
             joined = kept.pop() if self.skip and name.startswith("out_") else None
             hidden, residual = block(hidden, residual, joined, scales[i], *walks[i])
             if name.startswith("in_"):
@@ -376,12 +326,7 @@ class DiS(nn.Module):
         out = unpatchify(
             self.final_layer(out, c)[:, self.extras :], *grid, self.patch_size, self.out_channels
         )
-        if not return_features:
-            return out
-        missing = [name for name in return_features if name not in features]
-        if missing:
-            raise unknown_name("feature", missing[0], list(self._blocks()))
-        return out, features
+        return self.with_features(out, features, return_features)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y, cfg_scale: float = 1.5) -> Tensor:
         """The published guided call on a doubled batch.
