@@ -25,7 +25,8 @@ FILES = {path.stem: path.read_text() for path in sorted((config_dir() / "experim
 EXPERIMENTS = [name for name, text in FILES.items() if "for: sample" not in text]
 # One of each kind of data and process; the others differ in numbers.
 QUICK = (
-    "dis_celeba32_s_2", "dit_clipped_coco", "dit_imagenet256_xl_2", "sit_imagenet256_xl_2", "uvit_cifar10_small", "uvit_imagenet256_huge",
+    "dis_celeba32_s_2", "dit_clipped_coco", "dit_imagenet256_xl_2", "sit_imagenet256_xl_2", "uvit_cifar10_small",
+    "uvit_imagenet256_huge",
     "zigma_churches256_zigzag8",
 )  # fmt: skip
 FACTOR = 2  # of the tiny autoencoder
