@@ -26,7 +26,7 @@ PRESETS = ("experiment", "debug")
 
 def test_names_that_settings_check_are_the_registered_ones():
     """Settings know the names without importing what they stand for."""
-    from zigflow import settings
+    from zigflow import settings, settings_sampling
     from zigflow.engine.optim import OPTIMIZERS
     from zigflow.processes.diffusion_forms import DIFFUSION_FORMS
     from zigflow.processes.interpolants import INTERPOLANTS
@@ -34,15 +34,15 @@ def test_names_that_settings_check_are_the_registered_ones():
     from zigflow.samplers.dpm_grids import GRIDS, VARIANTS
 
     names = SAMPLERS.names()
-    assert set(settings.ODE_METHODS) == {
+    assert set(settings_sampling.ODE_METHODS) == {
         n for n in names if not n.startswith(("sde/", "diffusion/", "torchdiffeq/"))
     }
-    assert {f"sde/{n}" for n in settings.SDE_METHODS} == {n for n in names if n.startswith("sde/")}
-    assert {f"diffusion/{n}" for n in settings.DIFFUSION_METHODS} == {
+    assert {f"sde/{n}" for n in settings_sampling.SDE_METHODS} == {n for n in names if n.startswith("sde/")}
+    assert {f"diffusion/{n}" for n in settings_sampling.DIFFUSION_METHODS} == {
         n for n in names if n.startswith("diffusion/")
     }
-    assert set(settings.DPM_VARIANTS) == set(VARIANTS) and set(settings.DPM_GRIDS) == set(GRIDS)
-    assert set(settings.DIFFUSION_FORMS) == set(DIFFUSION_FORMS.names())
+    assert set(settings_sampling.DPM_VARIANTS) == set(VARIANTS) and set(settings_sampling.DPM_GRIDS) == set(GRIDS)
+    assert set(settings_sampling.DIFFUSION_FORMS) == set(DIFFUSION_FORMS.names())
     assert set(settings.PATH_TYPES) == set(INTERPOLANTS.names())
     assert set(settings.OPTIMIZERS) == set(OPTIMIZERS.names())
 
