@@ -218,6 +218,7 @@ class Settings:
         one_of("sample_mode", self.sample_mode, (None, "ODE", "SDE", "diffusion"))
         one_of("mixed_precision", self.mixed_precision, (None, "no", "fp16", "bf16"))
         one_of("resume", self.resume, ("auto", "never"))
+        one_of("ckpt_patches", self.ckpt_patches, ("spread", "as_published"))
         one_of("vae", self.vae, ("ema", "mse"))
         low, high = self.cfg_interval
         if not 0 <= low < high <= 1:

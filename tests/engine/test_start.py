@@ -9,6 +9,7 @@ from tests.models.transformers import filled, inputs
 from zigflow.engine.start import grid_of, start_model
 from zigflow.engine.tensors import named_floating
 from zigflow.models.dim import DiM
+from zigflow.models.dis import DiS
 from zigflow.models.dit import DiT
 from zigflow.models.uvit import UViT
 from zigflow.registry import UnknownNameError
@@ -18,6 +19,7 @@ FAMILIES = {
     "zigma-frozen": (ZigMa, {"depth": 2, "use_pe": 1, "ssm_cfg": {"d_state": 4}}, "pos_embed"),
     "dit": (DiT, {"depth": 2, "num_heads": 2}, "pos_embed"),
     "uvit": (UViT, {"depth": 3, "num_heads": 2}, "pos_embed"),
+    "dis": (DiS, {"depth": 2, "ssm_cfg": {"d_state": 4}}, "pos_embed"),
     "dim": (DiM, {"depth": 3, "ssm_cfg": {"d_state": 4}}, "additional_embed"),
 }
 every_family = pytest.mark.parametrize("name", FAMILIES)

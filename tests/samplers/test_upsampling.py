@@ -7,6 +7,7 @@ from model_zigma import ZigMa
 from tests.assertions import assert_close
 from tests.models.transformers import filled, inputs
 from zigflow.models.dim import DiM
+from zigflow.models.dis import DiS
 from zigflow.models.dit import DiT
 from zigflow.models.uvit import UViT
 from zigflow.nn.skip_tuning import set_skip_tuning, skip_weights
@@ -159,6 +160,7 @@ FAMILIES = {
     "zigma": (ZigMa, {"depth": 2, "scan_type": "zigzagN8", "use_pe": 2, "ssm_cfg": {"d_state": 4}}),
     "dit": (DiT, {"depth": 2, "num_heads": 2, "learn_sigma": True}),
     "uvit": (UViT, {"depth": 4, "num_heads": 2}),
+    "dis": (DiS, {"depth": 4, "ssm_cfg": {"d_state": 4}, "learn_sigma": False}),
     "dim": (DiM, {"depth": 5, "ssm_cfg": {"d_state": 4}, "pad_layout": "rho_pad"}),
 }
 
@@ -194,7 +196,7 @@ def test_every_family_under_every_kind_of_sampler(name, m):
         assert not torch.equal(got, plain)
 
 
-@pytest.mark.parametrize("name", ["uvit", "dim"])
+@pytest.mark.parametrize("name", ["uvit", "dis", "dim"])
 def test_skip_tuning_off_in_effect_as_published_and_by_the_noise_as_intended(name):
     model = family(name)
     x, _, y = inputs(model, 2)

@@ -47,6 +47,7 @@ from zigflow.nn import (
 )
 from zigflow.nn.backbone import Backbone
 from zigflow.nn.checkpointing import checkpointed
+from zigflow.nn.skip_tuning import skip_weights
 from zigflow.registry import MODEL_VARIANTS
 
 _GRIDS_KEPT = 8
@@ -132,6 +133,9 @@ class DiS(Backbone):
 
     # Flow times lie in [0, 1]; the sinusoid of the time token is made for 0..1000.
     time_scale = 1000.0
+    # Of sampling alone, see zigflow.nn.skip_tuning.
+    official_skip_tuning: str | None = None
+    skip_tune_param = (0.82, 1.0)
     scan_orders: Tensor | None
 
     def __init__(
@@ -313,8 +317,11 @@ class DiS(Backbone):
         residual = torch.zeros_like(hidden, dtype=stream)
         features, kept = {}, []
         walks = self._walks(grid, hidden.device)
+        weights = skip_weights(t, self.official_skip_tuning, self.skip_tune_param, len(self.out_blocks))
         for i, (name, block) in enumerate(self.named_blocks().items()):
             joined = kept.pop() if self.skip and name.startswith("out_") else None
+            if joined is not None and (weight := weights.pop(0)) is not None:
+                joined = joined * weight[:, None, None].to(joined.dtype)
             hidden, residual = block(hidden, residual, joined, scales[i], *walks[i])
             if name.startswith("in_"):
                 kept.append(hidden)

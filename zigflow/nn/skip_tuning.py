@@ -53,6 +53,6 @@ def set_skip_tuning(model: Any, mode: str | None, bounds: tuple[float, float]) -
     check_skip_tuning(mode)
     if not hasattr(model, "official_skip_tuning") or getattr(model, "skip", True) is False:
         raise ValueError(
-            f"{type(model).__name__} has no long skip connections to tune: drop skip tuning, or use dim or uvit"
+            f"{type(model).__name__} has no long skip connections to tune: drop skip tuning, or use dim, uvit or dis"
         )
     model.official_skip_tuning, model.skip_tune_param = mode, tuple(bounds)
