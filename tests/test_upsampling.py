@@ -1,11 +1,16 @@
 """Commands that go to larger images: sampling with ``upsample.factor``, training that starts from a smaller model."""
 
 import json
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from tests.assertions import assert_close
@@ -14,11 +19,16 @@ from zigflow.build import train_from_config
 from zigflow.engine.checkpoint import open_checkpoint
 from zigflow.engine.evaluation import _reduce
 from zigflow.engine.sampling_run import SamplingFolderError
-from zigflow.evaluation_job import build_judge
+from zigflow.evaluation_job import _in_loop_evaluation, build_judge
 from zigflow.metrics.digit_judge import DigitJudge
+from zigflow.preflight import check_training
 from zigflow.sample_job import sample_from_config
-from zigflow.settings import SettingsError
+from zigflow.settings import Settings, SettingsError
 from zigflow.settings_sampling import UpsampleSettings
+from zigflow.typed import parse
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE = (DOCS / "sampling.md").read_text()
 
 TINY = [
     "data=synthetic", "data.image_size=4", "data.train_steps=1", "data.batch_size=4", "model.embed_dim=8",
@@ -88,6 +98,27 @@ def test_a_metric_of_one_size_judges_block_means(monkeypatch):
     assert _reduce(images, 1) is images
 
 
+def test_the_commands_of_the_page_compose():
+    section = PAGE.partition("## Larger than trained")[2].partition("\n## ")[0]
+    commands = [line for line in section.splitlines() if line.startswith("python ")]
+    assert len(commands) == 3 and "(upsampled.png)" in section and (DOCS / "upsampled.png").is_file()
+    for command in commands:
+        _, script, *overrides = shlex.split(command)
+        name = {"train_acc.py": "default", "sample_acc.py": "sample"}[script]
+        given = OmegaConf.to_container(
+            plugins.compose_config(["run_dir=unused", *overrides], name), resolve=True
+        )
+        if name == "default":
+            settings = Settings.from_mapping(given)
+            check_training(settings)
+            assert settings.process["_target_"].endswith(".VariancePreserving")
+        else:
+            chosen = parse(UpsampleSettings, given["upsample"], "upsample.")
+            assert (chosen.factor, chosen.eta) == (2, 0.9)
+    keys = {f"upsample.{field.name}" for field in fields(UpsampleSettings)}
+    assert keys == set(re.findall(r"^\| `(upsample\.\w+)=", section, flags=re.M))
+
+
 METRICS = {"zigflow.metrics.digit_judge.DigitJudge": DigitJudge(), "zigflow.metrics.fid.Fid": object()}
 
 
@@ -124,6 +155,12 @@ def test_skip_tuning_and_the_identity_of_a_folder(model, tmp_path):
     assert np.abs(one[0].astype(int) - plain[2]).max() <= 1
     with pytest.raises(SamplingFolderError, match="upsample"):
         sample(run_dir, tmp_path / "plain", *options, "upsample.theta=0.5")
+
+
+def test_training_does_not_go_on_with_the_skips_of_sampling():
+    chosen = SimpleNamespace(upsample=UpsampleSettings(factor=2, skip_tuning="as_intended"))
+    with pytest.raises(SettingsError, match=r"sample_acc\.py"):
+        _in_loop_evaluation(chosen, None, torch.device("cpu"))
 
 
 @pytest.mark.slow

@@ -203,6 +203,11 @@ def _training_flops(model: Any) -> float | None:
 
 
 def _in_loop_evaluation(settings: Settings, ranks: Ranks, device: torch.device) -> InLoopEvaluation:
+    if settings.upsample.skip_tuning is not None:
+        raise SettingsError(
+            f"upsample.skip_tuning={settings.upsample.skip_tuning} changes the model that is trained: give it to "
+            "sample_acc.py, or set data.sample_fid_every=0"
+        )
     data = settings.data
     codec = build_codec(settings, device)
     judge = build_judge(settings, ranks=ranks, codec=codec, device=device, preview=data.sample_vis_n)
