@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from tests.assertions import assert_close
+from tests.models.transformers import filled
 from zigflow import plugins
 from zigflow.build import train_from_config
 from zigflow.engine.checkpoint import open_checkpoint
@@ -21,6 +22,8 @@ from zigflow.engine.evaluation import _reduce
 from zigflow.engine.sampling_run import SamplingFolderError
 from zigflow.evaluation_job import _in_loop_evaluation, build_judge
 from zigflow.metrics.digit_judge import DigitJudge
+from zigflow.models.dim import DiM
+from zigflow.nn import interpolate_positions
 from zigflow.preflight import check_training
 from zigflow.sample_job import sample_from_config
 from zigflow.settings import Settings, SettingsError
@@ -196,6 +199,23 @@ def test_weak_to_strong_training(model, tmp_path):
     assert open_checkpoint(largest).trainer["counters"]["ema_images"] == 8
     train(tmp_path / "largest", *model, "process=vp", *larger, "data.train_steps=2")
     assert open_checkpoint(largest).trainer["counters"]["ema_images"] == 8
+
+
+@pytest.mark.slow
+def test_weak_to_strong_training_from_a_published_file(tmp_path):
+    """As DiM goes from 256 to 512: the layout of the pads changes beside the table of positions."""
+    torch.manual_seed(0)
+    shape = {"in_channels": 3, "img_dim": 4, "patch_size": 1, "embed_dim": 8, "depth": 5, "num_classes": 4}
+    official = filled(DiM(**shape)).state_dict()
+    torch.save(official, tmp_path / "nnet_ema.pth")
+    start = ["model.pad_layout=rho_pad", f"ckpt={tmp_path / 'nnet_ema.pth'}"]
+    large = train(tmp_path / "large", *DIM, "process=sd_discrete", *LARGER, *start)
+    report = json.loads((large / "adapted.json").read_text())
+    assert report["adapted"] == {"additional_embed": "4 x 4 -> 8 x 8, bilinear"} and not report["new"]
+    found = open_checkpoint(large).tensors("model")
+    assert_close("pads", found["a4m_adapter.pad_token"], official["a4m_adapter.pad_token"], of_max=1e-5)
+    table = interpolate_positions(official["additional_embed"][:, 2:], (1, 4, 4), (1, 8, 8), mode="bilinear")
+    assert_close("positions", found["additional_embed"][:, 2:], table, of_max=1e-5)
 
 
 @pytest.mark.slow
