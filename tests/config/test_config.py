@@ -41,7 +41,9 @@ def test_names_that_settings_check_are_the_registered_ones():
     assert {f"diffusion/{n}" for n in settings_sampling.DIFFUSION_METHODS} == {
         n for n in names if n.startswith("diffusion/")
     }
-    assert set(settings_sampling.DPM_VARIANTS) == set(VARIANTS) and set(settings_sampling.DPM_GRIDS) == set(GRIDS)
+    assert set(settings_sampling.DPM_VARIANTS) == set(VARIANTS) and set(settings_sampling.DPM_GRIDS) == set(
+        GRIDS
+    )
     assert set(settings_sampling.DIFFUSION_FORMS) == set(DIFFUSION_FORMS.names())
     assert set(settings.PATH_TYPES) == set(INTERPOLANTS.names())
     assert set(settings.OPTIMIZERS) == set(OPTIMIZERS.names())
