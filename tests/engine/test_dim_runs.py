@@ -1,16 +1,13 @@
 """DiM trained: cut and resumed, under each checkpoint policy, sampled in any split, by two processes and by one."""
 
-import os
-import subprocess
-import sys
 from itertools import count
 
 import pytest
 import torch
 
 from tests.assertions import assert_close
-from tests.engine.test_two_processes import ROOT, free_port
 from tests.engine.toys import PROFILES, Loader, assert_same_bits, batch_at, make_trainer, snapshot
+from tests.workers import run_two
 from zigflow.codec import IdentityCodec
 from zigflow.engine import checkpoint
 from zigflow.engine.run_state import load_weights
@@ -70,23 +67,7 @@ def test_sampling_from_a_checkpoint_in_any_split(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    common = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"} | {
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.engine.dim_worker", str(tmp_path)],
-            cwd=ROOT, env={**common, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    try:
-        outputs = [worker.communicate(timeout=300)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n---\n".join(outputs)
+    run_two("tests.engine.dim_worker", tmp_path)
 
     def batches(start):
         # A process has 2 samples in each of 2 micro-batches of a step.

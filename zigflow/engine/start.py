@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zigflow.nn import PatchEmbed, interpolate_positions
@@ -197,9 +196,9 @@ class _Rules:
             )
         if before == now:
             return value, None
-        table = interpolate_positions(value[:, extras:], before, now, mode=self.mode)
+        table = interpolate_positions(value, before, now, self.mode, extras)
         shown = [" x ".join(map(str, g if g[0] > 1 or now[0] > 1 else g[1:])) for g in (before, now)]
-        return torch.cat([value[:, :extras], table], dim=1), f"{shown[0]} -> {shown[1]}, {self.mode}"
+        return table, f"{shown[0]} -> {shown[1]}, {self.mode}"
 
     def _proportional(self, tokens: int) -> Grid | None:
         frames, height, width = self.grid or (1, 1, 1)

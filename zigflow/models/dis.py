@@ -288,10 +288,7 @@ class DiS(Backbone):
             labels = read_labels(y, batch, self.num_classes, self.class_dropout_prob, self.training, x.device)
             label = self.label_emb(labels)
             parts, c = [label.unsqueeze(1), *parts], c + label
-        table = self.pos_embed
-        if grid != self.grid:
-            resized = interpolate_positions(table[:, self.extras :], (1, *self.grid), (1, *grid))
-            table = torch.cat([table[:, : self.extras], resized], dim=1)
+        table = interpolate_positions(self.pos_embed, (1, *self.grid), (1, *grid), extras=self.extras)
         return torch.cat(parts, dim=1) + table, c, grid
 
     def forward(self, x: Tensor, t: Tensor, y=None, return_features: tuple[str, ...] = ()):
@@ -334,23 +331,6 @@ class DiS(Backbone):
             self.final_layer(out, c)[:, self.extras :], *grid, self.patch_size, self.out_channels
         )
         return self.with_features(out, features, return_features)
-
-    def forward_with_cfg(self, x: Tensor, t: Tensor, y, cfg_scale: float = 1.5) -> Tensor:
-        """The published guided call on a doubled batch.
-
-        Args:
-            x: (2 B, C, H, W), of which the first B rows are read, for both halves.
-            t: (2 B,). y: the condition of B rows, then their null condition.
-            cfg_scale: w in uncond + w (cond - uncond), on the first ``guided_channels`` channels.
-
-        Returns:
-            (2 B, out_channels, H, W): both halves hold the guided channels, and each its own of the others.
-        """
-        half = x[: len(x) // 2]
-        out = self(torch.cat([half, half]), t, y)
-        cond, uncond = out[:, : self.guided_channels].chunk(2)
-        guided = uncond + cfg_scale * (cond - uncond)
-        return torch.cat([torch.cat([guided, guided]), out[:, self.guided_channels :]], dim=1)
 
 
 SIZES = {"s": (368, 24), "b": (768, 24), "m": (768, 48), "l": (1024, 48), "h": (1536, 48)}

@@ -260,23 +260,6 @@ class DiT(Backbone):
         out = unpatchify(self.final_layer(hidden, c), *grid, self.patch_size, self.head_channels)
         return self.with_features(out[:, : self.out_channels], features, return_features)
 
-    def forward_with_cfg(self, x: Tensor, t: Tensor, y, cfg_scale: float) -> Tensor:
-        """The published guided call on a doubled batch.
-
-        Args:
-            x: (2 B, C, H, W), of which the first B rows are read, for both halves.
-            t: (2 B,). y: the condition of B rows, then their null condition.
-            cfg_scale: w in uncond + w (cond - uncond), on the first ``guided_channels`` channels.
-
-        Returns:
-            (2 B, out_channels, H, W): both halves hold the guided channels, and each its own of the others.
-        """
-        half = x[: len(x) // 2]
-        out = self(torch.cat([half, half]), t, y)
-        cond, uncond = out[:, : self.guided_channels].chunk(2)
-        guided = uncond + cfg_scale * (cond - uncond)
-        return torch.cat([torch.cat([guided, guided]), out[:, self.guided_channels :]], dim=1)
-
 
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 

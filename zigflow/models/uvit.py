@@ -216,10 +216,7 @@ class UViT(Backbone):
         if mask is not None:
             mask = nn.functional.pad(mask, (1, 0), value=True)
             mask = nn.functional.pad(mask, (0, patches.shape[1]), value=True)
-        table = self.pos_embed
-        if grid != self.grid:
-            resized = interpolate_positions(table[:, self.extras :], (1, *self.grid), (1, *grid))
-            table = torch.cat([table[:, : self.extras], resized], dim=1)
+        table = interpolate_positions(self.pos_embed, (1, *self.grid), (1, *grid), extras=self.extras)
         return torch.cat(parts, dim=1) + table, mask, grid
 
     def forward(self, x: Tensor, t: Tensor, y=None, return_features: tuple[str, ...] = ()):

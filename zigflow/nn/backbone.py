@@ -1,5 +1,6 @@
 """What the models of images with classes or text share: how they are described, checked, compiled and sharded."""
 
+import torch
 from torch import Tensor, nn
 
 from zigflow.registry import unknown_name
@@ -17,6 +18,7 @@ class Backbone(nn.Module):
     """
 
     video_frames = 0
+    guided_channels: int
 
     def describe(
         self,
@@ -95,6 +97,23 @@ class Backbone(nn.Module):
         if self.class_dropout_prob <= 0:
             raise ValueError(NO_NULL)
         return null_condition(y, self.num_classes, getattr(self, "null_text", None))
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y, cfg_scale: float = 1.5) -> Tensor:
+        """The guided call on a doubled batch, as DiT and DiS publish it.
+
+        Args:
+            x: (2 B, C, H, W), of which the first B rows are read, for both halves.
+            t: (2 B,). y: the condition of B rows, then their null condition.
+            cfg_scale: w in uncond + w (cond - uncond), on the first ``guided_channels`` channels.
+
+        Returns:
+            (2 B, out_channels, H, W): both halves hold the guided channels, and each its own of the others.
+        """
+        half = x[: len(x) // 2]
+        out = self(torch.cat([half, half]), t, y)
+        cond, uncond = out[:, : self.guided_channels].chunk(2)
+        guided = uncond + cfg_scale * (cond - uncond)
+        return torch.cat([torch.cat([guided, guided]), out[:, self.guided_channels :]], dim=1)
 
     def check_input(self, x: Tensor, t: Tensor) -> tuple[int, int]:
         """The token grid (h, w) of an input x (B, C, H, W) at times t (B,).

@@ -34,15 +34,22 @@ def sincos_positions(height: int, width: int, dim: int) -> Tensor:
 
 
 def interpolate_positions(
-    table_1LD: Tensor, built: tuple[int, int, int], wanted: tuple[int, int, int], mode: str = "bicubic"
+    table_1LD: Tensor,
+    built: tuple[int, int, int],
+    wanted: tuple[int, int, int],
+    mode: str = "bicubic",
+    extras: int = 0,
 ) -> Tensor:
-    """Resample a table (1, T * h * w, D) from grid ``built`` = (T, h, w) to ``wanted``.
+    """Resample a table (1, extras + T * h * w, D) from grid ``built`` = (T, h, w) to ``wanted``; extras stay in front.
 
     Space is resampled bicubically (corners not aligned, as Vision Transformers do) or by another ``mode`` of
     ``F.interpolate``, time linearly. The result equals the table itself when the grids agree.
     """
     if built == wanted:
         return table_1LD
+    if extras:
+        resampled = interpolate_positions(table_1LD[:, extras:], built, wanted, mode)
+        return torch.cat([table_1LD[:, :extras], resampled], dim=1)
     (t0, h0, w0), (t1, h1, w1) = built, wanted
     dim = table_1LD.shape[-1]
     x = table_1LD.reshape(t0, h0, w0, dim).permute(0, 3, 1, 2).float()

@@ -11,7 +11,24 @@ from zigflow.processes.process import channel_axis
 from .conditions import concatenate
 
 
-class Guided:
+class ModelFunction:
+    """What stands in a model's place for a sampler: all but the output is asked of the model itself."""
+
+    model: Any
+
+    @property
+    def time_scale(self) -> float:
+        return getattr(self.model, "time_scale", 1.0)
+
+    @property
+    def time_factor(self) -> float:
+        return getattr(self.model, "time_factor", 1.0)
+
+    def null_condition(self, y: Any) -> Any:
+        return self.model.null_condition(y)
+
+
+class Guided(ModelFunction):
     """A model function: out = uncond + w (cond - uncond), from one call of ``model`` on a doubled batch.
 
     Args:
@@ -62,17 +79,6 @@ class Guided:
     @property
     def active(self) -> bool:
         return isinstance(self.scale, Tensor) or self.scale != 1
-
-    @property
-    def time_scale(self) -> float:
-        return getattr(self.model, "time_scale", 1.0)
-
-    @property
-    def time_factor(self) -> float:
-        return getattr(self.model, "time_factor", 1.0)
-
-    def null_condition(self, y: Any) -> Any:
-        return self.model.null_condition(y)
 
     def always_doubled(self) -> "Guided":
         """The same guidance without the single call outside the interval.

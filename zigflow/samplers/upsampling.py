@@ -24,6 +24,8 @@ from torch import Tensor
 from zigflow.processes.process import channel_axis, over_batch, predict, working_dtype
 from zigflow.registry import unknown_name
 
+from .guidance import ModelFunction
+
 _ROUNDING = 1e-6  # times that are rounded to float32 count as equal
 
 
@@ -100,7 +102,7 @@ MATCHINGS: dict[str, Callable[[Any, Tensor, int], tuple[Tensor, Tensor]]] = {
 }
 
 
-class Upsampled:
+class Upsampled(ModelFunction):
     """A model function for states ``factor`` times as high and wide as those that ``model`` was trained on.
 
     It takes the place of the model, or of a :class:`~zigflow.samplers.Guided` one, in every sampler: it calls the
@@ -155,17 +157,6 @@ class Upsampled:
         self.theta = theta
         self.matching = matching
         self.skip_outside = skip_outside
-
-    @property
-    def time_scale(self) -> float:
-        return getattr(self.model, "time_scale", 1.0)
-
-    @property
-    def time_factor(self) -> float:
-        return getattr(self.model, "time_factor", 1.0)
-
-    def null_condition(self, y: Any) -> Any:
-        return self.model.null_condition(y)
 
     def always_doubled(self) -> "Upsampled":
         """The same with both calls at all times, so that a sample's bits do not depend on its neighbors' times."""
