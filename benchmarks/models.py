@@ -3,7 +3,7 @@
 Three arrangements of one model: `ours` gathers along the scan order at the block's edge, at width D; `published`
 gathers and scatters inside the mixer, at widths 2E and E, as the published code does; `none` walks the raster, without
 any order. Each eager and with compiled blocks, ours under each checkpoint policy too (compiled at `--size full` alone).
-Beside them stand the transformers DiT and U-ViT at the same width, tokens and number of parameters (`peers.py`). They
+Beside them stand DiS, DiM, DiT and U-ViT at the same width, patches and number of parameters (`peers.py`). They
 all take turns and medians count; a ratio is the median of the turns' ratios. Before anything is timed, outputs and
 gradients of the arrangements are compared, and a difference stops the run.
 
@@ -152,10 +152,10 @@ def build(setting, arrangement, backend, device):
     }  # fmt: skip
     if arrangement in PEERS:
         wanted = parameters(build(setting, "none", backend, torch.device("meta")))
-        side = setting.side
         return build_peer(
-            arrangement, wanted, width=setting.width, patch=setting.patch, side=side, device=device
-        )
+            arrangement, wanted, width=setting.width, patch=setting.patch, side=setting.side, backend=backend,
+            device=device,
+        )  # fmt: skip
     if arrangement != "published":
         return ZigMa(scan_type=SCAN_TYPE if arrangement == "ours" else "v1", **options)
     ordered = ZigMa(scan_type=SCAN_TYPE, **{**options, "device": "cpu", "embed_dim": 16})

@@ -11,6 +11,8 @@ from torch import nn
 
 from dis_mamba import MambaMixer
 from dis_mamba.mixer import _Weights
+from zigflow.models.dim import DiM
+from zigflow.models.dis import DiS
 from zigflow.models.dit import DiT
 from zigflow.models.uvit import UViT
 
@@ -40,16 +42,29 @@ class PublishedMixer(MambaMixer):
         return self.out_proj(y)
 
 
-def _dit(depth, **options):
+def _dis(depth, backend, num_heads, **options):
+    # Blocks come in pairs around a middle one, here and in U-ViT.
+    return DiS(
+        depth=2 * (depth - 1), num_classes=0, class_dropout_prob=0.0, learn_sigma=False, drop_path_rate=0.0,
+        ssm_cfg={"backend": backend}, **options,
+    )  # fmt: skip
+
+
+def _dim(depth, backend, num_heads, **options):
+    return DiM(
+        depth=2 * depth - 1, num_classes=0, class_dropout_prob=0.0, ssm_cfg={"backend": backend}, **options
+    )
+
+
+def _dit(depth, backend, **options):
     return DiT(depth=depth, class_dropout_prob=0.0, num_classes=0, learn_sigma=False, **options)
 
 
-def _uvit(depth, **options):
-    # Blocks come in pairs around a middle one.
+def _uvit(depth, backend, **options):
     return UViT(depth=2 * depth - 1, **options)
 
 
-PEERS: dict[str, Callable[..., nn.Module]] = {"dit": _dit, "uvit": _uvit}
+PEERS: dict[str, Callable[..., nn.Module]] = {"dis": _dis, "dim": _dim, "dit": _dit, "uvit": _uvit}
 
 
 def parameters(model: nn.Module) -> int:
@@ -58,13 +73,16 @@ def parameters(model: nn.Module) -> int:
 
 
 def build_peer(
-    family: str, wanted: int, *, width: int, patch: int, side: int, device: torch.device
+    family: str, wanted: int, *, width: int, patch: int, side: int, backend: str, device: torch.device
 ) -> nn.Module:
-    """The ``family`` of the given width for (4, side, side) latents, with about ``wanted`` parameters."""
+    """The ``family`` of the given width for (4, side, side) latents, with about ``wanted`` parameters.
+
+    ``backend`` is that of the scans, where there are any.
+    """
 
     def build(depth, device):
         return PEERS[family](
-            depth, in_channels=4, embed_dim=width, img_dim=side, patch_size=patch,
+            depth, backend, in_channels=4, embed_dim=width, img_dim=side, patch_size=patch,
             num_heads=max(1, width // HEAD), device=device,
         )  # fmt: skip
 

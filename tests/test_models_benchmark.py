@@ -58,7 +58,7 @@ def test_an_order_without_effect_is_noticed(models, cases):
         models.check([ours, plain], "no")
 
 
-@pytest.mark.parametrize("family", ["dit", "uvit"])
+@pytest.mark.parametrize("family", ["dis", "dim", "dit", "uvit"])
 @pytest.mark.parametrize("width, depth", [(256, 8), (768, 24)])
 def test_a_peer_has_as_many_parameters(models, family, width, depth):
     setting = models.Setting("", width, depth, 2, 64, 1)
@@ -71,7 +71,7 @@ def test_a_peer_has_as_many_parameters(models, family, width, depth):
 
 
 @pytest.mark.slow
-def test_it_runs_and_writes_what_it_measured(tmp_path):
+def test_it_runs_and_writes_what_it_measured(models, tmp_path):
     target = tmp_path / "result.json"
     command = [
         sys.executable,
@@ -108,8 +108,7 @@ def test_it_runs_and_writes_what_it_measured(tmp_path):
         ("ours", "none"),
         ("published", "none"),
         ("none", "none"),
-        ("dit", "none"),
-        ("uvit", "none"),
+        *((family, "none") for family in models.PEERS),
         ("ours", "block"),
         ("ours", "selective"),
     }
@@ -119,7 +118,11 @@ def test_it_runs_and_writes_what_it_measured(tmp_path):
         assert row["train"]["images_per_second"] == pytest.approx(2e3 / row["train"]["step_ms"], rel=0.05)
         assert row["train"]["mfu"] >= 0
         assert ("inference" in row) == (row["checkpoint_policy"] == "none")
-    compared = ("with_order_over_none", "published_over_ours", "dit_over_ours", "uvit_over_ours")
+    compared = (
+        "with_order_over_none",
+        "published_over_ours",
+        *(f"{name}_over_ours" for name in models.PEERS),
+    )
     for ratios in (setting[name] for name in compared):
         assert set(ratios) == {"eager train", "eager inference"}
         for ratio in ratios.values():
