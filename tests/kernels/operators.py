@@ -1,7 +1,15 @@
-"""What the tests of registered operators share: calls counted, bytes kept for the backward pass."""
+"""What the tests of registered operators share: calls counted, bytes kept for the backward pass, a compiler needed."""
 
+import shutil
+
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="no C++ compiler here",
+)
 
 
 class CountOperators(TorchDispatchMode):

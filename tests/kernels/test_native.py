@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +17,9 @@ from dis_mamba import available_backends, selective_scan
 from tests.assertions import assert_close
 
 from .definitions import scan_arguments, scan_definition
+from .operators import needs_compiler
 
 SOURCE = '#include <cstdint>\nextern "C" int64_t answer() { return ANSWER; }\n'
-needs_compiler = pytest.mark.skipif(
-    shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None,
-    reason="no C++ compiler here",
-)
 
 
 @pytest.fixture
