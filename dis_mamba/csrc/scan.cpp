@@ -99,10 +99,24 @@ void pack_rates(const Call& c, Vec<S>* rate) {
 
 // ---- forward
 
+// What a chunk will touch, asked for while the recurrence runs, a line of each array per token and vector: memory works
+// while the arithmetic does. Asked for all at once, the lines would make the core wait.
+struct Ahead {
+  const char *u, *delta, *z, *out;                      // of the first token and vector
+  int64_t u_step, delta_step, z_step, out_step, vector;  // bytes from token to token, and from vector to vector
+  INLINE void fetch(int64_t token, int64_t v) const {
+    __builtin_prefetch(u + token * u_step + v * vector, 0, 2);
+    __builtin_prefetch(delta + token * delta_step + v * vector, 0, 2);
+    __builtin_prefetch(z + token * z_step + v * vector, 0, 2);
+    __builtin_prefetch(out + token * out_step + v * vector, 1, 2);
+  }
+};
+
 // The recurrence over one chunk for CV vectors of channels and NB states from n0 on; dt, dtu, y [vector][CHUNK].
 template <class S, int CV, int NB>
 INLINE void forward_states(int count, int64_t N, int64_t n0, const Vec<S>* dt, const Vec<S>* dtu, Vec<S>* y,
-                           const Vec<S>* rate, const S* B, const S* C, Vec<S>* state) {
+                           const Vec<S>* rate, const S* B, const S* C, Vec<S>* state, const Ahead& ahead,
+                           int64_t first) {
   Vec<S> h[CV][NB];
 #pragma GCC unroll 16
   for (int v = 0; v < CV; v++)
@@ -112,6 +126,7 @@ INLINE void forward_states(int count, int64_t N, int64_t n0, const Vec<S>* dt, c
     const S *Bi = B + i * N + n0, *Ci = C + i * N + n0;
 #pragma GCC unroll 16
     for (int v = 0; v < CV; v++) {
+      if (n0 == 0) ahead.fetch(i, first + v);
       const Vec<S> step = dt[v * CHUNK + i], drive = dtu[v * CHUNK + i];
       Vec<S> even = n0 > 0 ? y[v * CHUNK + i] : Vec<S>{}, odd = Vec<S>{};
 #pragma GCC unroll 16
@@ -130,12 +145,14 @@ INLINE void forward_states(int count, int64_t N, int64_t n0, const Vec<S>* dt, c
 
 template <class S, int CV>
 __attribute__((noinline)) void forward_vectors(int count, int64_t N, const Vec<S>* dt, const Vec<S>* dtu, Vec<S>* y,
-                                               const Vec<S>* rate, const S* B, const S* C, Vec<S>* state) {
+                                               const Vec<S>* rate, const S* B, const S* C, Vec<S>* state,
+                                               const Ahead& ahead, int64_t first) {
   int64_t n = 0;
   for (; n + FORWARD_STATES <= N; n += FORWARD_STATES)
-    forward_states<S, CV, FORWARD_STATES>(count, N, n, dt, dtu, y, rate, B, C, state);
-  for (; n + 4 <= N && FORWARD_STATES > 4; n += 4) forward_states<S, CV, 4>(count, N, n, dt, dtu, y, rate, B, C, state);
-  for (; n < N; n++) forward_states<S, CV, 1>(count, N, n, dt, dtu, y, rate, B, C, state);
+    forward_states<S, CV, FORWARD_STATES>(count, N, n, dt, dtu, y, rate, B, C, state, ahead, first);
+  for (; n + 4 <= N && FORWARD_STATES > 4; n += 4)
+    forward_states<S, CV, 4>(count, N, n, dt, dtu, y, rate, B, C, state, ahead, first);
+  for (; n < N; n++) forward_states<S, CV, 1>(count, N, n, dt, dtu, y, rate, B, C, state, ahead, first);
 }
 
 template <class S>
@@ -160,7 +177,6 @@ void forward_task(const Call& c, const Vec<State<T>>* rates, ForwardScratch<Stat
   const T *u = static_cast<const T*>(c.u) + row * c.u_row + e0, *delta = static_cast<const T*>(c.delta) + row * c.delta_row + e0;
   const T* z = c.z ? static_cast<const T*>(c.z) + row * c.z_row + e0 : nullptr;
   T* out = static_cast<T*>(c.out) + row * L * E + e0;
-  const int64_t width = least_of<int64_t>(vectors * V<S>, E - e0);
   int lanes[BLOCK];
   Vec<S> bias[BLOCK], D[BLOCK];
   for (int v = 0; v < vectors; v++) {
@@ -178,13 +194,6 @@ void forward_task(const Call& c, const Vec<State<T>>* rates, ForwardScratch<Stat
     take_chunk(static_cast<const T*>(c.C) + row * c.C_row, c.C_token, walk, start, count, N, s.C);
     for (int i = 0; i < count; i++) {
       const int64_t l = walk.at(start + i);
-      if (start + CHUNK + i < L) {
-        const int64_t next = walk.at(start + CHUNK + i);
-        fetch<false>(u + next * c.u_token, width);
-        fetch<false>(delta + next * c.delta_token, width);
-        if (z) fetch<false>(z + next * c.z_token, width);
-      }
-      fetch<true>(out + l * E, width);
       for (int v = 0; v < vectors; v++) {
         Vec<S> step = load(delta + l * c.delta_token + v * V<S>, lanes[v]) + bias[v];
         if (c.softplus) step = softplus<S>(step, nullptr);
@@ -192,16 +201,34 @@ void forward_task(const Call& c, const Vec<State<T>>* rates, ForwardScratch<Stat
         s.dtu[v * CHUNK + i] = step * load(u + l * c.u_token + v * V<S>, lanes[v]);
       }
     }
+    // To be read in the next chunk, if there is one, and written in this.
+    const int64_t next = walk.at(chunk + 1 < chunks ? start + CHUNK : start);
+    const auto line = [](const T* p) { return reinterpret_cast<const char*>(p); };
+    const auto step = [&](int64_t token) { return (walk.reverse ? -token : token) * int64_t(sizeof(T)); };
+    const Ahead ahead{line(u + next * c.u_token),
+                      line(delta + next * c.delta_token),
+                      line(z ? z + next * c.z_token : u + next * c.u_token),
+                      line(out + walk.at(start) * E),
+                      step(c.u_token),
+                      step(c.delta_token),
+                      step(z ? c.z_token : c.u_token),
+                      step(E),
+                      V<S> * int64_t(sizeof(T))};
+    S* kept = c.boundaries && chunk + 1 < chunks
+                  ? static_cast<S*>(c.boundaries) + (row * (chunks - 1) + chunk) * N * E + e0
+                  : nullptr;
     int v = 0;
-    for (; v + FORWARD_VECTORS <= vectors; v += FORWARD_VECTORS)
+    for (; v + FORWARD_VECTORS <= vectors; v += FORWARD_VECTORS) {
+      if (kept)
+        for (int64_t n = 0; n < N; n++) fetch<true>(kept + n * E + v * V<S>, FORWARD_VECTORS * V<S>);
       forward_vectors<S, FORWARD_VECTORS>(count, N, s.dt + v * CHUNK, s.dtu + v * CHUNK, s.y + v * CHUNK, rate + v * N,
-                                          s.B, s.C, s.state + v * N);
+                                          s.B, s.C, s.state + v * N, ahead, v);
+    }
     if constexpr (FORWARD_VECTORS > 1)
       for (; v < vectors; v++)
         forward_vectors<S, 1>(count, N, s.dt + v * CHUNK, s.dtu + v * CHUNK, s.y + v * CHUNK, rate + v * N, s.B, s.C,
-                              s.state + v * N);
-    if (c.boundaries && chunk + 1 < chunks) {
-      S* kept = static_cast<S*>(c.boundaries) + (row * (chunks - 1) + chunk) * N * E + e0;
+                              s.state + v * N, ahead, v);
+    if (kept) {
       for (int64_t n = 0; n < N; n++)
         for (int v = 0; v < vectors; v++) store(kept + n * E + v * V<S>, s.state[v * N + n], lanes[v]);
     }
@@ -473,6 +500,8 @@ void backward_row(const Call& c, const Vec<State<T>>* rate, const BackwardScratc
       for (; v + BACKWARD_VECTORS <= vectors; v += BACKWARD_VECTORS)
         some(count, N, n, v == 0, rate + v * N, s.from(v, N));
       for (; v < vectors; v++) one(count, N, n, v == 0, rate + v * N, s.from(v, N));
+      if (chunk > 1)
+        for (int64_t k = n; k < n + states; k++) fetch<false>(kept - N * E + k * E, width);
       const auto sum = states == 1 ? sum_lanes<S, 1> : sum_lanes<S, BACKWARD_STATES>;
       sum(s.sum_B, count, walk, start, N, part_B + row * L * N + n);
       sum(s.sum_C, count, walk, start, N, part_C + row * L * N + n);
