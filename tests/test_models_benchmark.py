@@ -127,3 +127,25 @@ def test_it_runs_and_writes_what_it_measured(models, tmp_path):
         assert set(ratios) == {"eager train", "eager inference"}
         for ratio in ratios.values():
             assert ratio["range"][0] <= ratio["median"] <= ratio["range"][1]
+
+
+def test_every_backend_is_timed_after_it_was_compared(tmp_path):
+    target = tmp_path / "result.json"
+    sizes = ["--width", "32", "--depth", "3", "--side", "4", "--repeats", "1", "--threads", "1"]
+    command = [sys.executable, SCRIPT.with_name("backends.py"), "--backends", "torch", "reference", *sizes]
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--output", target],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(target.read_text())
+    assert report["tokens"] == 16
+    assert set(report["families"]) == {"zigma", "dis", "dim"}
+    for family in report["families"].values():
+        assert list(family["backends"]) == ["reference", "torch"]
+        for kinds in family["backends"].values():
+            assert all(kinds[kind]["step_ms"] > 0 for kind in ("train", "inference"))

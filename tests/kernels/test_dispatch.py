@@ -221,3 +221,13 @@ def test_permute_gathers_and_is_undone_by_the_inverse():
     weight = torch.randn_like(x)
     (grad,) = torch.autograd.grad((y * weight).sum(), x)
     assert torch.equal(grad, weight[:, order.argsort()])
+
+
+def test_a_shape_is_known_without_data_whatever_backend_is_named():
+    scan = {name: value.to("meta") for name, value in scan_arguments(2, 4, 3, 2).items()}
+    conv = {name: value.to("meta") for name, value in conv_arguments(2, 4, 3, 2).items()}
+    for backend in ("reference", "torch"):
+        out = selective_scan(**scan, backend=backend)
+        assert out.is_meta and out.shape == scan["u"].shape
+        out = causal_conv1d(**conv, backend=backend)
+        assert out.is_meta and out.shape == conv["x"].shape
