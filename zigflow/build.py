@@ -32,6 +32,7 @@ from zigflow.engine.trackers import Trackers
 from zigflow.engine.trainer import Trainer
 from zigflow.metrics.pictures import save_loss_curve
 from zigflow.preflight import check_training
+from zigflow.real_sets import check_evaluation
 from zigflow.samplers import ChainSampler, DpmSolver, OdeSampler, SdeSampler
 from zigflow.settings import Settings, SettingsError
 from zigflow.start_job import start_from
@@ -221,6 +222,7 @@ def train_from_config(
     settings = Settings.from_mapping(plain)
     check_training(settings)
     plugin_names = plugins.load_plugins()
+    check_evaluation(settings)
     accelerator = make_accelerator(cpu=settings.loop.device == "cpu")
     # After accelerate, which counts the threads of several CPU processes itself.
     if settings.loop.threads is not None:

@@ -30,6 +30,7 @@ from zigflow.engine.trainer import Trainer
 from zigflow.nn.flops import count_flops
 from zigflow.nn.skip_tuning import set_skip_tuning
 from zigflow.preflight import check_decoding
+from zigflow.real_sets import real_sets
 from zigflow.samplers import Guided, Upsampled
 from zigflow.settings import Settings, SettingsError
 
@@ -119,10 +120,10 @@ def build_judge(
     node = {k: v for k, v in (settings.metrics or {}).items() if k != "name"}
     metric = train = heldout = None
     if node.get("_target_") and (settings.data.source or node.get("reference_stats")):
+        wanted = real_sets(settings)
         metric = make("metrics", node)
-        # A published reference needs no data, which may lie elsewhere.
-        if not node.get("reference_stats"):
-            train, heldout = build_source(settings), build_source(settings, "heldout")
+        train = build_source(settings) if "train" in wanted else None
+        heldout = build_source(settings, "heldout") if "heldout" in wanted else None
     # Such a metric knows the trained size alone.
     reduced = settings.upsample.factor if getattr(metric, "fixed_size", False) else 1
     return Judge(
@@ -224,7 +225,20 @@ def _in_loop_evaluation(settings: Settings, ranks: Ranks, device: torch.device) 
         }  # fmt: skip
         return results_protocol(settings, facts)
 
-    return InLoopEvaluation(every=data.sample_fid_every, judge=judge, make_run=make_run, protocol=protocol)
+    return _Evaluation(every=data.sample_fid_every, judge=judge, make_run=make_run, protocol=protocol)
+
+
+class _Evaluation(InLoopEvaluation):
+    """What cannot be judged is a mistake in the configuration."""
+
+    def check(self, trainer: Trainer) -> None:
+        try:
+            super().check(trainer)
+        except ValueError as error:
+            raise SettingsError(
+                f"evaluation during training (data.sample_fid_every={self.every}): {error}; change "
+                "data.sample_fid_n or the data, or give metrics=none"
+            ) from error
 
 
 def _trackers(settings: Settings, is_main: bool) -> Trackers:

@@ -216,7 +216,9 @@ def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple
             raise SettingsError(
                 f"captions={options.captions} needs a text model, this one reads none: drop captions="
             )
-        source = build_source(settings) if options.labels == "data" else None
+        streamed = settings.data.order == "streaming" and settings.data.heldout
+        split = "heldout" if streamed else "source"
+        source = build_source(settings, split) if options.labels == "data" else None
         if source is not None:
             facts["labels_of"] = source.fingerprint
         return class_plan(options, model.num_classes, source, settings.global_seed), facts

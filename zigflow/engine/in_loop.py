@@ -56,15 +56,23 @@ class InLoopEvaluation:
         Raises:
             ValueError: the metric cannot judge so many samples, or such classes.
         """
-        with averaged_weights(trainer.model, trainer.ema, trainer.device) as weights:
-            run = self._make_run(trainer.model, weights)
-            labels = run.class_labels()
-            self.judge.check(run.num_samples, None if labels is None else torch.as_tensor(labels))
+        self.check(trainer)
         best = read_best(Path(trainer.options.run_dir))
         if best is not None and best["step"] <= trainer.counters.step:
             trainer.counters.best = best
         if trainer.counters.step and self._is_due(trainer):
             self._evaluate(trainer)
+
+    def check(self, trainer: Trainer) -> None:
+        """Ask the metric, before any sample is made.
+
+        Raises:
+            ValueError: it cannot judge so many samples, or such classes.
+        """
+        with averaged_weights(trainer.model, trainer.ema, trainer.device) as weights:
+            run = self._make_run(trainer.model, weights)
+            labels = run.class_labels()
+            self.judge.check(run.num_samples, None if labels is None else torch.as_tensor(labels))
 
     def __call__(self, trainer: Trainer, record: StepRecord) -> None:
         if self._is_due(trainer):

@@ -4,6 +4,7 @@ Legend: B images of a batch, C channels, H height, W width.
 """
 
 import hashlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -115,6 +116,11 @@ class Metric(ABC):
 
     def __init__(self) -> None:
         self._ids = SampleIds()
+
+    @classmethod
+    def real_sets(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Which real images a metric built with ``options`` reads, of "train" and "heldout"; the others stay unread."""
+        return ("train", "heldout")
 
     @property
     def count(self) -> int:
@@ -246,6 +252,13 @@ class StreamingMetric(Metric):
     """
 
     reference: str | None
+
+    @classmethod
+    def real_sets(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """The set that the keyword ``reference`` names."""
+        default = inspect.signature(cls).parameters.get("reference")
+        chosen = options.get("reference", None if default is None else default.default)
+        return (chosen,) if chosen in ("train", "heldout") else super().real_sets(options)
 
     @abstractmethod
     def add_reference(self, images: Tensor) -> None:
