@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from zigflow import plugins
 from zigflow.build import train_from_config
+from zigflow.engine.lock import RunDirError, sole_writer
+from zigflow.engine.ranks import Ranks
 from zigflow.engine.sampling_run import SamplingFolderError
 from zigflow.sample_job import sample_from_config
 from zigflow.settings import SettingsError
@@ -96,6 +98,22 @@ def test_a_cut_stochastic_run_continues(runs, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(pngs(whole).values(), pngs(cut).values(), strict=True))
     with pytest.raises(SamplingFolderError, match="sample_mode"):
         sample(runs["class"], tmp_path / "cut", "num_fid_samples=10")
+
+
+@pytest.mark.parametrize("kind", [[], ["likelihood=1", "ode.sampling_method=heun"]], ids=["samples", "bits"])
+def test_a_folder_that_another_command_fills_is_refused_untouched(runs, tmp_path, kind):
+    given = ["num_fid_samples=4", *kind]
+    folder = sample(runs["class"], tmp_path / "a", *given)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with sole_writer(folder, Ranks(), "nothing"):
+        with pytest.raises(
+            RunDirError, match=f"{folder} is being written by another process .*sample_dir=PATH"
+        ):
+            sample(runs["class"], tmp_path / "a", *given)
+        del before[folder / "lock"]
+        assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    assert set(folder.rglob("*")) == before.keys() | {folder / "lock"}
+    sample(runs["class"], tmp_path / "a", *given)
 
 
 def test_debug_stops_after_four_batches(runs, tmp_path):

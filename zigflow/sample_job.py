@@ -25,6 +25,7 @@ from zigflow.codec import IdentityCodec
 from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine.evaluation import Judge
 from zigflow.engine.launch import make_accelerator
+from zigflow.engine.lock import sole_writer
 from zigflow.engine.measure import MeasuringRun
 from zigflow.engine.npz import npz_name, write_npz
 from zigflow.engine.ranks import Ranks
@@ -52,6 +53,7 @@ log = logging.getLogger(__name__)
 
 _SHOWN = 100  # images in the grid
 _DEBUG_BATCHES = 4
+_ANOTHER = "another folder, sample_dir=PATH"
 
 
 @dataclass(frozen=True)
@@ -167,26 +169,27 @@ def sample_from_config(cfg: DictConfig) -> Path:
         ids=None if options.seeds is None else options.seeds[:count], label_of=plan,
     )  # fmt: skip
     judge = _ready_judge(settings, run, ranks, common["codec"], accelerator.device)
-    run.open()
-    try:
-        judgement = judge(run)
-    except ValueError as error:
-        raise SettingsError(
-            f"the samples are in {folder}, but metrics ({(settings.metrics or {}).get('_target_')}) cannot judge them: "
-            f"{error}; give metrics=none, or another num_fid_samples"
-        ) from error
-    if not ranks.is_main or judgement is None:
+    with sole_writer(folder, ranks, _ANOTHER):
+        run.open()
+        try:
+            judgement = judge(run)
+        except ValueError as error:
+            raise SettingsError(
+                f"the samples are in {folder}, but metrics ({(settings.metrics or {}).get('_target_')}) cannot judge "
+                f"them: {error}; give metrics=none, or another num_fid_samples"
+            ) from error
+        if not ranks.is_main or judgement is None:
+            return folder
+        grid = _pictures(run, folder, model, options)
+        facts |= {
+            "weights_sha256": run.identity["weights_sha256"],
+            "function_evaluations": run.function_evaluations,
+        }
+        results = write_results(
+            folder / "results.json", judgement.metrics, results_protocol(settings, facts) | judgement.protocol
+        )
+        log.info("sampled %d images: %s, grid %s, results %s", run.num_samples, folder, grid, results)
         return folder
-    grid = _pictures(run, folder, model, options)
-    facts |= {
-        "weights_sha256": run.identity["weights_sha256"],
-        "function_evaluations": run.function_evaluations,
-    }
-    results = write_results(
-        folder / "results.json", judgement.metrics, results_protocol(settings, facts) | judgement.protocol
-    )
-    log.info("sampled %d images: %s, grid %s, results %s", run.num_samples, folder, grid, results)
-    return folder
 
 
 def _pictures(run: SamplingRun, folder: Path, model: Any, options: SampleOptions) -> Path:
@@ -305,20 +308,24 @@ def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: 
         level=None if encodes or bounds else level,
         identity={k: v for k, v in facts.items() if k != "ckpt"},
     )
-    run.run()
-    ranks.barrier()
-    if not ranks.is_main:
+    with sole_writer(folder, ranks, _ANOTHER):
+        run.run()
+        ranks.barrier()
+        if not ranks.is_main:
+            return folder
+        values, ids = run.collect()
+        if encodes:
+            save_tensors(folder / "noise.safetensors", {"x0": values, "ids": ids})
+            metrics = {"noise_mean": float(values.mean()), "noise_std": float(values.std())}
+        else:
+            metrics = {
+                "bits_per_dim": float(values.mean()),
+                "bits_per_dim_std": float(values.std(correction=0)),
+            }
+        facts["weights_sha256"] = run.identity["weights_sha256"]
+        results = write_results(
+            folder / "results.json", metrics, results_protocol(settings, facts) | _counted(ids)
+        )
+        told = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+        log.info("measured %d samples: %s; %s", len(ids), told, results)
         return folder
-    values, ids = run.collect()
-    if encodes:
-        save_tensors(folder / "noise.safetensors", {"x0": values, "ids": ids})
-        metrics = {"noise_mean": float(values.mean()), "noise_std": float(values.std())}
-    else:
-        metrics = {"bits_per_dim": float(values.mean()), "bits_per_dim_std": float(values.std(correction=0))}
-    facts["weights_sha256"] = run.identity["weights_sha256"]
-    results = write_results(
-        folder / "results.json", metrics, results_protocol(settings, facts) | _counted(ids)
-    )
-    told = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
-    log.info("measured %d samples: %s; %s", len(ids), told, results)
-    return folder

@@ -5,8 +5,10 @@ import signal
 
 import pytest
 
+from tests.engine.evaluation_toys import on_threads
 from tests.engine.toys import PROFILES
 from zigflow.engine import durable
+from zigflow.engine.lock import sole_writer
 from zigflow.engine.options import TrainOptions
 from zigflow.engine.ranks import OtherRankError, Ranks
 from zigflow.engine.run_dir import RunDir, RunDirError, check_same_config
@@ -24,6 +26,32 @@ def test_a_second_writer_is_refused_and_named(tmp_path):
         RunDir(tmp_path).__enter__()
     with RunDir(tmp_path):
         pass
+
+
+def test_a_folder_has_one_writer_at_a_time_and_says_nothing_of_it_later(tmp_path):
+    folder = tmp_path / "a" / "samples"
+    with sole_writer(folder, Ranks(), "another folder"):
+        holder = (folder / "lock").read_text()
+        with (
+            pytest.raises(
+                RunDirError, match=rf"{folder} is being .*\(pid {os.getpid()} on .*, or choose another folder"
+            ),
+            sole_writer(folder, Ranks(), "another folder"),
+        ):
+            pytest.fail("two writers")
+        assert (folder / "lock").read_text() == holder, "the refused one must not touch the lock of the other"
+    assert (folder / "lock").read_text() == ""
+    with pytest.raises(KeyError), sole_writer(folder, Ranks(), "another folder"):
+        raise KeyError
+    with sole_writer(folder, Ranks(), "another folder"):
+        pass
+
+
+def test_a_folder_that_is_taken_stops_every_process(tmp_path):
+    with sole_writer(tmp_path, Ranks(), "another folder"):
+        found = on_threads(2, lambda ranks: sole_writer(tmp_path, ranks, "another folder").__enter__())
+    assert isinstance(found[0], RunDirError)
+    assert isinstance(found[1], OtherRankError)
 
 
 def test_the_lock_goes_with_a_killed_process(tmp_path):

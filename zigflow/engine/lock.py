@@ -5,11 +5,17 @@ import fcntl
 import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import durable
 
-__all__ = ["Lock", "RunDirError", "refuse_second_writer", "remove_unused"]
+if TYPE_CHECKING:
+    from .ranks import Ranks
+
+__all__ = ["Lock", "RunDirError", "refuse_second_writer", "remove_unused", "sole_writer"]
 
 _held: "set[Lock]" = set()
 
@@ -21,12 +27,15 @@ class RunDirError(RuntimeError):
 class Lock:
     """An advisory lock on ``<folder>/lock``, freed by the system when the process dies.
 
+    Args:
+        another: what to choose in place of a folder that is taken.
+
     Raises:
         RunDirError: another process holds it; its pid is named.
         durable.StorageError: the file cannot be made.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, another: str = "another run_dir"):
         file = folder / "lock"
         with durable.operation("open", file):
             handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -37,7 +46,7 @@ class Lock:
             os.close(handle)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise RunDirError(f"{file} cannot be locked: {error}") from error
-            raise _taken(folder, holder) from error
+            raise _taken(folder, holder, another) from error
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._handle: int | None = handle
@@ -54,9 +63,9 @@ def _holder(handle: int) -> str:
     return os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
 
 
-def _taken(folder: Path, holder: str) -> RunDirError:
+def _taken(folder: Path, holder: str, another: str = "another run_dir") -> RunDirError:
     return RunDirError(
-        f"{folder} is being written by another process ({holder}); stop it, or choose another run_dir"
+        f"{folder} is being written by another process ({holder}); stop it, or choose {another}"
     )
 
 
@@ -67,6 +76,31 @@ def _forget_locks() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_locks)
+
+
+@contextmanager
+def sole_writer(folder: Path, ranks: "Ranks", another: str) -> Iterator[None]:
+    """Hold the lock of a folder, which is made, for as long as the ``with`` block; all processes together.
+
+    Raises:
+        RunDirError: another process holds it.
+        durable.StorageError: the folder or the lock cannot be made.
+    """
+    lock = None
+    try:
+        with ranks.together(f"opening {folder}"):
+            if ranks.is_main:
+                with durable.operation("mkdir", folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                lock = Lock(folder, another)
+        yield
+    finally:
+        if lock is not None:
+            # The file stays: one that is removed while another process opens it would be locked twice. It says nothing
+            # of its writer any more, so that two runs of the same samples leave the same files.
+            with suppress(OSError):
+                os.truncate(folder / "lock", 0)
+            lock.release()
 
 
 def refuse_second_writer(folder: Path) -> None:
