@@ -6,9 +6,10 @@ import pickletools
 import pytest
 import torch
 
+from tests.engine.evaluation_toys import on_threads
 from zigflow.engine import checkpoint, durable
 from zigflow.engine.checkpoint import CheckpointError
-from zigflow.engine.ranks import Ranks
+from zigflow.engine.ranks import OtherRankError, Ranks
 from zigflow.engine.tensors import load_tensors, save_tensors
 
 RANKS = Ranks()
@@ -104,6 +105,71 @@ def test_a_write_that_fails_keeps_the_old_checkpoint(directory):
 
     with durable.observed(disk_full), pytest.raises(OSError, match="No space left"):
         save_and_prune(directory, 30)
+    assert value_of(start_again(directory)) == 20
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "for good"])
+def test_a_save_that_fails_anywhere_leaves_nothing_of_itself(tmp_path_factory, again):
+    """A full disk lets go of files but takes none: what a failed save has written must not stay to fill it."""
+
+    class Full:
+        def __init__(self, index):
+            self.left = index
+
+        def __call__(self, operation, path):
+            self.left -= 1
+            takes = operation in ("mkdir", "open", "write", "fsync", "fsync_dir", "rename")
+            if self.left == -1 or (again and self.left < 0 and takes):
+                raise OSError(28, "No space left on device", str(path))
+
+    def fresh():
+        folder = tmp_path_factory.mktemp("full")
+        write(folder, 10)
+        return folder
+
+    folder, seen = fresh(), []
+    with durable.observed(lambda operation, path: seen.append((operation, path.name))):
+        write(folder, 20)
+    assert len(seen) > 15
+    for index, (operation, name) in enumerate(seen):
+        folder = fresh()
+        with durable.observed(Full(index)), pytest.raises(durable.StorageError):
+            write(folder, 20)
+        # With its name a checkpoint is complete, though the name could not be synced.
+        named = index > seen.index(("rename", "step-0000020"))
+        left = ["step-0000010", *(["step-0000020"] if named else [])]
+        assert sorted(path.name for path in folder.iterdir()) == left, (operation, name)
+        write(folder, 20)
+        assert value_of(checkpoint.find_latest(folder)) == 20
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_whichever_process_fails_the_main_one_removes_what_all_have_written(directory, full):
+    def save(ranks):
+        own = {f"rank_{ranks.rank:04d}.safetensors": {"cpu": torch.zeros(9)}}
+        checkpoint.save(directory, 30, shared={"trainer.json": {}}, own=own, ranks=ranks)
+
+    def disk_full(operation, path):
+        if operation == "fsync" and path.name == f"rank_{full:04d}.safetensors":
+            raise OSError(28, "No space left on device", str(path))
+
+    with durable.observed(disk_full):
+        found = on_threads(2, save)
+    assert isinstance(found[full], durable.StorageError)
+    assert isinstance(found[1 - full], OtherRankError)
+    assert sorted(path.name for path in directory.iterdir()) == ["step-0000010", "step-0000020"]
+
+
+def test_what_cannot_be_removed_hides_no_error(directory):
+    def read_only(operation, path):
+        if operation in ("write", "unlink", "rmdir"):
+            raise OSError(30, "Read-only file system", str(path))
+
+    with (
+        durable.observed(read_only),
+        pytest.raises(durable.StorageError, match="write of .* failed: Read-only"),
+    ):
+        write(directory, 30)
     assert value_of(start_again(directory)) == 20
 
 

@@ -79,6 +79,9 @@ def check_every_operation(tmp_path, operations, indices, error, unbroken):
             for part in (str(at.hit[1]), os.strerror(error), ERRORS[error]):
                 assert part in line, line
             assert "\n" not in line
+            if (folder / "checkpoints").is_dir():
+                left = [path.name for path in (folder / "checkpoints").glob(".incomplete-*")]
+                assert left == [], f"{operations[index]}: the disk is kept full by {left}"
         assert newest(folder) >= published, f"{operations[index]}: the checkpoint of step {published} is gone"
         published = newest(folder)
         again = run(folder, steps=4, model=TinyModel(seed=8 if published else 0))

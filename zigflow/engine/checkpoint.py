@@ -3,7 +3,8 @@
 ``checkpoints/step-0001234/`` holds safetensors and JSON files only. It is written as
 ``.incomplete-step-0001234``: every file is synced, then ``SEAL.json`` with the size and SHA-256 of every file,
 then the directory gets its name. So a directory that has its name is complete, and what is incomplete is never
-looked at and is removed at the next start. Old checkpoints lose their name first and their files after.
+looked at and is removed: at once when a save fails, at the next start when it was cut. Old checkpoints lose their
+name first and their files after.
 
 =========================  ==========================================================================
 model.safetensors          the model's state dict
@@ -23,6 +24,7 @@ import json
 import logging
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +33,7 @@ from typing import Any
 from torch import Tensor
 
 from . import durable
-from .ranks import Ranks
+from .ranks import OtherRankError, Ranks
 from .tensors import load_tensors, save_tensors
 
 __all__ = [
@@ -131,7 +133,7 @@ def save(
         The checkpoint's directory. A complete checkpoint of that step which is there already stays.
 
     Raises:
-        OSError: a file could not be written; earlier checkpoints are untouched.
+        OSError: a file could not be written; earlier checkpoints are untouched, what was written is removed.
         ValueError: a file name with another ending.
     """
     target = directory / _name(step)
@@ -141,6 +143,20 @@ def save(
         log.info("%s is complete already", target)
         return target
     temporary = directory / f"{_INCOMPLETE}{target.name}"
+    try:
+        _save(temporary, target, step, shared, own, ranks)
+    except (OSError, OtherRankError):
+        # All ranks have met since, so none writes there any more. A disk that is full must not be kept full.
+        if ranks.is_main and temporary.is_dir():
+            with suppress(OSError):
+                durable.remove_tree(temporary)
+        raise
+    return target
+
+
+def _save(
+    temporary: Path, target: Path, step: int, shared: Mapping[str, Any], own: Mapping[str, Any], ranks: Ranks
+) -> None:
     with ranks.together("opening the checkpoint"):
         if ranks.is_main:
             if temporary.exists():
@@ -167,7 +183,6 @@ def save(
             if target.exists():
                 _discard(target)
             durable.rename(temporary, target)
-    return target
 
 
 def _write(path: Path, contents: Any) -> dict[str, int | str]:
