@@ -137,6 +137,22 @@ def test_the_command_prints_the_table(capsys):
     assert "did you mean" in capsys.readouterr().err
 
 
+def test_the_command_counts_all_frames_of_a_video_or_says_that_it_knows_none(capsys):
+    def forward(*arguments):
+        given = ["model=3d_zigzag8sst_b2", "model.embed_dim=16", "model.depth=2", "--depth", "1", *arguments]
+        assert main(["count-flops", *given]) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("forward:"))
+
+    line = forward("data=ucf101")
+    assert "FLOPs per sample of 16 frames" in line
+    assert forward("data=none", "data.video_frames=16", "data.num_classes=101") == line
+    assert main(["count-flops", "model=3d_zigzag8sst_b2", "data=none"]) == 1
+    assert (
+        "number of frames from the data, data=none has none: give data.video_frames=16"
+        in capsys.readouterr().err
+    )
+
+
 def test_the_model_stays_as_it_is_whatever_it_shares():
     model = ZigMa(img_dim=8, patch_size=2, in_channels=1, embed_dim=16, depth=2, scan_type="parallelN3")
     before = {name: value.clone() for name, value in model.state_dict().items()}

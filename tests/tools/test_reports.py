@@ -107,6 +107,12 @@ def test_doctor_shows_no_secret(monkeypatch, capsys):
     assert "a-very-secret-value" not in printed(capsys, "doctor", "--json")
 
 
+def test_options_may_stand_between_the_overrides(capsys):
+    last = printed(capsys, "show-config", "data.batch_size=3", "optim.lr=1", "--origins")
+    assert "data.batch_size=3" in last
+    assert printed(capsys, "show-config", "data.batch_size=3", "--origins", "optim.lr=1") == last
+
+
 def test_list_has_everything_registered(capsys):
     from scans import list_scans
     from zigflow.engine.optim import OPTIMIZERS

@@ -4,6 +4,7 @@ import argparse
 
 from zigflow import plugins
 from zigflow.nn.flops import TRAINING_FACTOR, count_flops
+from zigflow.settings import SettingsError
 
 
 def main(argv: list[str]) -> int:
@@ -14,7 +15,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("overrides", nargs="*", help="GROUP=CHOICE and KEY=VALUE, as for train_acc.py")
     parser.add_argument("--depth", type=int, default=2, help="levels of modules to show (default 2)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         settings = plugins.validated(plugins.compose_config([*args.overrides, "run_dir=outputs/counted"]))
     except Exception as error:
@@ -22,6 +23,11 @@ def main(argv: list[str]) -> int:
         if line is None:
             raise
         raise ValueError(line) from error
+    if settings.model.get("video_frames", 1) == 0:
+        raise SettingsError(
+            f"model={settings.model.get('name')} is one of videos and takes its number of frames from the data, "
+            f"data={settings.data.name} has none: give data.video_frames=16 (and data.num_classes), or data=ucf101"
+        )
     # After the configuration is known to be right: this imports torch's world.
     import torch
 
@@ -47,10 +53,12 @@ def main(argv: list[str]) -> int:
         print(f"{operator}: {100 * flops / count.forward:.1f} %")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}, trained: {trained:,}")
-    print(f"forward:  {count.forward:,} FLOPs per sample ({count.macs / 1e9:.4g} GMACs)")
+    frames = getattr(model, "video_frames", 0)
+    sample = f"sample of {frames} frames" if frames else "sample"
+    print(f"forward:  {count.forward:,} FLOPs per {sample} ({count.macs / 1e9:.4g} GMACs)")
     print(
         f"as DiT's paper counts (a multiply-add is one, a normalized value one): {count.published / 1e9:.2f} Gflops"
     )
-    print(f"training: {count.training:,} FLOPs per sample ({TRAINING_FACTOR} x forward)")
+    print(f"training: {count.training:,} FLOPs per {sample} ({TRAINING_FACTOR} x forward)")
     print("One multiply-add is two FLOPs; counted are matrix products, convolutions, attention and scans.")
     return 0

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="GROUP=CHOICE and KEY=VALUE, as for train_acc.py")
     parser.add_argument("--command", choices=("train", "sample"), default="train")
     parser.add_argument("--origins", action="store_true", help="one key per line, with the file that sets it")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     name = {"train": "default", "sample": "sample"}[args.command]
     overrides = [*args.overrides, *([] if _sets(args.overrides, "run_dir") else ["run_dir=outputs/shown"])]
     try:
