@@ -19,9 +19,11 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -32,7 +34,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 import scans
@@ -50,6 +52,10 @@ GROUP = "zigflow.plugins"
 FOLLOW_DATA = ("codec", "metrics")
 
 
+# The folder of --config-dir while the command line is checked; Hydra adds it by itself afterwards.
+_typed_folders: list[Path] = []
+
+
 class PluginConfigs(SearchPathPlugin):
     """Appends each plug-in package's ``config/`` folder to Hydra's search path."""
 
@@ -58,6 +64,8 @@ class PluginConfigs(SearchPathPlugin):
             folder = _package_folder(entry.value.partition(":")[0])
             if folder is not None and (folder / "config").is_dir():
                 search_path.append(provider=f"plug-in {entry.name}", path=f"file://{folder / 'config'}")
+        for folder in _typed_folders:
+            search_path.append(provider="command-line", path=f"file://{folder}")
 
 
 def _package_folder(module: str) -> Path | None:
@@ -149,9 +157,9 @@ def compose_config(overrides: list[str] | None = None, config_name: str = "defau
 
 
 @contextlib.contextmanager
-def _hydra() -> Iterator[GlobalHydra]:
+def _hydra(config_dir: Path | None = None) -> Iterator[GlobalHydra]:
     GlobalHydra.instance().clear()
-    with initialize_config_dir(config_dir=str(paths.config_dir()), version_base="1.3"):
+    with initialize_config_dir(config_dir=str(config_dir or paths.config_dir()), version_base="1.3"):
         yield GlobalHydra.instance()
 
 
@@ -196,18 +204,19 @@ def validated(cfg: DictConfig) -> Settings:
 def check_command_line(arguments: list[str], config_name: str) -> None:
     """Check the launch, then compose and validate before Hydra makes a run directory.
 
-    Every job of a sweep is checked before the first one starts. Commands with other flags are left to Hydra.
+    Every job of a sweep is checked before the first one starts. Commands that only show something are left to Hydra.
 
     Raises:
         SettingsError: a mistake, in one line; a HydraException for one that Hydra finds.
     """
-    if any(argument.lstrip("+~").startswith("wandb.key=") for argument in arguments):
+    if any(_types_key(argument) for argument in arguments):
         # Before Hydra writes the command line into the run directory.
         raise SettingsError(WANDB_KEY)
     processes = launch.check_environment()
-    sweep = any(a in ("-m", "--multirun") or a == "hydra.mode=MULTIRUN" for a in arguments)
-    overrides = [a for a in arguments if a not in ("-m", "--multirun")]
-    named = any(a.startswith("run_dir=") for a in arguments)
+    typed = get_args_parser().parse_args(arguments)
+    overrides = typed.overrides
+    sweep = typed.multirun or "hydra.mode=MULTIRUN" in overrides
+    named = any(a.startswith("run_dir=") for a in overrides)
     if sweep:
         if processes > 1 or "RANK" in os.environ:
             raise SettingsError(
@@ -223,24 +232,66 @@ def check_command_line(arguments: list[str], config_name: str) -> None:
     elif not named:
         run_id()
     check_choices(overrides)
-    if any(argument.startswith("-") for argument in overrides):
+    shows = (typed.help, typed.hydra_help, typed.cfg, typed.info, typed.shell_completion)
+    if any(shows) or typed.experimental_rerun:
         return
-    for job in _jobs(overrides) if sweep else [overrides]:
-        cfg = compose_config([f"run_dir={os.devnull}", *job], config_name)
-        if OmegaConf.select(cfg, "wandb.key") is not None:
-            raise SettingsError(WANDB_KEY)
-        if config_name == "default":
+    for job, whole in _jobs(overrides) if sweep else [(overrides, True)]:
+        cfg = _composed_as_typed(typed, [f"run_dir={os.devnull}", *job], config_name)
+        with flag_override(cfg, "struct", False):
+            _refuse_key(cfg, cfg.pop("hydra"))
+        if config_name == "default" and whole:
             check_training(validated(cfg))
 
 
-def _jobs(overrides: list[str]) -> list[list[str]]:
-    """The overrides of each job that Hydra's own sweeper would make; those of another sweeper are not known here."""
+def _composed_as_typed(typed: Any, overrides: list[str], config_name: str) -> DictConfig:
+    """As Hydra will compose, with its own node, from where --config-dir, --config-path and --config-name say."""
+    folder = None if typed.config_path is None else Path(__file__).parent / typed.config_path
+    _typed_folders[:] = [] if typed.config_dir is None else [Path(typed.config_dir).absolute()]
+    try:
+        with _hydra(folder):
+            return compose(typed.config_name or config_name, overrides, return_hydra_config=True)
+    finally:
+        _typed_folders.clear()
+
+
+_SECRET = r"\w*(key|token|secret|password)"
+
+
+def _types_key(argument: str) -> bool:
+    """Whether an override of the command line holds a key of wandb, whatever the override is called."""
+    name, _, value = argument.lstrip("+~ ").partition("=")
+    if not value.strip():
+        return False
+    group = name.strip().lower()
+    inside = group == "wandb" and re.search(rf"{_SECRET}['\"]?\s*:", value, re.IGNORECASE)
+    return bool(re.fullmatch(rf"wandb\.{_SECRET}", group) or inside or "WANDB_API_KEY" in argument)
+
+
+def _refuse_key(cfg: DictConfig, hydra: DictConfig) -> None:
+    """Refuse a key of wandb that a YAML file holds or takes from the environment: checkpoints repeat what is resolved.
+
+    Raises:
+        SettingsError: there is one; its value is not repeated.
+    """
+    names = [str(name).lower() for name in OmegaConf.select(cfg, "wandb") or ()]
+    exported = OmegaConf.select(hydra, "job.env_set") or ()
+    key = os.environ.get("WANDB_API_KEY")
+    repeated = bool(key) and str(key) in str(OmegaConf.to_container(cfg, resolve=True))
+    if repeated or "WANDB_API_KEY" in exported or any(re.fullmatch(_SECRET, name) for name in names):
+        raise SettingsError(WANDB_KEY)
+
+
+def _jobs(overrides: list[str]) -> list[tuple[list[str], bool]]:
+    """The overrides of each job that Hydra's own sweeper would make, and True.
+
+    What another sweeper would try is not known here: one job without what is swept, and False.
+    """
     parsed = OverridesParser.create().parse_overrides(overrides)
-    if any(o.key_or_group == "hydra/sweeper" for o in parsed):
-        return []
     settings = [o.input_line for o in parsed if o.key_or_group.startswith("hydra")]
-    swept = [o for o in parsed if not o.key_or_group.startswith("hydra")]
-    return [[*settings, *job] for job in BasicSweeper.split_arguments(swept, None)[0]]
+    chosen = [o for o in parsed if not o.key_or_group.startswith("hydra")]
+    if any(o.key_or_group == "hydra/sweeper" for o in parsed):
+        return [([*settings, *(o.input_line for o in chosen if not o.is_sweep_override())], False)]
+    return [([*settings, *job], True) for job in BasicSweeper.split_arguments(chosen, None)[0]]
 
 
 def _known_keys(config_name: str) -> list[str]:

@@ -16,8 +16,8 @@ PATH_TYPES = ("Linear", "GVP", "VP")
 PREDICTIONS = ("velocity", "score", "noise", "data")
 OPTIMIZERS = ("adamw",)
 WANDB_KEY = (
-    "wandb.key does not belong in a configuration, which logs and checkpoints repeat: remove it (and revoke the key if "
-    "it was shared), then run wandb login, or export WANDB_API_KEY"
+    "a key of wandb (wandb.key) does not belong in a configuration, which logs and checkpoints repeat: remove it (and "
+    "revoke the key if it was shared), then run wandb login, or export WANDB_API_KEY"
 )
 
 

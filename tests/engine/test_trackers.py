@@ -12,11 +12,13 @@ import pytest
 from tests.engine.evaluation_toys import in_loop
 from tests.engine.test_real_model import MODELS
 from tests.engine.toys import make_trainer
+from zigflow import plugins
 from zigflow.engine import checkpoint
 from zigflow.engine.log import read_metrics
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.track_wandb import choose_mode
 from zigflow.engine.trackers import Trackers, flat_numbers
+from zigflow.settings import SettingsError
 
 ROOT = Path(__file__).parents[2]
 SECRET = "0123456789abcdef0123456789abcdef01234567"
@@ -210,15 +212,65 @@ def test_wandb_runs_offline_with_one_id_and_no_key_anywhere(tmp_path):
     assert not holding, f"the key stands in {holding}"
 
 
+WITH_KEY = {
+    "typed": [f"wandb.key={SECRET}"],
+    "added in a sweep": ["-m", f"+wandb.key={SECRET}"],
+    "by another name": [f"++wandb.api_key={SECRET}"],
+    "a group": [f"+wandb={{key: {SECRET}}}"],
+    "for hydra to export": [f"+hydra.job.env_set.WANDB_API_KEY={SECRET}"],
+    "a file": ["--config-dir=own", "+mine=key"],
+    "a file that replaces ours": ["--config-dir", "own", "wandb=secret"],
+    "a file of all": ["-cd", "own", "-cn", "whole"],
+    "a file that exports": ["--config-dir=own", "+mine=export"],
+    "a file that reads the environment": ["--config-dir=own", "+mine=environment"],
+    "a sweep of files": ["-m", "--config-dir=own", "+mine=good,key"],
+}
+
+
+@pytest.fixture
+def own_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own" / "mine").mkdir(parents=True)
+    (tmp_path / "own" / "wandb").mkdir()
+    for name, text in {
+        "mine/good": "wandb: {project: monkeys, name: a token}",
+        "mine/key": f"wandb: {{key: {SECRET}}}",
+        "mine/export": f"hydra: {{job: {{env_set: {{WANDB_API_KEY: {SECRET}}}}}}}",
+        "mine/environment": "note: ${oc.env:WANDB_API_KEY}",
+        "wandb/secret": f"login_token: {SECRET}",
+        "whole": f"defaults: [default, _self_]\nwandb: {{key: {SECRET}}}",
+    }.items():
+        (tmp_path / "own" / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
+    (tmp_path / "own" / "wandb" / "secret.yaml").write_text(f"login_token: {SECRET}\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("config_name", ["default", "sample"])
+@pytest.mark.parametrize("given", WITH_KEY.values(), ids=WITH_KEY)
+def test_a_key_is_refused_before_anything_is_written(own_files, monkeypatch, config_name, given):
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    plugins.prepare()
+    with pytest.raises(SettingsError, match="run wandb login, or export WANDB_API_KEY") as refused:
+        plugins.check_command_line(given, config_name)
+    assert SECRET not in str(refused.value)
+
+
+def test_what_only_sounds_like_a_key_is_none(own_files, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    for given in (["--config-dir=own", "+mine=good"], ["wandb.project=keys", "note=token: 3"]):
+        plugins.check_command_line(given, "default")
+
+
 @pytest.mark.parametrize("script", ["train_acc.py", "sample_acc.py"])
 @pytest.mark.slow
-def test_a_key_on_the_command_line_is_refused_and_written_nowhere(tmp_path, script):
-    for extra in ([f"wandb.key={SECRET}"], [f"+wandb.key={SECRET}", "-m"]):
+def test_a_key_in_a_command_or_a_file_is_refused_and_written_nowhere(own_files, script):
+    files = set(own_files.rglob("*"))
+    for extra in (WITH_KEY["added in a sweep"], [*WITH_KEY["a file"], "run_dir=run"]):
         done = subprocess.run(
-            [sys.executable, str(ROOT / script), *extra], cwd=tmp_path,
+            [sys.executable, str(ROOT / script), *extra],
             env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 2
         assert "WANDB_API_KEY" in done.stderr
         assert SECRET not in done.stdout + done.stderr
-    assert not list(tmp_path.rglob("*"))
+    assert set(own_files.rglob("*")) == files
