@@ -28,6 +28,7 @@ from zigflow.engine.log import read_metrics
 from zigflow.engine.optim import Schedule, build_optimizer
 from zigflow.engine.options import TrainOptions
 from zigflow.engine.ranks import Ranks
+from zigflow.engine.skips import SkipBudget
 from zigflow.engine.trackers import Trackers
 from zigflow.engine.trainer import Trainer
 from zigflow.metrics.pictures import save_loss_curve
@@ -173,23 +174,6 @@ def _absolute(root: Any) -> Any:
     return str(Path(root).resolve()) if local else root
 
 
-def _skip_hook(skipped: SkippedSamples, log_every: int) -> Callable[[Any, Any], None]:
-    """After a logged step, all processes add up what they skipped and stop together beyond the budget."""
-    logged = 0
-
-    def hook(trainer: Any, record: Any) -> None:
-        nonlocal logged
-        if record.step % log_every:
-            return
-        total = int(trainer.ranks.sum([float(len(skipped.messages))])[0])
-        if total != logged:
-            log.warning("%d unreadable samples were replaced so far, over all processes", total)
-            logged = total
-        skipped.check(total)
-
-    return hook
-
-
 def _split(settings: Settings, processes: int) -> Split:
     try:
         return split_for(Path(settings.run_dir), settings.data.batch_size, settings.grad_accum, processes)
@@ -322,7 +306,7 @@ def train_from_config(
         accelerator=accelerator,
         hooks=(
             *watched.hooks,
-            *([_skip_hook(skipped, settings.log_every)] if settings.data.max_skipped else []),
+            *([SkipBudget(skipped)] if settings.data.max_skipped else []),
         ),
         plugins=plugin_names,
         trackers=watched.trackers,

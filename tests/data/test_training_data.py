@@ -6,13 +6,19 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.data.hostile import END, png, sample
 from tests.data.shard_server import serving
+from tests.engine.evaluation_toys import on_threads
 from zigflow.build import train_from_config
+from zigflow.data.skipped import SkippedSamples
 from zigflow.data.tar import BudgetError, ShardError
+from zigflow.engine import checkpoint
+from zigflow.engine.ranks import Ranks
+from zigflow.engine.skips import SkipBudget
 from zigflow.plugins import compose_config
 from zigflow.settings import SettingsError
 
@@ -62,6 +68,56 @@ def test_a_damaged_sample_within_the_budget_is_counted(folder, caplog):
     assert "1 unreadable samples were replaced so far, over all processes" in caplog.text
     rows = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[-1])["step"] == 8
+
+
+def stored_counters(folder):
+    return checkpoint.open_checkpoint(folder / "run").trainer["counters"]
+
+
+def test_the_budget_is_the_runs_and_not_a_launchs(folder, caplog):
+    train(folder, "data.max_skipped=1")
+    (first,) = stored_counters(folder)["unreadable"]
+    with caplog.at_level("WARNING"):
+        train(folder, "data.max_skipped=1", "data.train_steps=16", "ckpt_every=16")
+    assert "key '2-3'" in caplog.text, "it was met again"
+    assert stored_counters(folder)["unreadable"] == [first], "and counts once"
+
+    skipped = SkippedSamples(limit=1)
+    counters = SimpleNamespace(unreadable=[first])
+    options = SimpleNamespace(log_every=4, ckpt_every=3)
+    trainer = SimpleNamespace(counters=counters, options=options, ranks=Ranks())
+    budget = SkipBudget(skipped)
+    budget.begin(trainer)
+    budget(trainer, SimpleNamespace(step=4))
+    with pytest.raises(
+        BudgetError, match="2 unreadable samples, data.max_skipped is 1; the last one here: another"
+    ):
+        list(skipped.watch([SimpleNamespace(skipped=("another",))]))
+    budget(trainer, SimpleNamespace(step=5))
+    assert counters.unreadable == [first]
+    with pytest.raises(BudgetError, match="2 unreadable samples"):
+        budget(trainer, SimpleNamespace(step=6))
+
+
+def test_processes_that_met_the_same_sample_count_it_once():
+    def work(ranks):
+        skipped = SkippedSamples(limit=2)
+        for message in ("met by both", f"met by {ranks.rank % 2}"):
+            list(skipped.watch([SimpleNamespace(skipped=(message,))]))
+        counters = SimpleNamespace(unreadable=[])
+        trainer = SimpleNamespace(
+            counters=counters, options=SimpleNamespace(log_every=1, ckpt_every=1), ranks=ranks
+        )
+        try:
+            SkipBudget(skipped)(trainer, SimpleNamespace(step=1))
+        except BudgetError as error:
+            return str(error)
+        return counters.unreadable
+
+    alone = work(Ranks())
+    assert len(alone) == 2
+    together = on_threads(2, work)
+    assert [text.split(",")[0] for text in together] == ["3 unreadable samples"] * 2
 
 
 def test_past_the_budget_the_run_stops(folder):

@@ -9,6 +9,7 @@ from torch import nn
 from tests.engine.toys import TinyModel, assert_same_bits
 from zigflow.engine.checkpoint import CheckpointError
 from zigflow.engine.optim import OPTIMIZERS, Schedule, build_optimizer, load_optimizer_state, optimizer_state
+from zigflow.engine.precision import LossScaler
 from zigflow.registry import UnknownNameError
 
 
@@ -118,3 +119,19 @@ def test_cosine_runs_from_one_to_its_end():
 def test_impossible_schedules_are_refused(settings):
     with pytest.raises(ValueError):
         Schedule(**settings)
+
+
+def test_a_loss_scale_that_fell_to_one_continues_and_that_of_another_precision_does_not():
+    fallen = LossScaler(True, scale=2.0)
+    assert not fallen.accepts(float("inf"))
+    assert fallen.scale == 1.0
+    resumed = LossScaler(True)
+    resumed.load_state_dict(fallen.state_dict())
+    assert resumed.state_dict() == fallen.state_dict()
+    for state in (LossScaler(False).state_dict(), {"scale": 1.0, "good_steps": 0, "skips_in_a_row": 0}):
+        fresh = LossScaler(True)
+        fresh.load_state_dict(state)
+        assert fresh.state_dict() == LossScaler(True).state_dict()
+    before = LossScaler(True)
+    before.load_state_dict({"scale": 8.0, "good_steps": 5, "skips_in_a_row": 0})
+    assert (before.scale, before.good_steps) == (8.0, 5)

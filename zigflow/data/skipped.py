@@ -1,5 +1,6 @@
 """Counting the samples that were passed over because they could not be read."""
 
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 
@@ -10,35 +11,38 @@ log = logging.getLogger(__name__)
 
 
 class SkippedSamples:
-    """The different unreadable samples that one process has met since it started.
+    """The different unreadable samples that a run has met, as far as this process knows.
 
     Args:
         limit: how many there may be.
 
     Attributes:
-        messages: what was wrong, with the places, in the order of the batches.
+        messages: what was wrong, with the places, in the order of this process's batches.
+        known: a digest of each message, those of other processes and earlier launches among them once they are added.
     """
 
     def __init__(self, limit: int):
         self.limit = limit
         self.messages: dict[str, None] = {}
+        self.known: set[str] = set()
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, after what they skipped has been counted and logged.
 
         Raises:
-            BudgetError: this process alone has met too many.
+            BudgetError: this process alone knows of too many.
         """
         for batch in batches:
             for message in batch.skipped:
                 if message not in self.messages:
                     self.messages[message] = None
+                    self.known.add(hashlib.sha256(message.encode()).hexdigest()[:16])
                     log.warning("skipped, replaced by the next readable sample: %s", message)
-            self.check(len(self.messages))
+            self.check(len(self.known))
             yield batch
 
     def check(self, total: int) -> None:
-        """Compare a count, of this process or summed over all, with the budget.
+        """Compare a count, of this process or over all, with the budget.
 
         Raises:
             BudgetError: it is exceeded; the last problem of this process is named.

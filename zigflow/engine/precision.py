@@ -91,6 +91,7 @@ class LossScaler:
 
     def state_dict(self) -> dict[str, float | int]:
         return {
+            "enabled": self.enabled,
             "scale": self.scale,
             "good_steps": self.good_steps,
             "skips_in_a_row": self.skips_in_a_row,
@@ -98,7 +99,8 @@ class LossScaler:
 
     def load_state_dict(self, state: dict) -> None:
         """Take over a stored state; a run may change its precision when it resumes."""
-        if self.enabled and state.get("scale", 1.0) != 1.0:
+        # Early checkpoints do not say; in them, a scale of 1 was that of another precision.
+        if self.enabled and state.get("enabled", state.get("scale", 1.0) != 1.0):
             self.scale = float(state["scale"])
             self.good_steps = int(state["good_steps"])
             self.skips_in_a_row = int(state["skips_in_a_row"])

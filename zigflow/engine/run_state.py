@@ -36,6 +36,7 @@ class Counters:
         ema_images: images that were behind the averages when the run began, of the run whose weights it started from.
         keep: steps whose checkpoints stay.
         tracking: by tracker, what it has to know to continue.
+        unreadable: digests of the unreadable samples that were replaced, as of the last step that told them.
     """
 
     step: int = 0
@@ -50,6 +51,7 @@ class Counters:
     ema_images: int = 0
     keep: list[int] = field(default_factory=list)
     tracking: dict[str, Any] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
 
     @property
     def batches(self) -> int:
