@@ -224,6 +224,8 @@ class ZigMa(nn.Module):
             raise ValueError(f"has_text=True needs d_context > 0, the width of a text token, got {d_context}")
         if tpe and video_frames <= 0:
             raise ValueError(f"tpe=True needs video_frames > 0, got {video_frames}")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate lies in [0, 1), got {drop_path_rate}")
         if not 0 <= class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob lies in [0, 1), got {class_dropout_prob}")
         if class_dropout_prob > 0 and num_classes <= 0 and not has_text:

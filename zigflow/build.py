@@ -68,7 +68,12 @@ def build_source(settings: Settings, split: str = "source"):
         )
     source = make(f"data.{split}", node)
     limit = settings.data.limit
-    return source if limit is None or split != "source" else Subset(source, limit)
+    if limit is None or split != "source":
+        return source
+    try:
+        return Subset(source, limit)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
 
 
 def build_codec(settings: Settings, device: Any) -> Any:

@@ -54,6 +54,9 @@ class OptimSettings:
     def __post_init__(self):
         one_of("optim.name", self.name, OPTIMIZERS)
         positive("optim.lr", self.lr)
+        positive("optim.eps", self.eps)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise SettingsError(f"optim.betas={list(self.betas)} are not in [0, 1)")
         not_negative("optim.wd", self.wd)
         not_negative("optim.warmup_steps", self.warmup_steps)
         one_of("optim.schedule", self.schedule, ("constant", "cosine"))
@@ -140,6 +143,7 @@ class LoopSettings:
         if self.peak_flops is not None:
             positive("loop.peak_flops", self.peak_flops)
         at_least("loop.keep_last", self.keep_last, 1)
+        not_negative("loop.ema_ramp", self.ema_ramp)
         one_of("loop.checkpoint_policy", self.checkpoint_policy, ("none", "block", "selective"))
         for half_life in self.ema_half_life:
             at_least("loop.ema_half_life", half_life, 1)
@@ -215,6 +219,11 @@ class Settings:
                 f"ema_rate={self.ema_rate} is not in [0, 1): give a decay such as 0.9999, or null"
             )
         not_negative("global_seed", self.global_seed)
+        if self.global_seed >= 2**63:
+            raise SettingsError(f"global_seed={self.global_seed} must be less than 2^63")
+        for key in ("run_dir", "sample_dir"):
+            if getattr(self, key) == "":
+                raise SettingsError(f"{key} is empty: give {key}=FOLDER, or drop it")
         one_of("sample_mode", self.sample_mode, (None, "ODE", "SDE", "diffusion"))
         one_of("mixed_precision", self.mixed_precision, (None, "no", "fp16", "bf16"))
         one_of("resume", self.resume, ("auto", "never"))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from zigflow.typed import SettingsError, at_least, not_negative, one_of, positive
+from zigflow.typed import SettingsError, at_least, one_of, positive
 
 ODE_METHODS = ("euler", "midpoint", "heun", "heun2", "heun3", "rk4", "rk4_classic", "dopri5", "bosh3")
 SDE_METHODS = ("Euler", "Heun")
@@ -52,7 +52,10 @@ class SdeSettings:
         one_of("sde.diffusion_form", self.diffusion_form, DIFFUSION_FORMS)
         one_of("sde.last_step", self.last_step, (None, "Mean", "Tweedie", "Euler"))
         at_least("sde.num_steps", self.num_steps, 2)
-        not_negative("sde.last_step_size", self.last_step_size)
+        if not 0 <= self.last_step_size < 1:
+            raise SettingsError(
+                f"sde.last_step_size={self.last_step_size} is not in [0, 1): a part of the time"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,6 +158,13 @@ def test_presets_and_command_line_take_precedence_in_this_order():
         (["data.batch_size=1.5"], ["data.batch_size", "integer"]),
         (["optim.lr=fast"], ["optim.lr", "number"]),
         (["optim.lr=-1"], ["optim.lr", "greater than 0"]),
+        (["optim.eps=0"], ["optim.eps", "greater than 0"]),
+        (["optim.betas=[0.9,1]"], ["optim.betas", "[0, 1)"]),
+        (["loop.ema_ramp=-1"], ["loop.ema_ramp", "negative"]),
+        (["global_seed=99999999999999999999"], ["global_seed", "2^63"]),
+        (["run_dir=''"], ["run_dir is empty"]),
+        (["sample_dir=''"], ["sample_dir is empty"]),
+        (["sde.last_step_size=1"], ["sde.last_step_size", "[0, 1)"]),
         (["loop.compile=2"], ["loop.compile", "true or false"]),
         (["sample_mode=OED"], ["sample_mode", "ODE"]),
         (["mixed_precision=fp8"], ["mixed_precision", "fp16"]),
@@ -208,6 +215,21 @@ def test_mistakes_are_answered_in_one_line(overrides, parts):
     line = message(overrides)
     for part in parts:
         assert part in line, line
+
+
+@pytest.mark.parametrize(
+    "given, match",
+    [
+        (["data.limit=900"], "data.limit=900 of a source with 899 samples; give 1..899"),
+        (["model.drop_path_rate=1"], r"drop_path_rate lies in \[0, 1\), got 1"),
+        (["model.patch_size=0"], "patch_size must be at least 1, got 0"),
+    ],
+)
+def test_what_only_the_object_knows_is_a_mistake_too(given, match):
+    settings = Settings.from_mapping(plain(given))
+    with pytest.raises(SettingsError, match=match):
+        build.build_source(settings)
+        build.build_model(settings)
 
 
 def test_official_spellings_are_accepted():

@@ -35,8 +35,10 @@ def check_divisible(height: int, width: int, patch_size: int) -> tuple[int, int]
     """The token grid (h, w) of an image.
 
     Raises:
-        ValueError: the patch size does not divide the image.
+        ValueError: the patch size does not divide the image, or is below 1.
     """
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
     if height % patch_size or width % patch_size:
         raise ValueError(
             f"an image of {height} x {width} is not divisible into patches of {patch_size} x {patch_size}; "
