@@ -111,6 +111,8 @@ def read_autoencoder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor
     # A foreign file ends in errors of pickle, zip and torch.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if reason.startswith("Weights only load failed"):
+            reason = "it holds more than tensors by name, or is damaged"  # Torch advises to unpickle it all the same.
         raise ValueError(f"{path} is refused as an autoencoder: {reason}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} is refused as an autoencoder: it holds something else than tensors by name")

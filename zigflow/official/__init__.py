@@ -289,7 +289,9 @@ def read_official(path: str | Path, family: str) -> OfficialFile:
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if reason.startswith("Weights only load failed"):
+            reason = "it is no file of torch, or damaged"  # Torch's own words advise to unpickle it without restraint.
         try:
             names = {f"{t.__module__}.{t.__qualname__}" for t in allowed}
             foreign = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - names)
