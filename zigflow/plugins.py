@@ -337,13 +337,12 @@ def explain(error: BaseException, config_name: str) -> str | None:
         errno.EROFS,
         errno.EACCES,
         errno.EPERM,
-        errno.EEXIST,
-        errno.ENOTDIR,
     )
-    if isinstance(error, OSError) and error.filename and error.errno in storage:
-        # Hydra's, when it writes its files.
+    named = (*storage, errno.EEXIST, errno.ENOTDIR)
+    if isinstance(error, OSError) and error.errno in (named if error.filename else storage):
+        # Hydra's, when it writes its files, and those of pictures and archives, which do not say which file it was.
         remedy = "free space there, make it writable, or choose another run_dir"
-        return f"{error.filename} cannot be written: {error.strerror}; {remedy}"
+        return f"{error.filename or 'a file of results'} cannot be written: {error.strerror}; {remedy}"
     return None
 
 

@@ -11,6 +11,7 @@ from tests.engine.toys import TinyModel, assert_same_bits, make_trainer, snapsho
 from zigflow import plugins
 from zigflow.engine import checkpoint, durable
 from zigflow.engine.durable import StorageError
+from zigflow.engine.lock import Lock
 from zigflow.engine.log import MetricsFile
 from zigflow.engine.run_dir import RunDir
 
@@ -153,3 +154,25 @@ def test_rewinding_the_metrics_keeps_whole_lines(tmp_path, step, kept, monkeypat
     assert file.path.read_bytes() == b"".join(whole[:kept])
     file.rewind(step)
     assert file.path.read_bytes() == b"".join(whole[:kept])
+
+
+def test_a_lock_that_cannot_be_written_is_named_and_let_go(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with (
+        monkeypatch.context() as disk,
+        pytest.raises(StorageError, match=f"write of {tmp_path}/lock failed: No space"),
+    ):
+        disk.setattr(os, "pwrite", full)
+        Lock(tmp_path)
+    Lock(tmp_path).release()
+
+
+def test_a_full_disk_is_one_line_whoever_wrote():
+    """Pictures and archives are written by libraries whose errors name no file."""
+    line = plugins.explain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "sample")
+    assert line is not None and line.startswith(
+        "a file of results cannot be written: No space left on device; free"
+    )
+    assert plugins.explain(OSError(errno.EEXIST, "File exists"), "sample") is None

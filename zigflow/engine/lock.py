@@ -47,8 +47,12 @@ class Lock:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise RunDirError(f"{file} cannot be locked: {error}") from error
             raise _taken(folder, holder, another) from error
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        except OSError as error:
+            os.close(handle)
+            raise durable.StorageError("write", file, error) from error
         self._handle: int | None = handle
         _held.add(self)
 
