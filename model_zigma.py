@@ -52,7 +52,7 @@ from zigflow.nn import (
     sincos_positions,
     unpatchify,
 )
-from zigflow.nn.checkpointing import CHECKPOINT_POLICIES, checkpointed
+from zigflow.nn.checkpointing import CHECKPOINT_POLICIES, CheckpointedBlock
 from zigflow.registry import MODEL_VARIANTS, unknown_name
 
 MIXERS = {"mamba": MambaMixer, "bi_mamba": BiMambaMixer, "parallel_mamba": ParallelMambaMixer}
@@ -73,10 +73,8 @@ class Walk(NamedTuple):
     branches: Tensor | None
 
 
-class ZigMaBlock(nn.Module):
+class ZigMaBlock(CheckpointedBlock):
     """Norm, modulate, mix along a scan order, gate; then, with text, cross-attention."""
-
-    checkpoint_policy = "none"
 
     def __init__(
         self, dim: int, mixer: nn.Module, norm: nn.Module, has_text: bool, pos_tokens: int, **factory
@@ -90,11 +88,6 @@ class ZigMaBlock(nn.Module):
         self.msa = CrossAttention(dim, dim, **factory) if has_text else None
         self.norm_msa = LayerNorm(dim, eps=1e-6, elementwise_affine=False) if has_text else None
         self.pos_embed = nn.Parameter(torch.zeros(1, pos_tokens, dim, **factory)) if pos_tokens else None
-
-    def forward(self, *args) -> tuple[Tensor, Tensor]:
-        """One layer (see ``layer``) under the policy. Inside of what is compiled: code generated for a block may
-        overwrite what a policy around it has kept."""
-        return checkpointed(self.checkpoint_policy, self.layer, *args)
 
     def layer(
         self,

@@ -46,7 +46,7 @@ from zigflow.nn import (
     unpatchify,
 )
 from zigflow.nn.backbone import Backbone
-from zigflow.nn.checkpointing import checkpointed
+from zigflow.nn.checkpointing import CheckpointedBlock
 from zigflow.nn.skip_tuning import check_skip_tuning, skip_weights
 from zigflow.registry import MODEL_VARIANTS, unknown_name
 
@@ -86,10 +86,8 @@ class Plan(NamedTuple):
     leave: Tensor
 
 
-class DiMBlock(nn.Module):
+class DiMBlock(CheckpointedBlock):
     """Join the skipped tokens, if it is a block with ``skip``; move on; then a modulated and gated Mamba mixer."""
-
-    checkpoint_policy = "none"
 
     def __init__(self, dim: int, ssm_cfg: dict, skip: bool, split_skip: bool, **factory):
         super().__init__()
@@ -101,10 +99,6 @@ class DiMBlock(nn.Module):
             self.skip_linear = nn.ModuleList(nn.Linear(dim, dim, **factory) for _ in range(2))
         elif skip:
             self.skip_linear = nn.Linear(2 * dim, dim, **factory)
-
-    def forward(self, *args) -> Tensor:
-        """One layer (see ``layer``) under the policy, inside of what is compiled."""
-        return checkpointed(self.checkpoint_policy, self.layer, *args)
 
     def layer(
         self,

@@ -46,27 +46,21 @@ from zigflow.nn import (
     unpatchify,
 )
 from zigflow.nn.backbone import Backbone
-from zigflow.nn.checkpointing import checkpointed
+from zigflow.nn.checkpointing import CheckpointedBlock
 from zigflow.nn.skip_tuning import skip_weights
 from zigflow.registry import MODEL_VARIANTS
 
 _GRIDS_KEPT = 8
 
 
-class DiSBlock(nn.Module):
+class DiSBlock(CheckpointedBlock):
     """Join the skipped tokens, if it is a block with ``skip``; add to the stream, norm, mix along an order."""
-
-    checkpoint_policy = "none"
 
     def __init__(self, dim: int, mixer: nn.Module, norm: nn.Module, skip: bool, **factory):
         super().__init__()
         self.mixer = mixer
         self.norm = norm
         self.skip_linear = nn.Linear(2 * dim, dim, **factory) if skip else None
-
-    def forward(self, *args) -> tuple[Tensor, Tensor]:
-        """One layer (see ``layer``) under the policy, inside of what is compiled."""
-        return checkpointed(self.checkpoint_policy, self.layer, *args)
 
     def layer(
         self,

@@ -41,7 +41,7 @@ from zigflow.nn import (
     unpatchify,
 )
 from zigflow.nn.backbone import Backbone
-from zigflow.nn.checkpointing import checkpointed
+from zigflow.nn.checkpointing import CheckpointedBlock
 from zigflow.registry import MODEL_VARIANTS
 
 
@@ -49,10 +49,8 @@ def _plain_norm(dim: int) -> LayerNorm:
     return LayerNorm(dim, eps=1e-6, elementwise_affine=False)
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(CheckpointedBlock):
     """Self-attention, with text cross-attention, and an MLP, each modulated and gated by the condition."""
-
-    checkpoint_policy = "none"
 
     def __init__(
         self, dim: int, heads: int, mlp_ratio: float, d_context: int = 0, qk_norm: bool = False, **factory
@@ -68,10 +66,6 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), approximate="tanh", **factory)
         self.chunks = 9 if d_context else 6
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, self.chunks * dim, **factory))
-
-    def forward(self, *args) -> Tensor:
-        """One layer (see ``layer``) under the policy, inside of what is compiled."""
-        return checkpointed(self.checkpoint_policy, self.layer, *args)
 
     def layer(
         self,

@@ -35,15 +35,13 @@ from zigflow.nn import (
     unpatchify,
 )
 from zigflow.nn.backbone import Backbone
-from zigflow.nn.checkpointing import checkpointed
+from zigflow.nn.checkpointing import CheckpointedBlock
 from zigflow.nn.skip_tuning import skip_weights
 from zigflow.registry import MODEL_VARIANTS
 
 
-class UViTBlock(nn.Module):
+class UViTBlock(CheckpointedBlock):
     """Join the skipped tokens, if it is a block with ``skip``; then self-attention and an MLP, pre-normed."""
-
-    checkpoint_policy = "none"
 
     def __init__(
         self, dim: int, heads: int, mlp_ratio: float, qkv_bias: bool, skip: bool, qk_norm: bool, **factory
@@ -54,10 +52,6 @@ class UViTBlock(nn.Module):
         self.norm2 = LayerNorm(dim, **factory)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **factory)
         self.skip_linear = nn.Linear(2 * dim, dim, **factory) if skip else None
-
-    def forward(self, *args) -> Tensor:
-        """One layer (see ``layer``) under the policy, inside of what is compiled."""
-        return checkpointed(self.checkpoint_policy, self.layer, *args)
 
     def layer(
         self,

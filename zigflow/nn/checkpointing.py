@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from zigflow.registry import unknown_name
@@ -36,3 +37,16 @@ def checkpointed(policy: str, function: Callable, *args):
         return checkpoint(function, *args, use_reentrant=False)
     contexts = partial(create_selective_checkpoint_contexts, _keep_expensive)
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+
+class CheckpointedBlock(nn.Module):
+    """A block that computes its ``layer`` under its ``checkpoint_policy``.
+
+    Inside of what is compiled: code generated for a block may overwrite what a policy around it has kept.
+    """
+
+    checkpoint_policy = "none"
+    layer: Callable
+
+    def forward(self, *args):
+        return checkpointed(self.checkpoint_policy, self.layer, *args)
