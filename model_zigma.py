@@ -44,6 +44,7 @@ from zigflow.nn import (
     TimestepEmbedder,
     check_divisible,
     check_labels,
+    check_mask,
     drop_path_scales,
     dropped_conditions,
     interpolate_positions,
@@ -53,7 +54,7 @@ from zigflow.nn import (
     unpatchify,
 )
 from zigflow.nn.checkpointing import CHECKPOINT_POLICIES, CheckpointedBlock
-from zigflow.registry import MODEL_VARIANTS, unknown_name
+from zigflow.registry import register_variant, unknown_name
 
 MIXERS = {"mamba": MambaMixer, "bi_mamba": BiMambaMixer, "parallel_mamba": ParallelMambaMixer}
 _PLANS_KEPT = 8
@@ -454,6 +455,7 @@ class ZigMa(nn.Module):
                 raise ValueError(
                     f"this model reads text: y must be tokens ({batch}, S, {self.d_context}), got {given}"
                 )
+            check_mask(mask_BS, y)
             y = y.to(self.y_embedder.weight.dtype)
             if dropped_B is not None:
                 y = torch.where(dropped_B[:, None, None], torch.zeros_like(y), y)
@@ -543,16 +545,7 @@ class ZigMa(nn.Module):
 SIZES = {"s": (368, 24), "b": (768, 24), "m": (768, 48), "l": (1024, 48), "h": (1536, 48)}
 
 
-def _variant(name: str, embed_dim: int, depth: int, patch_size: int):
-    def build(**kwargs) -> ZigMa:
-        return ZigMa(**{"embed_dim": embed_dim, "depth": depth, "patch_size": patch_size, **kwargs})
-
-    build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"ZigMa of width {embed_dim} and depth {depth} with {patch_size} x {patch_size} patches."
-    return MODEL_VARIANTS.register(name)(build)
-
-
 for _size, (_dim, _depth) in SIZES.items():
     for _patch in (1, 2, 4):
-        _name = f"zigma_{_size}_{_patch}"
-        globals()[_name] = _variant(_name, _dim, _depth, _patch)
+        _shape = {"embed_dim": _dim, "depth": _depth, "patch_size": _patch}
+        register_variant(f"zigma_{_size}_{_patch}", ZigMa, "ZigMa", **_shape)

@@ -269,13 +269,21 @@ def test_wrong_input_is_explained_in_one_line(case):
     if model.num_classes > 0:
         bad += [
             ((x, t, torch.rand(2)), "class labels"),
-            ((x, t, torch.tensor([0, 9])), r"0 to 9.*num_classes=3.*labels 0\.\.2"),
+            ((x, t, torch.tensor([0, 9])), r"0 to 9.*num_classes=3.*labels 0\.\.2.*num_classes=10"),
+            ((x, t, torch.tensor([-1, 0])), r"-1 to 0.*labels 0\.\.2, or 3 for no class$"),
+            ((x, t, torch.tensor([True, False])), r"integers \(2,\), got \(2,\) torch.bool"),
+            ((x, t, [0, 1]), r"integers \(2,\), got \[0, 1\]"),
         ]
     if model.has_text:
         bad += [
             ((x, t, y[..., :2]), r"tokens \(2, 5, 6\)"),
             ((x, t, y[:, :2]), r"tokens \(2, 5, 6\)"),
             ((x, t, torch.tensor([0, 1])), r"tokens \(2, 5, 6\), got \(2,\)"),
+            (
+                (x, t, Condition(tokens=y, mask=torch.ones(2, 5))),
+                r"bool \(2, 5\).*got \(2, 5\) torch.float32",
+            ),
+            ((x, t, Condition(tokens=y, mask=torch.ones(2, 3).bool())), r"bool \(2, 5\).*got \(2, 3\)"),
         ]
     for given, message in bad:
         with pytest.raises(ValueError, match=message) as refused:
@@ -287,6 +295,7 @@ def test_wrong_input_is_explained_in_one_line(case):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
+        ({"depth": 0}, "depth is at least 1"),
         ({"num_heads": 3}, "num_heads=3"),
         ({"img_dim": 5}, "divisible"),
         ({"class_dropout_prob": 1.0}, "class_dropout_prob"),

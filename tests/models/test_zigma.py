@@ -13,6 +13,7 @@ from zigflow.keyed import KeyedDraws
 from zigflow.models import build_model, list_models
 from zigflow.nn import Condition
 from zigflow.official import load_official
+from zigflow.registry import register_variant
 
 MANIFESTS = sorted((Path(__file__).parents[1] / "parity" / "fixtures" / "zigma" / "manifests").glob("*.json"))
 TINY = {"in_channels": 2, "embed_dim": 16, "depth": 3, "img_dim": 4, "patch_size": 1}
@@ -63,6 +64,14 @@ def test_every_variant_is_built_and_has_a_forward_pass(name):
 def test_unknown_variant_suggests_a_near_one():
     with pytest.raises(KeyError, match="zigma_b_2"):
         build_model("zigma_b2")
+
+
+def test_a_name_belongs_to_one_family():
+    list_models()
+    with pytest.raises(
+        ValueError, match=r"'dit_s_2' is already registered by zigflow\.models\.dit.*model_zigma"
+    ):
+        register_variant("dit_s_2", ZigMa, "ZigMa", embed_dim=16, depth=2)
 
 
 def test_quick_demo_of_the_readme_on_the_cpu():
@@ -312,6 +321,8 @@ def test_condition_objects_masks_and_features():
     assert_close("plain tokens", model(x, t, tokens), model(x, t, Condition(tokens=tokens)), of_max=1e-6)
     with pytest.raises(KeyError, match=r"blocks\.1"):
         model(x, t, tokens, return_features=("block.1",))
+    with pytest.raises(ValueError, match=r"bool \(2, 5\).*torch.float32"):
+        model(x, t, Condition(tokens=tokens, mask=mask.float()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

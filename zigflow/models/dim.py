@@ -48,7 +48,7 @@ from zigflow.nn import (
 from zigflow.nn.backbone import Backbone
 from zigflow.nn.checkpointing import CheckpointedBlock
 from zigflow.nn.skip_tuning import check_skip_tuning, skip_weights
-from zigflow.registry import MODEL_VARIANTS, unknown_name
+from zigflow.registry import register_variant, unknown_name
 
 PAD_LAYOUTS = {"lateral": "rows", "rho_pad": "cycle"}
 _SPLIT_SKIP_ABOVE = 512
@@ -255,8 +255,6 @@ class DiM(Backbone):
             num_classes=-1 if unconditional or num_classes == 0 else num_classes, class_dropout_prob=class_dropout_prob,
             has_text=False, d_context=0, n_context_token=0,
         )  # fmt: skip
-        if depth < 1:
-            raise ValueError(f"depth is at least 1, got {depth}")
         if num_pads < 1 or num_split < 0:
             raise ValueError(f"num_pads is at least 1 and num_split at least 0, got {num_pads}, {num_split}")
         check_skip_tuning(official_skip_tuning)
@@ -457,14 +455,5 @@ PUBLISHED = {
 }
 
 
-def _variant(name: str, **fixed):
-    def build(**kwargs) -> DiM:
-        return DiM(**{**fixed, **kwargs})
-
-    build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"DiM of width {fixed['embed_dim']} and depth {fixed['depth']}."
-    return MODEL_VARIANTS.register(name)(build)
-
-
 for _name, (_shape, _rest) in PUBLISHED.items():
-    globals()[f"dim_{_name}"] = _variant(f"dim_{_name}", **_SHAPES[_shape], **_rest)
+    register_variant(f"dim_{_name}", DiM, "DiM", **_SHAPES[_shape], **_rest)

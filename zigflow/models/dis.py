@@ -48,7 +48,7 @@ from zigflow.nn import (
 from zigflow.nn.backbone import Backbone
 from zigflow.nn.checkpointing import CheckpointedBlock
 from zigflow.nn.skip_tuning import skip_weights
-from zigflow.registry import MODEL_VARIANTS
+from zigflow.registry import register_variant
 
 _GRIDS_KEPT = 8
 
@@ -331,17 +331,7 @@ SIZES = {"s": (368, 24), "b": (768, 24), "m": (768, 48), "l": (1024, 48), "h": (
 _LATENT_CLASSES = {"in_channels": 4, "img_dim": 32, "num_classes": 1000, "class_dropout_prob": 0.1}
 
 
-def _variant(name: str, **fixed):
-    def build(**kwargs) -> DiS:
-        return DiS(**{**fixed, **kwargs})
-
-    build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"DiS of width {fixed['embed_dim']} and depth {fixed['depth']}."
-    return MODEL_VARIANTS.register(name)(build)
-
-
 for _size, (_dim, _depth) in SIZES.items():
     for _patch in (2, 4):
-        globals()[f"dis_{_size}_{_patch}"] = _variant(
-            f"dis_{_size}_{_patch}", **_LATENT_CLASSES, embed_dim=_dim, depth=_depth, patch_size=_patch
-        )
+        _shape = {"embed_dim": _dim, "depth": _depth, "patch_size": _patch}
+        register_variant(f"dis_{_size}_{_patch}", DiS, "DiS", **_LATENT_CLASSES, **_shape)

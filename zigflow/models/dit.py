@@ -42,7 +42,7 @@ from zigflow.nn import (
 )
 from zigflow.nn.backbone import Backbone
 from zigflow.nn.checkpointing import CheckpointedBlock
-from zigflow.registry import MODEL_VARIANTS
+from zigflow.registry import register_variant
 
 
 def _plain_norm(dim: int) -> LayerNorm:
@@ -258,23 +258,12 @@ class DiT(Backbone):
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 
 
-def _variant(name: str, what: str, **fixed):
-    def build(**kwargs) -> DiT:
-        return DiT(**{**fixed, **kwargs})
-
-    build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"{what} of width {fixed['embed_dim']} and depth {fixed['depth']}."
-    return MODEL_VARIANTS.register(name)(build)
-
-
 for _size, (_dim, _depth, _heads) in SIZES.items():
     for _patch in (2, 4, 8):
         _shape = {"embed_dim": _dim, "depth": _depth, "num_heads": _heads, "patch_size": _patch}
-        globals()[f"dit_{_size}_{_patch}"] = _variant(f"dit_{_size}_{_patch}", "DiT", **_shape)
-        globals()[f"sit_{_size}_{_patch}"] = _variant(
-            f"sit_{_size}_{_patch}", "SiT", **_shape, drop_sigma=True
-        )
-dit_clipped = _variant(
-    "dit_clipped", "DiT with text", embed_dim=768, depth=16, num_heads=12, has_text=True, d_context=768,
+        register_variant(f"dit_{_size}_{_patch}", DiT, "DiT", **_shape)
+        register_variant(f"sit_{_size}_{_patch}", DiT, "SiT", **_shape, drop_sigma=True)
+register_variant(
+    "dit_clipped", DiT, "DiT with text", embed_dim=768, depth=16, num_heads=12, has_text=True, d_context=768,
     n_context_token=77,
 )  # fmt: skip

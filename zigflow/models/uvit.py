@@ -37,7 +37,7 @@ from zigflow.nn import (
 from zigflow.nn.backbone import Backbone
 from zigflow.nn.checkpointing import CheckpointedBlock
 from zigflow.nn.skip_tuning import skip_weights
-from zigflow.registry import MODEL_VARIANTS
+from zigflow.registry import register_variant
 
 
 class UViTBlock(CheckpointedBlock):
@@ -72,8 +72,8 @@ class UViT(Backbone):
 
     Args:
         in_channels, img_dim, patch_size: the input; ``img_dim`` is a side or (height, width).
-        embed_dim, depth, num_heads, mlp_ratio: width D, blocks (an odd number: the middle one counts), heads, hidden
-            width of the MLP over D.
+        embed_dim, depth, num_heads, mlp_ratio: width D, depth, heads, hidden width of the MLP over D; there are
+            2 (depth // 2) + 1 blocks, an odd number.
         qkv_bias, mlp_time_embed, conv, skip: a bias of queries, keys and values; Linear, SiLU, Linear on the time
             token; the last convolution; the long skip connections.
         num_classes: > 0 for a label token. ``class_dropout_prob`` > 0 adds the null class, and drops labels in
@@ -274,16 +274,7 @@ PUBLISHED = {
 }
 
 
-def _variant(name: str, **fixed):
-    def build(**kwargs) -> UViT:
-        return UViT(**{**fixed, **kwargs})
-
-    build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"U-ViT of width {fixed['embed_dim']} and depth {fixed['depth']}."
-    return MODEL_VARIANTS.register(name)(build)
-
-
 for _name, _shape in _SHAPES.items():
-    globals()[f"uvit_{_name}"] = _variant(f"uvit_{_name}", **_LATENT, **_shape)
+    register_variant(f"uvit_{_name}", UViT, "U-ViT", **_LATENT, **_shape)
 for _name, (_shape, _rest) in PUBLISHED.items():
-    globals()[f"uvit_{_name}"] = _variant(f"uvit_{_name}", **_SHAPES[_shape], **_rest)
+    register_variant(f"uvit_{_name}", UViT, "U-ViT", **_SHAPES[_shape], **_rest)

@@ -70,10 +70,11 @@ def check_labels(labels_B: Tensor, num_classes: int, has_null: bool) -> None:
         return
     smallest, largest = int(labels_B.min()), int(labels_B.max())
     if smallest < 0 or largest >= num_classes + has_null:
-        hint = f", or {num_classes} for no class" if has_null else ""
+        null = f", or {num_classes} for no class" if has_null else ""
+        more = f", or build it with num_classes={largest + 1} or more" if largest >= num_classes else ""
         raise ValueError(
             f"the labels run from {smallest} to {largest}, this model has num_classes={num_classes}: give "
-            f"labels 0..{num_classes - 1}{hint}, or build it with num_classes={largest + 1} or more"
+            f"labels 0..{num_classes - 1}{null}{more}"
         )
 
 
@@ -91,13 +92,26 @@ def read_labels(
         y = y.labels
     if y is None and dropout_prob > 0:
         y = torch.full((batch,), num_classes, dtype=torch.int64, device=device)
-    if y is None or y.shape != (batch,) or y.is_floating_point():
-        given = None if y is None else f"{tuple(y.shape)} {y.dtype}"
+    if not isinstance(y, Tensor) or y.shape != (batch,) or y.dtype not in (torch.int64, torch.int32):
+        given = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else y
         raise ValueError(f"this model reads class labels: y must be integers ({batch},), got {given}")
     check_labels(y, num_classes, dropout_prob > 0)
     if training and dropout_prob > 0:
         y = torch.where(dropped_conditions(dropout_prob, batch, device), num_classes, y)
     return y
+
+
+def check_mask(mask_BS: Tensor | None, tokens_BSD: Tensor) -> None:
+    """Numbers in the place of a mask would be added to the attention's scores.
+
+    Raises:
+        ValueError: another shape or type than one bool per token.
+    """
+    if mask_BS is not None and (mask_BS.dtype != torch.bool or mask_BS.shape != tokens_BSD.shape[:2]):
+        raise ValueError(
+            f"a text's mask is bool {tuple(tokens_BSD.shape[:2])}, True where a token counts, got "
+            f"{tuple(mask_BS.shape)} {mask_BS.dtype}"
+        )
 
 
 def read_text(
@@ -108,7 +122,8 @@ def read_text(
     With a null text every text has its S tokens, and ``y`` = None stands for it.
 
     Raises:
-        ValueError: no tokens where the model has no null text, or tokens of another shape.
+        ValueError: no tokens where the model has no null text, tokens of another shape, or a mask that does not say
+            yes or no of every token.
     """
     mask_BS = None
     if isinstance(y, Condition):
@@ -124,6 +139,7 @@ def read_text(
         raise ValueError(
             f"this model reads text: y must be tokens ({batch}, {tokens}, {d_context}), got {given}"
         )
+    check_mask(mask_BS, y)
     if null_text_SD is not None and training:
         dropped_B = dropped_conditions(dropout_prob, batch, y.device)
         y = torch.where(dropped_B[:, None, None], null_text_SD.to(y.dtype), y)
