@@ -294,7 +294,8 @@ def _jobs(overrides: list[str]) -> list[tuple[list[str], bool]]:
     return [([*settings, *job], True) for job in BasicSweeper.split_arguments(chosen, None)[0]]
 
 
-def _known_keys(config_name: str) -> list[str]:
+def _known_keys(config_name: str, key: str, parent: DictConfig | None) -> list[str]:
+    """The keys of the configuration as it stands; beside ``key`` those of ``parent``, the choice that was made there."""
     keys: list[str] = []
 
     def walk(node: DictConfig, prefix: str) -> None:
@@ -305,6 +306,10 @@ def _known_keys(config_name: str) -> list[str]:
                 walk(child, f"{prefix}{key}.")
 
     walk(compose_config(config_name=config_name), "")
+    place = key.rpartition(".")[0]
+    if place and isinstance(parent, DictConfig):
+        keys = [name for name in keys if not name.startswith(f"{place}.")]
+        walk(parent, f"{place}.")
     return keys
 
 
@@ -325,7 +330,7 @@ def explain(error: BaseException, config_name: str) -> str | None:
         while cause is not None:
             if isinstance(cause, OmegaConfBaseException) and "not in struct" in str(cause):
                 key = cause.full_key or str(cause.key)
-                return unknown_key(key, _known_keys(config_name))
+                return unknown_key(key, _known_keys(config_name, key, cause.parent_node))
             cause = cause.__cause__
         return _one_line(str(error))
     # Errors of our own are written for the user: a run directory in use, a damaged checkpoint, a NaN loss.

@@ -46,7 +46,7 @@ def unknown_key(key: str, known: list[str]) -> str:
         else f"known here: {', '.join(sorted(siblings or known))}"
     )
     if key.startswith(("model.", "process.", "codec.", "metrics.", "data.source.", "data.heldout.")):
-        hint += f" A keyword of the class that its YAML does not list is given as +{key}=VALUE"
+        hint += f"{'' if close else '.'} A keyword of the class that its YAML does not list is given as +{key}=VALUE"
     return f"unknown key {key}: {hint}"
 
 

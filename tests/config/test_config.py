@@ -1,5 +1,6 @@
 """Every YAML composes and validates; every mistake is answered in one line; nothing heavy is imported early."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -298,6 +299,26 @@ def test_mistakes_found_while_building_are_one_line_too(overrides, code, part, t
     assert len([line for line in last if line.startswith("error: ")]) == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert part in last[-1]
+
+
+@pytest.mark.parametrize(
+    "overrides, line",
+    [
+        (
+            ["model=dit_s_2", "model.num_head=3"],
+            r"model\.num_head: did you mean model\.num_heads\? A keyword",
+        ),
+        (
+            ["model=dim_s", "model.qqqqqqqqqqqqqqqqq=1"],
+            r"known here: model\._target_, .*model\.pad_layout, model\.patch_size, model\.unconditional\. A keyword",
+        ),
+        (["process=gaussian", "process.respacng=7"], r"did you mean process\.respacing\?"),
+    ],
+)
+def test_unknown_keys_are_held_against_the_choice_that_was_made(overrides, line):
+    with pytest.raises(Exception, match="not in struct|Could not override") as refused:
+        plugins.compose_config([*overrides, "run_dir=unused"])
+    assert re.search(line, plugins.explain(refused.value, "default"))
 
 
 def _environment():
