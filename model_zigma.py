@@ -54,6 +54,7 @@ from zigflow.nn import (
     unpatchify,
 )
 from zigflow.nn.checkpointing import CHECKPOINT_POLICIES, CheckpointedBlock
+from zigflow.nn.compilation import compile_in_place
 from zigflow.registry import register_variant, unknown_name
 
 MIXERS = {"mamba": MambaMixer, "bi_mamba": BiMambaMixer, "parallel_mamba": ParallelMambaMixer}
@@ -323,8 +324,7 @@ class ZigMa(nn.Module):
 
     def compile_blocks(self, **options) -> None:
         """Compile each block in place; keys of the state dict stay as they are."""
-        for block in self.blocks:
-            block.compile(fullgraph=True, **options)
+        compile_in_place(self.blocks, **options)
 
     def _walk_arrays(self, grid: tuple[int, int, int]) -> tuple[list[dict], tuple[int, ...]]:
         """The distinct walks over a grid as numpy arrays, and which of them each layer takes."""

@@ -295,7 +295,7 @@ def _jobs(overrides: list[str]) -> list[tuple[list[str], bool]]:
 
 
 def _known_keys(config_name: str, key: str, parent: DictConfig | None) -> list[str]:
-    """The keys of the configuration as it stands; beside ``key`` those of ``parent``, the choice that was made there."""
+    """The keys of the configuration as it stands; beside ``key`` those of ``parent``, the choice made there."""
     keys: list[str] = []
 
     def walk(node: DictConfig, prefix: str) -> None:

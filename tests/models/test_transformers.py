@@ -92,6 +92,23 @@ def test_compiled_equals_eager_with_at_most_three_graphs(case):
         assert_close(name, gradients[name], want_gradients[name], of_max=1e-3)
 
 
+def test_a_compiled_model_trains_and_then_samples_at_any_size():
+    """More graphs than Dynamo keeps by default, where one more is an error."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model, eager = tiny("dim"), tiny("dim").eval()
+    counter = CompileCounterWithBackend("eager")
+    model.compile_blocks(backend=counter)
+    run(model.train())
+    model.eval()
+    for batch, size in ((2, (4, 6)), (3, (8, 4)), (5, (6, 6))):
+        given = inputs(model, batch, size)
+        with torch.no_grad():
+            assert_close(f"{batch} x {size}", model(*given), eager(*given))
+    assert counter.frame_count > 8
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_reach_every_parameter(case):
     model = tiny(case).train()

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zigflow.nn.compilation import compile_in_place
+
 __all__ = ["condition", "flipped", "prepare_blocks"]
 
 
@@ -80,5 +82,4 @@ def prepare_blocks(model: nn.Module, policy: str, compiled: bool) -> None:
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.ModuleList):
         raise ValueError(f"compile=true needs a model with blocks or compile_blocks(); {name} has neither")
-    for block in blocks:
-        block.compile(fullgraph=True)
+    compile_in_place(blocks)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from zigflow.registry import unknown_name
 
 from .checkpointing import CHECKPOINT_POLICIES
+from .compilation import compile_in_place
 from .conditioning import NO_NULL, null_condition
 from .patch import check_divisible
 
@@ -83,8 +84,7 @@ class Backbone(nn.Module):
 
     def compile_blocks(self, **options) -> None:
         """Compile each block in place; keys of the state dict stay as they are."""
-        for block in self.named_blocks().values():
-            block.compile(fullgraph=True, **options)
+        compile_in_place(self.named_blocks().values(), **options)
 
     def null_condition(self, y):
         """The condition that stands for "none" in guidance, built like ``y``: the null class, or the null text.
