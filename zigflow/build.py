@@ -1,5 +1,6 @@
 """The one place where a configuration becomes objects; everything below it takes plain arguments."""
 
+import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from zigflow import plugins
@@ -42,12 +43,30 @@ log = logging.getLogger(__name__)
 
 
 def model_arguments(settings: Settings) -> dict[str, Any]:
-    """The model's node with the choice of ``scan=`` in it, without the label ``name``."""
+    """The model's node with the choice of ``scan=`` in it, without the label ``name``.
+
+    Raises:
+        SettingsError: a scan for a model that walks along none.
+    """
     node = {k: v for k, v in settings.model.items() if k != "name"}
     scan = settings.scan.get("name", "from_model")
     if scan != "from_model":
+        if not _takes_scan(str(node["_target_"])):
+            raise SettingsError(
+                f"scan={scan}: model={settings.model.get('name')} ({node['_target_']}) reads its tokens in no order of "
+                "scans: drop scan=, or choose a state-space model (zigma, dis, dim)"
+            )
         node["scan"] = scan
     return node
+
+
+def _takes_scan(target: str) -> bool:
+    try:
+        keywords = inspect.signature(get_object(target)).parameters.values()
+    except Exception:
+        # What is wrong with it is told where it is built.
+        return True
+    return any(k.name == "scan" or k.kind is k.VAR_KEYWORD for k in keywords)
 
 
 def build_model(settings: Settings) -> torch.nn.Module:

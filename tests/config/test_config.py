@@ -114,6 +114,13 @@ def test_every_registered_scan_is_a_choice(name):
     assert plain([f"scan={name}"])["scan"] == {"name": name}
 
 
+@pytest.mark.parametrize("model", ["dit_s_2", "uvit_small"])
+def test_a_scan_for_a_model_without_one_is_refused(model):
+    settings = Settings.from_mapping(plain([f"model={model}", "scan=hilbert", "data=none"]))
+    with pytest.raises(SettingsError, match=rf"scan=hilbert: model={model} .*drop scan=.*dim"):
+        build.model_arguments(settings)
+
+
 def test_the_recipe_follows_the_data_and_official_defaults_stay():
     digits = plain()
     assert digits["optim"]["lr"] == 8e-3

@@ -159,6 +159,7 @@ def test_wrong_arguments_are_named():
         (Gaussian, {"respacing": "ddim300"}, "stride"),
         (VariancePreserving, {"schedule": "cosin"}, "cosine"),
         (VariancePreserving, {"sample_eps": 0.0}, "give a number"),
+        (VariancePreserving, {"beta_min": -1.0}, "beta_min is -1.0.*positive"),
         (StableDiffusion, {"min_snr_gamma": 0}, "min_snr_gamma"),
     ):
         with pytest.raises(ValueError, match=word):

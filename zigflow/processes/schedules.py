@@ -141,9 +141,15 @@ class Schedule(Protocol):
 
 
 class LinearBeta:
-    """beta(s) = beta_min + s (beta_max - beta_min) (Song et al. 2021, eq. 32)."""
+    """beta(s) = beta_min + s (beta_max - beta_min) (Song et al. 2021, eq. 32).
+
+    Raises:
+        ValueError: a rate that is not positive, at which no noise is added.
+    """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
+        if not (beta_min > 0 and beta_max > 0):
+            raise ValueError(f"beta_min is {beta_min} and beta_max {beta_max}; give positive numbers")
         self.beta_min = beta_min
         self.beta_max = beta_max
 
