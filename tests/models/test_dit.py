@@ -1,6 +1,7 @@
 """DiT and SiT: manifests, variants, the counts of the paper, guidance, official files."""
 
 import argparse
+import pickle
 import json
 from pathlib import Path
 
@@ -182,6 +183,13 @@ def test_files_of_the_training_script_are_read_and_nothing_else(tmp_path):
     torch.save({**content, "args": Path("x")}, tmp_path / "bad.pt")
     with pytest.raises(ValueError, match="refused"):
         read_official(tmp_path / "bad.pt", "dit")
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(ValueError, match="it is empty or cut"):
+        read_official(tmp_path / "empty.pt", "dit")
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Path("x")))
+    with pytest.raises(ValueError, match="no file of torch") as refused:
+        read_official(tmp_path / "bare.pt", "dit")
+    assert "weights_only" not in str(refused.value)
 
 
 def test_lightning_checkpoints_are_refused_with_what_they_are(tmp_path, capsys):

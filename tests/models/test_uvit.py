@@ -144,3 +144,6 @@ def test_a_folder_of_the_training_script_gives_its_average(tmp_path):
     torch.save({"pos_embed": torch.zeros(1, 6, 16)}, folder / "nnet.pth")
     assert read_official(folder, "uvit").state_dict["pos_embed"].min() == 1
     assert read_official(folder / "nnet.pth", "uvit").state_dict["pos_embed"].max() == 0
+    (folder / "nnet_ema.pth").unlink()
+    with pytest.raises(FileNotFoundError, match=r"500\.ckpt/nnet_ema\.pth"):
+        read_official(folder, "uvit")

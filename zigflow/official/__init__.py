@@ -280,7 +280,7 @@ def read_official(path: str | Path, family: str) -> OfficialFile:
         ValueError: the file is damaged, or holds a type outside the allow-list (named).
     """
     path = Path(path)
-    if family.startswith(("uvit", "dim")) and (path / _UVIT_WEIGHTS).is_file():
+    if family.startswith(("uvit", "dim")) and path.is_dir():
         path = path / _UVIT_WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}")
@@ -289,7 +289,7 @@ def read_official(path: str | Path, family: str) -> OfficialFile:
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or "it is empty or cut").splitlines()[0]
         if reason.startswith("Weights only load failed"):
             reason = "it is no file of torch, or damaged"  # Torch's own words advise to unpickle it without restraint.
         try:
