@@ -1,8 +1,8 @@
 """DiT and SiT: manifests, variants, the counts of the paper, guidance, official files."""
 
 import argparse
-import pickle
 import json
+import pickle
 from pathlib import Path
 
 import pytest
