@@ -1,13 +1,9 @@
-"""DiM trained: cut and resumed, under each checkpoint policy, sampled in any split, by two processes and by one."""
-
-from itertools import count
+"""DiM trained: cut and resumed, under each checkpoint policy, sampled in any split."""
 
 import pytest
 import torch
 
-from tests.assertions import assert_close
-from tests.engine.toys import PROFILES, Loader, assert_same_bits, batch_at, make_trainer, snapshot
-from tests.workers import run_two
+from tests.engine.toys import PROFILES, Loader, assert_same_bits, make_trainer, snapshot
 from zigflow.codec import IdentityCodec
 from zigflow.engine import checkpoint
 from zigflow.engine.run_state import load_weights
@@ -63,21 +59,3 @@ def test_sampling_from_a_checkpoint_in_any_split(tmp_path):
 
     few, many = sample("few", 2), sample("many", 7)
     assert (few.images == many.images[:2]).all()
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    run_two("tests.engine.dim_worker", tmp_path)
-
-    def batches(start):
-        # A process has 2 samples in each of 2 micro-batches of a step.
-        for micro in count(start * 2):
-            yield batch_at(range(4 * micro, 4 * micro + 4))
-
-    single = make_trainer(
-        tmp_path / "single", steps=2, model=dim(0), loader=batches, process=Flow(), ema=PROFILES, batch_size=4,
-        grad_accum=2, max_grad_norm=0.05,
-    )  # fmt: skip
-    single.fit()
-    for name, value in checkpoint.open_checkpoint(tmp_path / "whole").tensors("model").items():
-        assert_close(name, single.model.state_dict()[name], value)

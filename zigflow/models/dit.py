@@ -186,7 +186,7 @@ class DiT(Backbone):
             for _ in range(depth)
         )
         self.head_dim = embed_dim // num_heads
-        if rope:
+        if rope:  # refuses heads whose width cannot be turned
             axial_rotations(self.grid, self.grid, self.head_dim, device="meta")
         self.final_layer = FinalLayer(embed_dim, patch_size * patch_size * self.head_channels, **factory)
         self.set_checkpoint_policy("block" if use_checkpoint else "none")

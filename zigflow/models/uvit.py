@@ -158,7 +158,7 @@ class UViT(Backbone):
         self.out_blocks = nn.ModuleList(block(skip) for _ in range(depth // 2))
         self.skip = skip
         self.head_dim = embed_dim // num_heads
-        if rope:
+        if rope:  # refuses heads whose width cannot be turned
             axial_rotations(self.grid, self.grid, self.head_dim, device="meta")
         self.norm = LayerNorm(embed_dim, **factory)
         self.decoder_pred = nn.Linear(embed_dim, patch_size * patch_size * in_channels, **factory)
