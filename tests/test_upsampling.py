@@ -224,8 +224,20 @@ def test_what_cannot_be_started_from_is_one_line(tmp_path):
     for overrides, message in (
         ([f"ckpt={tmp_path / 'missing'}"], "holds no complete checkpoint"),
         ([f"ckpt={tmp_path / 'missing.pt'}"], "no checkpoint file"),
-        ([f"ckpt={small}", "model.depth=3"], "model.depth"),
+        (
+            [f"ckpt={small}", "model.depth=3"],
+            r"weights are another model's: model\.depth.*Drop the override, or ckpt=",
+        ),
         ([f"ckpt={small}", "ckpt_patches=published"], "as_published"),
     ):
         with pytest.raises(SettingsError, match=message):
             train(tmp_path / "large", *ZIGMA, "process=vp", *overrides)
+
+
+def test_what_guidance_acts_on_is_no_other_model(tmp_path):
+    dit = ["model=dit_s_2", "model.in_channels=3", "model.img_dim=4", "model.depth=1", "model.num_heads=2"]
+    dit += ["model.num_classes=4", "process=gaussian"]
+    small = train(tmp_path / "small", *dit)
+    again = train(tmp_path / "again", *dit, "+model.guided_channels=3", f"ckpt={small}")
+    report = json.loads((again / "adapted.json").read_text())
+    assert report["copied"] and not report["new"] and not report["adapted"]

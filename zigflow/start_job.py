@@ -18,7 +18,8 @@ from zigflow.settings import Settings, SettingsError
 # What another model may have that starts from some weights; the rest says what they mean.
 _MAY_DIFFER = (
     "name", "img_dim", "patch_size", "video_frames", "num_classes", "class_dropout_prob", "drop_path_rate",
-    "pad_layout", "use_checkpoint", "official_skip_tuning", "skip_tune_param",
+    "pad_layout", "use_checkpoint", "official_skip_tuning", "skip_tune_param", "guided_channels",
+    "official_backward_dt_init",
 )  # fmt: skip
 
 
@@ -39,7 +40,13 @@ def start_from(settings: Settings, model: torch.nn.Module, config: Mapping[str, 
         else:
             stored = checkpoints.open_checkpoint(ckpt)
             given, kept = ({k: _fixed(k, c) for k, c in v.items()} for v in (config, stored.config))
-            check_same_config(given, kept, sections=("model", "scan"))
+            check_same_config(
+                given,
+                kept,
+                ("model", "scan"),
+                "its weights are another model's",
+                "Drop the override, or ckpt=",
+            )
             built = grid_of(stored.config["model"])
             if built is None or built == grid_of(config["model"]):
                 check_scan_state(model, stored)

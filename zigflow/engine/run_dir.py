@@ -103,11 +103,16 @@ class RunDir:
 
 
 def check_same_config(
-    given: Mapping[str, Any], stored: Mapping[str, Any], sections: Collection[str] = MODEL_SECTIONS
+    given: Mapping[str, Any],
+    stored: Mapping[str, Any],
+    sections: Collection[str] = MODEL_SECTIONS,
+    refusal: str = "the run cannot continue with another model",
+    remedy: str = "Drop the override, or choose another run_dir",
 ) -> None:
     """Compare the configuration of a run that resumes with the one in its checkpoint.
 
-    Differences inside ``sections`` (what the weights belong to) are errors, others are logged.
+    Differences inside ``sections`` (what the weights belong to) are errors, others are logged. ``refusal`` and
+    ``remedy`` begin and end the error.
 
     Raises:
         RunDirError: naming every contradicting key with both values.
@@ -123,11 +128,7 @@ def check_same_config(
         else:
             log.info("%s was %r in the checkpoint and is %r now", key, before, now)
     if contradictions:
-        raise RunDirError(
-            "the run cannot continue with another model: "
-            + "; ".join(contradictions)
-            + ". Drop the override, or choose another run_dir"
-        )
+        raise RunDirError(f"{refusal}: {'; '.join(contradictions)}. {remedy}")
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
