@@ -376,13 +376,15 @@ class ZigMa(nn.Module):
         key = (grid, device)
         if key not in self._plans:
             walks, layers = self._walk_arrays(grid)
-            own = [
-                Walk(**{
-                    k: torch.from_numpy(v.copy()).to(device) if isinstance(v, np.ndarray) else v
-                    for k, v in walk.items()
-                })
-                for walk in walks
-            ]  # fmt: skip
+            # Kept for training, too, which a tensor made in inference mode cannot serve.
+            with torch.inference_mode(False):
+                own = [
+                    Walk(**{
+                        k: torch.from_numpy(v.copy()).to(device) if isinstance(v, np.ndarray) else v
+                        for k, v in walk.items()
+                    })
+                    for walk in walks
+                ]  # fmt: skip
             self._plans[key] = tuple(own[i] for i in layers)
             while len(self._plans) > _PLANS_KEPT:
                 self._plans.popitem(last=False)

@@ -128,6 +128,16 @@ def test_other_sizes_than_built_for(case, size):
     assert torch.isfinite(out).all()
 
 
+@pytest.mark.parametrize("case", ["dim", "dit-rope", "uvit", "dis-scan"])
+def test_a_size_first_seen_in_inference_mode_can_be_trained_on(case):
+    model = tiny(case)
+    given = inputs(model, size=(8, 4))
+    with torch.inference_mode():
+        model.eval()(*given)
+    model.train()(*given).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("case", ["dit", "dit-rope", "uvit", "uvit-rope"])
 def test_positions_follow_the_image_and_not_the_token_number(case):
     """With the axes of its kernels, table and rotations exchanged, a model sees the exchanged image."""

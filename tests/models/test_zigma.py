@@ -108,6 +108,14 @@ def test_any_grid_and_other_sizes_than_built_for(scan_type, size):
         assert torch.isfinite(out).all()
 
 
+def test_a_size_first_seen_in_inference_mode_can_be_trained_on():
+    model = tiny(scan_type="zigzagN8", img_dim=4)
+    x, t = torch.randn(2, 2, 3, 5), torch.rand(2)
+    with torch.inference_mode():
+        model.eval()(x, t)
+    model.train()(x, t).sum().backward()
+
+
 @pytest.mark.parametrize("name", list_scans())
 def test_every_registered_scan_drives_the_model(name):
     model = tiny(scan_type="v1", scan=name).eval()

@@ -298,7 +298,7 @@ class DiM(Backbone):
                 nn.init.normal_(module.weight, std=0.02)
         for layer in self.adaln_single.emb["timestep_embedder"].children():
             nn.init.normal_(layer.weight, std=0.02)
-        for table in (*self.a4m_adapter.parameters(recurse=False),):
+        for table in self.a4m_adapter.parameters(recurse=False):
             nn.init.normal_(table, std=0.02)
         for block in self.transformer_blocks:
             nn.init.normal_(block.scale_shift_table, std=self.embed_dim**-0.5)
@@ -349,12 +349,14 @@ class DiM(Backbone):
             def place(array) -> Tensor:
                 return torch.from_numpy(array.copy()).to(device)
 
-            made = {
-                path: (None, None) if path.is_identity else (place(path.order), place(path.inverse))
-                for path in dict.fromkeys(walk.moves)
-            }
-            moves = tuple(made[path] for path in walk.moves)
-            self._plans[key] = Plan(place(walk.enter), ((None, None), *moves), place(walk.leave))
+            # Kept for training, too, which a tensor made in inference mode cannot serve.
+            with torch.inference_mode(False):
+                made = {
+                    path: (None, None) if path.is_identity else (place(path.order), place(path.inverse))
+                    for path in dict.fromkeys(walk.moves)
+                }
+                moves = tuple(made[path] for path in walk.moves)
+                self._plans[key] = Plan(place(walk.enter), ((None, None), *moves), place(walk.leave))
             while len(self._plans) > _PLANS_KEPT:
                 self._plans.popitem(last=False)
         return self._plans[key]

@@ -258,7 +258,9 @@ class DiS(Backbone):
         orders = self.scan_orders
         if grid != self.grid:
             if (grid, device) not in self._other_grids:
-                self._other_grids[grid, device] = self._orders(grid, device)
+                # Kept for training, too, which a tensor made in inference mode cannot serve.
+                with torch.inference_mode(False):
+                    self._other_grids[grid, device] = self._orders(grid, device)
                 while len(self._other_grids) > _GRIDS_KEPT:
                     self._other_grids.popitem(last=False)
             orders = self._other_grids[grid, device]
