@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-_GRAPHS_KEPT = 64
+_GRAPHS_KEPT = 128
 
 
 def compile_in_place(blocks: Iterable[nn.Module], **options) -> None:
