@@ -320,7 +320,7 @@ def test_bfloat16_stays_close(changes):
     "changes, message",
     [
         ({"img_dim": 5}, "divisible"),
-        ({"depth": 0}, "depth is at least 1"),
+        ({"depth": -1}, "depth is at least 0"),
         ({"class_dropout_prob": 1.0}, "class_dropout_prob"),
         ({"class_dropout_prob": 0.1}, "set num_classes"),
         ({"guided_channels": 3}, r"1\.\.2"),

@@ -130,7 +130,11 @@ def test_unconditional_models_take_no_condition():
 
 @pytest.mark.parametrize(
     "kwargs, message",
-    [({"drop_sigma": True, "learn_sigma": False}, "learn_sigma"), ({"guided_channels": 5}, r"1\.\.4")],
+    [
+        ({"drop_sigma": True, "learn_sigma": False}, "learn_sigma"),
+        ({"guided_channels": 5}, r"1\.\.4"),
+        ({"depth": 0}, "depth is at least 1"),
+    ],
 )
 def test_wrong_construction_is_explained(kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -322,7 +322,7 @@ def test_wrong_input_is_explained_in_one_line(case):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"depth": 0}, "depth is at least 1"),
+        ({"depth": -1}, "depth is at least"),
         ({"num_heads": 3}, "num_heads=3"),
         ({"img_dim": 5}, "divisible"),
         ({"class_dropout_prob": 1.0}, "class_dropout_prob"),

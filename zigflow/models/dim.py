@@ -255,6 +255,8 @@ class DiM(Backbone):
             num_classes=-1 if unconditional or num_classes == 0 else num_classes, class_dropout_prob=class_dropout_prob,
             has_text=False, d_context=0, n_context_token=0,
         )  # fmt: skip
+        if depth < 1:
+            raise ValueError(f"depth is at least 1, got {depth}")
         if num_pads < 1 or num_split < 0:
             raise ValueError(f"num_pads is at least 1 and num_split at least 0, got {num_pads}, {num_split}")
         check_skip_tuning(official_skip_tuning)

@@ -155,6 +155,8 @@ class DiT(Backbone):
             num_classes=num_classes, class_dropout_prob=class_dropout_prob, has_text=has_text, d_context=d_context,
             n_context_token=n_context_token,
         )  # fmt: skip
+        if depth < 1:
+            raise ValueError(f"depth is at least 1, got {depth}")
         if has_text and class_dropout_prob > 0 and n_context_token <= 0:
             raise ValueError(
                 f"class_dropout_prob > 0 with text needs n_context_token > 0, the tokens of the null text, got "

@@ -42,8 +42,8 @@ class Backbone(nn.Module):
         Raises:
             ValueError: values that exclude each other, named with what is allowed.
         """
-        if depth < 1:
-            raise ValueError(f"depth is at least 1, got {depth}")
+        if depth < 0:
+            raise ValueError(f"depth is at least 0, got {depth}")
         if not 0 <= class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob lies in [0, 1), got {class_dropout_prob}")
         if has_text and d_context <= 0:
