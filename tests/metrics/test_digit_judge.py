@@ -87,6 +87,19 @@ def test_copies_of_training_images_fail(fresh_judge, digits):
     assert failed(results) == {"nearest_train_distance_ratio"}
 
 
+def test_what_copies_drawn_with_replacement_get_is_told_beside(fresh_judge, digits):
+    """The distance to the held-out half is at its floor for training images drawn once, above it for repeated ones."""
+    results = verdict(fresh_judge, *digits["third"])
+    assert 1.05 < results["frechet_copies_ratio"] < 1.6
+    # The same draws, handed in as samples.
+    labels = torch.arange(10).repeat_interleave(PER_CLASS)
+    indices = fresh_judge._copies(0, labels.bincount().tolist())
+    copied = verdict(fresh_judge, digits["train"][0][indices.numpy()], labels)
+    assert len(indices.unique()) < len(indices)
+    assert copied["agreement"] > 0.99 and copied["nearest_train_distance_samples"] == 0.0
+    assert copied["frechet_ratio"] == pytest.approx(results["frechet_copies_ratio"], rel=0.35)
+
+
 def test_half_copies_and_faint_noise_on_copies_fail(fresh_judge, digits):
     copies, labels = of_each_class(digits["train"], PER_CLASS)
     fresh, _ = digits["third"]

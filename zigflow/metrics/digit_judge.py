@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zigflow.keyed import keyed_permutation
+from zigflow.keyed import KeyedDraws, keyed_permutation
 from zigflow.metrics.base import LabeledImages, Metric, check_images, check_labels
 from zigflow.metrics.frechet import frechet_from_features
 from zigflow.metrics.judge_net import JudgeNet, fit_judge_net, one_thread
@@ -214,6 +214,15 @@ class DigitJudge(Metric):
             )
         return np.concatenate(chosen)
 
+    def _copies(self, number: int, counts: list[int]) -> Tensor:
+        """Indices of training images as a generator that only copies would draw them, ``counts[c]`` of class c."""
+        chosen = []
+        for label, count in enumerate(counts):
+            members = torch.nonzero(self._train[1] == label)[:, 0]
+            draws = KeyedDraws(self.seed, torch.arange(count), step=number)
+            chosen.append(members[draws.integers(f"judge copies {label}", len(members))])
+        return torch.cat(chosen)
+
     def check_request(self, count: int, labels: Tensor | None) -> None:
         """As ``Metric.check_request``: classes are needed, more samples than ``k``, no class beyond the real ones."""
         super().check_request(count, labels)
@@ -251,6 +260,7 @@ class DigitJudge(Metric):
         counts = labels.bincount(minlength=int(self._train[1].max()) + 1).tolist()
         subsets = [
             {name: torch.from_numpy(self._subset(name, i, counts)) for name in ("train", "heldout")}
+            | {"copies": self._copies(i, counts)}
             for i in range(self.num_subsets)
         ]
         net = self.net
@@ -286,13 +296,15 @@ class DigitJudge(Metric):
             features[name] = net.features(real_images)
         heldout_nearest = nearest_distances(pixels["heldout"], pixels["train"])
 
-        covered, real_covered, distance, floor, nearest = [], [], [], [], []
+        covered, real_covered, distance, floor, copies, nearest = [], [], [], [], [], []
         for subset in subsets:
             train, heldout = subset["train"], subset["heldout"]
             covered.append(coverage(pixels["heldout"][heldout], pixels["samples"], self.k))
             real_covered.append(coverage(pixels["heldout"][heldout], pixels["train"][train], self.k))
             distance.append(frechet_from_features(features["samples"], features["heldout"][heldout]))
             floor.append(frechet_from_features(features["train"][train], features["heldout"][heldout]))
+            copied = features["train"][subset["copies"]]
+            copies.append(frechet_from_features(copied, features["heldout"][heldout]))
             nearest.append(float(heldout_nearest[heldout].mean()))
         results = {
             "coverage": float(np.mean(covered)),
@@ -302,6 +314,8 @@ class DigitJudge(Metric):
             "frechet": float(np.mean(distance)),
             "frechet_real_floor": float(np.mean(floor)),
             "frechet_real_floor_std": float(np.std(floor)),
+            "frechet_copies": float(np.mean(copies)),
+            "frechet_copies_std": float(np.std(copies)),
         }
         for denominator in ("nearest_train_distance_heldout", "frechet_real_floor"):
             if results[denominator] <= 0.0:
@@ -309,7 +323,8 @@ class DigitJudge(Metric):
         results["nearest_train_distance_ratio"] = (
             results["nearest_train_distance_samples"] / results["nearest_train_distance_heldout"]
         )
-        results["frechet_ratio"] = results["frechet"] / results["frechet_real_floor"]
+        for name in ("frechet", "frechet_copies"):
+            results[f"{name}_ratio"] = results[name] / results["frechet_real_floor"]
         return results
 
     def protocol(self) -> dict[str, Any]:
@@ -331,6 +346,7 @@ class DigitJudge(Metric):
                 "num_features": JudgeNet.num_features,
                 "distance": "samples to held-out subsets",
                 "floor": "training subsets to held-out subsets",
+                "copies": "training images drawn with replacement to held-out subsets",
             },
             "subsets": {"number": self.num_subsets, "class_counts": "those of the samples", "result": "mean"},
             "thresholds": asdict(self.thresholds),

@@ -228,7 +228,7 @@ class DiS(Backbone):
                 module.reset_parameters()
             elif isinstance(module, BiMambaMixer):
                 nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
-                module.out_proj.weight /= math.sqrt(self.depth)
+                module.out_proj.weight /= math.sqrt(max(self.depth, 1))
 
     def named_blocks(self) -> dict[str, nn.Module]:
         named: list[tuple[str, nn.Module]] = [

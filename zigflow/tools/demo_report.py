@@ -11,6 +11,7 @@ ROWS = {
     "coverage": ("held-out images with a sample nearby", ">="),
     "nearest_train_distance_ratio": ("distance to training images, samples / held-out", ">="),
     "frechet_ratio": ("Frechet distance / real-to-real floor", "<="),
+    "frechet_copies_ratio": ("  of training images drawn with replacement", ""),
 }
 
 
