@@ -69,7 +69,7 @@ SIZES = {
     "tiny": [Setting("width 32, depth 2, 16 tokens", 32, 2, 1, 4, 2)],
     "small": [
         Setting(f"width 256, depth 4, {side**2} tokens", 256, 4, 1, side, max(1, 2048 // side**2))
-        for side in (16, 32, 64)
+        for side in (16, 32, 64, 128)
     ],
     "full": list(_full()),
 }

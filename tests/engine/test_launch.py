@@ -186,10 +186,13 @@ def test_refused_before_anything_is_made(arguments, environ, part, monkeypatch, 
 def test_every_job_of_a_sweep_is_known_before_it_starts():
     jobs = plugins._jobs(["optim.lr=1e-3,1e-4", "scan=hilbert,spiral", "hydra.sweeper.max_batch_size=1"])
     assert len(jobs) == 4
-    assert {tuple(job[1:]) for job in jobs} == {
+    assert all(whole for _, whole in jobs)
+    assert {tuple(overrides[1:]) for overrides, _ in jobs} == {
         (f"optim.lr={lr}", f"scan={scan}") for lr in ("0.001", "0.0001") for scan in ("hilbert", "spiral")
     }
-    assert plugins._jobs(["hydra/sweeper=optuna", "optim.lr=interval(1e-4,1e-3)"]) == []
+    # Of another sweeper what it leaves alone is known.
+    foreign = ["hydra/sweeper=optuna", "optim.lr=interval(1e-4,1e-3)", "data=digits"]
+    assert plugins._jobs(foreign) == [(["hydra/sweeper=optuna", "data=digits"], False)]
 
 
 _PART = """
