@@ -111,7 +111,7 @@ def main():
     )
     parser.add_argument("--latents", type=int, default=8192)
     parser.add_argument("--images", type=int, default=768)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4])
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--output", type=Path)
