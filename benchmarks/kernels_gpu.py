@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from kernels import arguments, check, published_loop
@@ -115,26 +115,29 @@ class _PackageScan(torch.autograd.Function):
         return du, ddelta, dA, dB.to(tensors[3].dtype), dC.to(tensors[4].dtype), dD, dz, dbias
 
 
-def an_order(length: int, device: torch.device) -> Tensor:
-    return torch.randperm(length, generator=torch.Generator().manual_seed(length)).to(device)
+@cache
+def an_order(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """An order and its inverse; made once, as a model keeps them."""
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(length))
+    return order.to(device), torch.argsort(order).to(device)
 
 
 def scattered(u, z, **rest) -> dict[str, Tensor]:
     """u and z as one tensor, as the input projection leaves them, each token where its place in the order is."""
-    order = an_order(u.shape[1], u.device)
-    return {"xz": torch.cat([u, z], dim=-1)[:, torch.argsort(order)], **rest}
+    _, inverse = an_order(u.shape[1], u.device)
+    return {"xz": torch.cat([u, z], dim=-1)[:, inverse], **rest}
 
 
 def gather_scan_scatter(xz, backend, **rest) -> Tensor:
     """The published arrangement: an index gathers both halves, another one scatters the result."""
-    order = an_order(xz.shape[1], xz.device)
+    order, inverse = an_order(xz.shape[1], xz.device)
     u, z = xz[:, order].chunk(2, dim=-1)
     y = selective_scan(u=u, z=z, **rest, delta_softplus=True, backend=backend)
-    return y[:, torch.argsort(order)]
+    return y[:, inverse]
 
 
 def gathered(out: Tensor) -> Tensor:
-    return out[:, an_order(out.shape[1], out.device)]
+    return out[:, an_order(out.shape[1], out.device)[0]]
 
 
 class Clock:

@@ -67,9 +67,13 @@ def _uvit(depth, backend, **options):
 PEERS: dict[str, Callable[..., nn.Module]] = {"dis": _dis, "dim": _dim, "dit": _dit, "uvit": _uvit}
 
 
+# One vector per token and no arithmetic: not what a fair comparison of work is about.
+POSITIONS = ("pos_embed", "additional_embed")
+
+
 def parameters(model: nn.Module) -> int:
-    """How many, tables of positions that are not trained among them."""
-    return sum(p.numel() for p in model.parameters())
+    """How many, but for tables of positions."""
+    return sum(p.numel() for name, p in model.named_parameters() if name.rpartition(".")[2] not in POSITIONS)
 
 
 def build_peer(

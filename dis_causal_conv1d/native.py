@@ -113,7 +113,9 @@ class NativeLibrary:
             _compile(command, path)
             return ctypes.CDLL(str(path))
         except OSError as error:
-            raise NativeError(f"the kernel cache {path.parent} cannot be used: {error}") from error
+            # Without the file's name, which differs from kernel to kernel: one reason is logged once.
+            reason = error.strerror or error
+            raise NativeError(f"the kernel cache {path.parent} cannot be used: {reason}") from error
 
     def _key(self, command: Sequence[str], flags: Sequence[str]) -> str:
         digest = hashlib.sha256()
@@ -229,6 +231,8 @@ def _compile(command: list[str], path: Path) -> None:
             raise NativeError(f"{command[0]} cannot compile {path.stem}: {' '.join(lines[:1])[:300]}")
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        # Whatever mask the linker wrote it under: what others can write is refused when it is loaded.
+        os.chmod(temporary, 0o700)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -75,6 +75,7 @@ def triton_conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reve
     out = x.new_empty(x.shape)
     if x.shape[0]:
         taps_WE, x = weight.t().contiguous(), x.contiguous()
+        bias = None if bias is None else bias.contiguous()
         _launch(
             "conv_forward", x, x, taps_WE, bias, out, W=weight.shape[1], bias=bias, silu=silu, reverse=reverse
         )
@@ -97,6 +98,7 @@ def triton_conv_backward(
     grad_taps, grad_bias = scratch(parts, width, channels), scratch(parts, 0 if bias is None else channels)
     if batch:
         taps_WE, x, grad = weight.t().contiguous(), x.contiguous(), grad.contiguous()
+        bias = None if bias is None else bias.contiguous()
         _launch(
             "conv_backward_taps", x, grad, x, taps_WE, bias, grad_y, grad_taps, grad_bias,
             W=width, bias=bias, silu=silu, reverse=reverse,

@@ -6,6 +6,10 @@
 
 #pragma once
 
+#ifdef __FAST_MATH__
+#error "the kernels need IEEE arithmetic: compile without -ffast-math and -Ofast"
+#endif
+
 #include <atomic>
 #include <cstdint>
 #include <cstring>

@@ -72,7 +72,7 @@ def triton_scan(
         return out, states
     width = 32 * _FORWARD_WARPS
     u, delta, B, C = (t.contiguous() for t in (u, delta, B, C))
-    z = None if z is None else z.contiguous()
+    D, z, delta_bias = (None if t is None else t.contiguous() for t in (D, z, delta_bias))
     rate_NE = _base_two_rate(A)
     _kernels().scan_forward[(batch, -(-channels // width))](
         u, delta, rate_NE, B, C, D, z, delta_bias, out, states, length, channels,
@@ -114,7 +114,7 @@ def triton_scan_backward(
     grad_bias = scratch(*(() if delta_bias is None else (batch,)), 0 if delta_bias is None else channels)
     if batch:
         grad, u, delta, B, C = (t.contiguous() for t in (grad, u, delta, B, C))
-        z = None if z is None else z.contiguous()
+        D, z, delta_bias = (None if t is None else t.contiguous() for t in (D, z, delta_bias))
         rate_NE = _base_two_rate(A)
         _kernels().scan_backward[(batch, parts)](
             grad, u, delta, rate_NE, B, C, D, z, delta_bias, states,

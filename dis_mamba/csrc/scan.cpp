@@ -258,8 +258,9 @@ int64_t forward(const Call& c, bool count_only) {
   const int64_t own = arena.used - shared;
   if (count_only) return shared + own * c.threads + 64;
 
-  const int64_t wanted = c.batch * vectors / (8 * c.threads);
-  const int64_t block = wanted < 1 ? 1 : least_of<int64_t>(wanted, BLOCK);
+  // Even, so that which vectors go together does not depend on the number of threads.
+  const int64_t wanted = c.batch * vectors / (8 * c.threads) / 2 * 2;
+  const int64_t block = wanted < 2 ? 2 : least_of<int64_t>(wanted, BLOCK);
   const int64_t blocks = ceil_div(vectors, block);
   pack_rates<S>(c, rates);
   parallel_for(c.parallel, c.threads, c.batch * blocks, [&](int64_t task, int64_t thread) {

@@ -1,5 +1,6 @@
 """Compiling on first use: the cache, its refusals, and what runs where there is no compiler."""
 
+import errno
 import logging
 import os
 import subprocess
@@ -142,6 +143,45 @@ def test_a_compiler_that_is_named_and_does_not_run_is_no_other(source, monkeypat
     monkeypatch.setenv("CXX", command)
     with pytest.raises(NativeError, match=command):
         library(source).load()
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written_is_told_once(source, monkeypatch, caplog):
+    """By both operations, whose files would have names of their own."""
+
+    def refused(**options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), f"{options['prefix']}x7f3.tmp")
+
+    monkeypatch.setattr(native.tempfile, "mkstemp", refused)
+    other = source.with_name("other.cpp")
+    other.write_text(SOURCE)
+    with caplog.at_level(logging.WARNING):
+        reasons = {library(path).reason() for path in (source, other)}
+    (reason,) = reasons
+    assert reason.endswith("cannot be used: Read-only file system")
+    assert len(caplog.records) == 1
+
+
+@needs_compiler
+def test_a_mask_that_lets_the_group_write_does_not_make_a_binary_foreign(source, monkeypatch):
+    run = native._run
+
+    def linked(command):
+        done = run(command)
+        if "-o" in command:
+            os.chmod(command[-1], 0o775)  # as a linker that makes the file anew under umask 002
+        return done
+
+    monkeypatch.setattr(native, "_run", linked)
+    assert library(source).load().answer() == 42
+    assert library(source).load().answer() == 42
+
+
+@needs_compiler
+def test_fast_arithmetic_is_refused(source, monkeypatch):
+    monkeypatch.setenv("ZIGFLOW_CXXFLAGS", "-ffast-math")
+    kernels = NativeLibrary(Path(cpu.__file__).parents[1] / "csrc" / "scan.cpp", {"ZIGFLOW_CHUNK": 32})
+    assert "compile without -ffast-math" in str(kernels.reason())
 
 
 def test_without_a_compiler_torch_runs_and_one_line_says_why(source, monkeypatch, caplog):

@@ -29,13 +29,25 @@ SCANS = {
     "one_token": ((1, 1, 2, 2), ("z",), {"delta_softplus": True, "reverse": True}),
     "bfloat16": ((1, 9, 2, 2), ALL, {"delta_softplus": True}),
     "two_programs": ((1, 3, 33, 2), ("D",), {"delta_softplus": True}),
+    "float16": ((1, 5, 2, 2), ALL, {"delta_softplus": True}),
+    "strided": ((1, 5, 3, 2), ALL, {"delta_softplus": True}),
 }
 CONVS = {
     "silu": ((2, 7, 3, 4), True, {"activation": "silu"}),
     "reverse": ((1, 6, 3, 3), True, {"activation": "silu", "reverse": True}),
     "plain": ((1, 5, 33, 2), False, {}),
     "shorter_than_the_taps": ((1, 2, 3, 4), True, {"reverse": True}),
+    "strided": ((1, 5, 3, 3), True, {"activation": "silu"}),
 }
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def strided(arguments):
+    """The same values, every second one of a tensor twice as wide."""
+    spread = {
+        name: torch.stack([value, value + 1], dim=-1).detach()[..., 0] for name, value in arguments.items()
+    }
+    return {name: value.requires_grad_() for name, value in spread.items()}
 
 
 def compare(function, definition, arguments, limits, **flags):
@@ -51,14 +63,18 @@ def main() -> None:
     triton_scan.CHUNK, triton_scan._TILE, triton_scan._BACKWARD_WARPS = 4, 2, 1
     triton_conv._TILE, triton_conv._WARPS = 4, 1
     for name, (shape, options, flags) in SCANS.items():
-        half = name == "bfloat16"
-        arguments = scan_arguments(*shape, options=options, dtype=torch.bfloat16 if half else torch.float32)
+        half = name in DTYPES
+        arguments = scan_arguments(*shape, options=options, dtype=DTYPES.get(name, torch.float32))
         if not flags.get("delta_softplus"):
             arguments["delta"] = arguments["delta"].detach().abs().requires_grad_()
+        if name == "strided":
+            arguments = strided(arguments)
         compare(selective_scan, scan_definition, arguments, (1e-2, 2e-2) if half else (1e-5, 1e-4), **flags)
         sys.stdout.write(f"scan {name} agrees\n")
     for name, (shape, bias, flags) in CONVS.items():
-        compare(causal_conv1d, conv_definition, conv_arguments(*shape, bias=bias), (1e-5, 1e-5), **flags)
+        arguments = conv_arguments(*shape, bias=bias)
+        arguments = strided(arguments) if name == "strided" else arguments
+        compare(causal_conv1d, conv_definition, arguments, (1e-5, 1e-5), **flags)
         sys.stdout.write(f"conv {name} agrees\n")
     extreme = scan_arguments(1, 5, 2, 2)
     extreme["delta"] = torch.tensor([-1e4, -80.0, 80.0, 0.0, 1e4])[None, :, None].expand(1, 5, 2).clone()

@@ -82,6 +82,30 @@ def test_doctor_says_why_a_backend_cannot_run(monkeypatch):
     assert doctor.report()["problems"] == ["no backend of selective_scan can run on this machine"]
 
 
+def test_doctor_says_which_backend_would_run(monkeypatch):
+    from dis_causal_conv1d import native
+
+    found = doctor.report()
+    try:
+        told = native.compiler_version(tuple(native.compiler())).splitlines()[0]
+    except native.NativeError as error:
+        told = f"none: {error}"
+    assert told in found["machine"]["C++ compiler"]
+    assert found["backends"]["triton's version"]
+    monkeypatch.setenv("ZIGFLOW_BACKEND", "torch")
+    found = doctor.report()
+    for op in ("selective_scan", "causal_conv1d"):
+        assert found["backends"][op].startswith("torch would run (float32 on ")
+    assert found["launch"]["variables"]["ZIGFLOW_BACKEND"] == "torch"
+    monkeypatch.setenv("ZIGFLOW_BACKEND", "troch")
+    found = doctor.report()
+    assert found["backends"]["causal_conv1d"].startswith("none would run: ")
+    assert len(found["problems"]) == 2 and "torch" in found["problems"][0]
+    monkeypatch.delenv("ZIGFLOW_BACKEND")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "CXX = 'no-such-compiler' is not found" in doctor.report()["machine"]["C++ compiler"]
+
+
 @pytest.mark.parametrize(
     "environ, part",
     [

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 _VARIABLES = (
     "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "RUN_ID", "SLURM_JOB_ID",
     "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
-    "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION",
+    "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ZIGFLOW_BACKEND", "ZIGFLOW_CACHE", "ZIGFLOW_CXXFLAGS", "CXX",
 )  # fmt: skip
 _CPU_FLAGS = {
     "avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "asimd", "bf16", "sve"
@@ -86,12 +86,22 @@ def _machine() -> dict[str, Any]:
         "processor features": sorted(_CPU_FLAGS & set(flags[1].split())) if flags else [],
         "cores": f"{os.cpu_count()}, {usable} of them for this process",
         "memory": _memory(),
-        "C++ compiler": shutil.which("c++")
-        or shutil.which("g++")
-        or "none (loop.compile on a CPU needs one)",
+        "C++ compiler": _compiler(),
         "free disk here": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB",
         "configuration": str(config_dir()),
     }
+
+
+def _compiler() -> str:
+    """That of the kernels, ``$CXX`` before others, with its version."""
+    from dis_causal_conv1d.native import NativeError, compiler, compiler_version
+
+    try:
+        command = compiler()
+        version = compiler_version(tuple(command)).partition("\n")[0]
+    except NativeError as error:
+        return f"none: {error} (the cpu kernels and loop.compile on a CPU need one)"
+    return f"{' '.join([shutil.which(command[0]) or command[0], *command[1:]])} ({version})"
 
 
 def _memory() -> str:
@@ -133,18 +143,39 @@ def _has(distributed: Any, name: str) -> bool:
 
 
 def _backends(problems: list[str]) -> dict[str, str]:
+    """Per operation the backend that a model's calls would take here, then each with its reason; triton's version."""
+    import torch
+
     import dis_causal_conv1d
     import dis_mamba
+    from dis_causal_conv1d.backends import CONV
+    from dis_causal_conv1d.backends.call import ConvCall
+    from dis_mamba.backends import SCAN
+    from dis_mamba.backends.call import ScanCall
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    u, E = torch.ones(1, 4, 8, device=device), torch.ones(8, device=device)
+    scan = ScanCall(u, u, -E[:, None].expand(8, 8), u, u, E, u, E, True, False)
+    conv = ConvCall(u, torch.ones(8, 4, device=device), E, True, False)
     found = {}
-    for op, backends in (
-        ("selective_scan", dis_mamba.available_backends()),
-        ("causal_conv1d", dis_causal_conv1d.available_backends()),
+    for op, backends, dispatcher, call in (
+        ("selective_scan", dis_mamba.available_backends(), SCAN, scan),
+        ("causal_conv1d", dis_causal_conv1d.available_backends(), CONV, conv),
     ):
+        try:
+            found[op] = f"{dispatcher.select(call).name} would run (float32 on {device})"
+        except (RuntimeError, ValueError) as error:
+            # A name in ZIGFLOW_BACKEND that is none, or that of a backend which cannot run.
+            found[op] = f"none would run: {error}"
+            problems.append(f"{op}: {error}")
         for name, reason in backends.items():
             found[f"{op}/{name}"] = "can run" if reason is None else f"cannot run: {reason}"
         if all(backends.values()):
             problems.append(f"no backend of {op} can run on this machine")
+    try:
+        found["triton's version"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        found["triton's version"] = "not installed"
     return found
 
 
