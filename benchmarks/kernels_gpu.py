@@ -273,7 +273,10 @@ def measure_convolutions(shape, dtype, device, turns) -> dict:
     x = torch.randn(B, L, E, generator=generator).to(device, dtype)
     weight, bias = (torch.randn(*s, generator=generator).to(device) for s in ((E, 4), (E,)))
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    want = causal_conv1d(*(t.detach().double() for t in leaves), activation="silu", backend="reference")
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    defined = causal_conv1d(*exact, activation="silu", backend="reference")
+    wanted = [defined.detach(), *torch.autograd.grad(defined, exact, torch.ones_like(defined))]
+    limit = 1e-4 if dtype == torch.float32 else 2e-2
     forwards, backwards, missing = {}, {}, {}
     for name in dis_causal_conv1d.available_backends():
         try:
@@ -281,9 +284,11 @@ def measure_convolutions(shape, dtype, device, turns) -> dict:
         except (RuntimeError, ValueError) as error:
             missing[name] = str(error)
             continue
-        error = ((out.double() - want).abs().max() / want.abs().max()).item()
-        if not error <= (1e-5 if dtype == torch.float32 else 2e-2):
-            raise SystemExit(f"causal_conv1d, {name} at {shape}: off by {error:.1e}, not timed")
+        found = [out, *torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)]
+        for what, got, want in zip(("output", "x", "weight", "bias"), found, wanted, strict=True):
+            error = ((got.detach().double() - want).abs().max() / want.abs().max()).item()
+            if not error <= limit:
+                raise SystemExit(f"causal_conv1d, {name} at {shape}: {what} off by {error:.1e}, not timed")
 
         def forward(name=name):
             with torch.no_grad():

@@ -39,6 +39,14 @@ def test_more_taps_than_tokens_and_the_other_name_of_silu(backend):
     compare(backend, conv_arguments(2, 5, 3, 7), activation="swish")
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_empty_batch(backend, activation):
+    arguments = conv_arguments(0, 5, 3, 4)
+    out, grads = with_gradients(causal_conv1d, arguments, backend=backend, activation=activation)
+    assert out.shape == (0, 5, 3) and grads["x"].shape == (0, 5, 3)
+    assert grads["weight"].eq(0).all() and grads["bias"].eq(0).all()
+
+
 def test_float64(backend):
     arguments = conv_arguments(2, 9, 5, 4, dtype=torch.float64)
     compare(backend, arguments, of_max=(1e-13, 1e-13), activation="silu")

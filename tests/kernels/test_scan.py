@@ -91,6 +91,19 @@ def test_broadcast_arguments(backend):
     compare(backend, wide, delta_softplus=True)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_extreme_steps(backend, reverse):
+    """Steps of 0 and of 1e4 after softplus: decays of 1 and of 0, nothing overflows, gradients are right."""
+    arguments = scan_arguments(2, 7, 5, 4)
+    extreme = torch.tensor([-1e4, -80.0, 80.0, 0.0, 1e4, -30.0, 3e3])
+    arguments["delta"] = extreme[None, :, None].expand(2, 7, 5).clone().requires_grad_()
+    out, grads = with_gradients(
+        selective_scan, arguments, backend=backend, delta_softplus=True, reverse=reverse
+    )
+    assert all(value.isfinite().all() for value in (out, *grads.values()))
+    compare(backend, arguments, delta_softplus=True, reverse=reverse)
+
+
 def test_empty_batch(backend):
     arguments = scan_arguments(0, 5, 3, 2)
     out, grads = with_gradients(selective_scan, arguments, backend=backend)
