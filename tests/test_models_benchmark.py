@@ -33,6 +33,20 @@ def cases(models):
     return [models.Case(setting, name, "eager", "none", state, options) for name in models.ARRANGEMENTS]
 
 
+def report_of(command, target):
+    """What a benchmark writes."""
+    done = subprocess.run(
+        [*command, "--output", target],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(target.read_text())
+
+
 def test_the_arrangements_compute_the_same(models, cases):
     models.check(cases, "no")
     ours, published, _ = (case.model.state_dict().keys() for case in cases)
@@ -85,16 +99,7 @@ def test_it_runs_and_writes_what_it_measured(models, tmp_path):
         "--modes",
         "eager",
     ]
-    done = subprocess.run(
-        [*command, "--repeats", "2", "--threads", "1", "--note", "a test", "--output", target],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(target.read_text())
+    report = report_of([*command, "--repeats", "2", "--threads", "1", "--note", "a test"], target)
     for key in ("commit", "hardware", "load_average", "versions", "peak_tflop_per_second", "what"):
         assert report[key], key
     assert report["threads"] == 1
@@ -133,16 +138,7 @@ def test_every_backend_is_timed_after_it_was_compared(tmp_path):
     target = tmp_path / "result.json"
     sizes = ["--width", "32", "--depth", "3", "--side", "4", "--repeats", "1", "--threads", "1"]
     command = [sys.executable, SCRIPT.with_name("backends.py"), "--backends", "torch", "reference", *sizes]
-    done = subprocess.run(
-        [*command, "--device", "cpu", "--output", target],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(target.read_text())
+    report = report_of([*command, "--device", "cpu"], target)
     assert report["tokens"] == 16
     assert set(report["families"]) == {"zigma", "dis", "dim"}
     for family in report["families"].values():
