@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from zigflow.settings import SettingsError
 
+from .freed_memory import keep_freed_memory
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -169,6 +171,8 @@ def make_accelerator(*, cpu: bool = False) -> "Accelerator":
             )
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", dynamo_backend="no")
     check_joined(accelerator.num_processes)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator
 
 
