@@ -53,6 +53,7 @@ from zigflow.nn import (
     sincos_positions,
     unpatchify,
 )
+from zigflow.nn.backbone import check_sizes
 from zigflow.nn.checkpointing import CHECKPOINT_POLICIES, CheckpointedBlock
 from zigflow.nn.compilation import compile_in_place
 from zigflow.registry import register_variant, unknown_name
@@ -211,6 +212,7 @@ class ZigMa(nn.Module):
         official_backward_dt_init: bool = False,
     ):
         super().__init__()
+        check_sizes(in_channels=in_channels, embed_dim=embed_dim, depth=depth)
         if use_pe not in (0, 1, 2, 3):
             raise ValueError(
                 f"use_pe is 0 (none), 1 (sine-cosine), 2 (learned) or 3 (learned per block), got {use_pe}"

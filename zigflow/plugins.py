@@ -43,7 +43,7 @@ from zigflow.engine import launch
 from zigflow.preflight import check_training
 from zigflow.registry import UnknownNameError
 from zigflow.settings import WANDB_KEY, Settings, SettingsError
-from zigflow.typed import unknown_key
+from zigflow.typed import has_field, unknown_key
 
 log = logging.getLogger(__name__)
 
@@ -250,6 +250,14 @@ def _composed_as_typed(typed: Any, overrides: list[str], config_name: str) -> Di
     try:
         with _hydra(folder):
             return compose(typed.config_name or config_name, overrides, return_hydra_config=True)
+    except TypeError as error:
+        # Hydra looks for text in each entry of a list.
+        chosen = [item for item in overrides if "=[" in item]
+        if not chosen:
+            raise
+        raise SettingsError(
+            f"{' '.join(chosen)}: a group takes the name of a choice, such as scan=zigzagN8, and no number"
+        ) from error
     finally:
         _typed_folders.clear()
 
@@ -330,6 +338,8 @@ def explain(error: BaseException, config_name: str) -> str | None:
         while cause is not None:
             if isinstance(cause, OmegaConfBaseException) and "not in struct" in str(cause):
                 key = cause.full_key or str(cause.key)
+                if has_field(Settings, key):
+                    return f"{key} is not listed in the YAML that was chosen: give it as +{key}=VALUE"
                 return unknown_key(key, _known_keys(config_name, key, cause.parent_node))
             cause = cause.__cause__
         return _one_line(str(error))

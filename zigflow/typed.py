@@ -34,6 +34,14 @@ def parse(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     return cls(**kwargs)
 
 
+def has_field(cls: type, key: str) -> bool:
+    """Whether ``key``, a path of names, leads to a field of the dataclass ``cls`` or of one inside it."""
+    name, _, rest = key.partition(".")
+    if not dataclasses.is_dataclass(cls) or name not in (f.name for f in dataclasses.fields(cls)):
+        return False
+    return not rest or has_field(typing.get_type_hints(cls)[name], rest)
+
+
 def unknown_key(key: str, known: list[str]) -> str:
     """One line for a key that does not exist, with near matches."""
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.85) or difflib.get_close_matches(

@@ -277,6 +277,23 @@ def test_help_and_config_do_not_import_torch(script, flags, tmp_path):
     assert "digits" in done.stdout or "from_checkpoint" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "override, line",
+    [
+        (
+            "data.random_flip=true",
+            "data.random_flip is not listed in the YAML that was chosen: give it as +data.random_flip=",
+        ),
+        ("scan=[1]", "scan=[1]: a group takes the name of a choice"),
+    ],
+)
+def test_what_hydra_says_badly_is_said_in_one_line(override, line):
+    with pytest.raises(Exception) as refused:
+        plugins.check_command_line([override], "default")
+    assert plugins.explain(refused.value, "default").startswith(line)
+    assert plugins.is_mistake(refused.value)
+
+
 def test_the_command_exits_with_2_and_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "train_acc.py"), "data.bath_size=3"],

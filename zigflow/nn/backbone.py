@@ -11,6 +11,13 @@ from .conditioning import NO_NULL, null_condition
 from .patch import check_divisible
 
 
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError for the first that is less than 1, by its name."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} is at least 1, got {value}")
+
+
 class Backbone(nn.Module):
     """Base of a model that predicts from (B, C, H, W), a time per sample, and a class or a text.
 
@@ -42,6 +49,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: values that exclude each other, named with what is allowed.
         """
+        check_sizes(in_channels=in_channels, embed_dim=embed_dim)
         if depth < 0:
             raise ValueError(f"depth is at least 0, got {depth}")
         if not 0 <= class_dropout_prob < 1:

@@ -201,7 +201,10 @@ class Table:
 
     def __init__(self, betas: Tensor):
         if not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError("betas must lie between 0 and 1, both excluded; choose another schedule")
+            raise ValueError(
+                f"betas must lie between 0 and 1, both excluded, and run from {float(betas.min()):g} to "
+                f"{float(betas.max()):g}; choose another schedule"
+            )
         self.values = 0.5 * torch.cumsum(torch.log1p(-betas.double()), 0)
 
     def _segment(self, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
