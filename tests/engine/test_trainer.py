@@ -13,6 +13,7 @@ from tests.engine.toys import CLASSES, Loader, TinyModel, ToyProcess, assert_sam
 from zigflow.engine import checkpoint, durable
 from zigflow.engine import step as step_module
 from zigflow.engine.checkpoint import CheckpointError
+from zigflow.engine.ema import EmaProfile
 from zigflow.engine.log import read_metrics
 from zigflow.engine.monitor import MACHINE_KEYS
 from zigflow.engine.optim import Schedule
@@ -512,3 +513,14 @@ def test_training_learns(tmp_path):
         hooks=[lambda t, r: losses.append(r.loss)],
     ).fit()  # fmt: skip
     assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+
+
+def test_a_half_life_that_the_ramp_never_reaches_is_told(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        make_trainer(
+            tmp_path,
+            steps=2,
+            ema=(EmaProfile("long", half_life=50, ramp=0.5), EmaProfile("short", half_life=4, ramp=0.5)),
+        ).fit()
+    told = [r.getMessage() for r in caplog.records if "half-life" in r.getMessage()]
+    assert told == ["EMA profile long: half-life 4 images at the end, a share of 0.5 of those seen, not 50"]

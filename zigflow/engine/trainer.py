@@ -213,6 +213,13 @@ class Trainer:
             "global batch %d = %d samples x %d micro-batches x %d processes",
             self.global_batch, options.batch_size, options.grad_accum, self.ranks.size,
         )  # fmt: skip
+        for profile in options.ema:
+            reach = profile.ramp * options.train_steps * self.global_batch
+            if profile.half_life is not None and 0 < reach < profile.half_life:
+                log.info(
+                    "EMA profile %s: half-life %g images at the end, a share of %g of those seen, not %g",
+                    profile.name, reach, profile.ramp, profile.half_life,
+                )  # fmt: skip
         data = iter(self.loader_factory(counters.batches))
         # After the iterator exists: a DataLoader takes a number from torch's generator when it starts.
         self._restore_generators(found)
