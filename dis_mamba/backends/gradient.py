@@ -1,6 +1,6 @@
 """What the registered scans share: the shapes of their results and how autograd joins forward and backward.
 
-An operator pair has these signatures, with S boundary states between chunks of visited tokens (32 by default)::
+An operator pair has these signatures, with S boundary states between chunks of visited tokens (``chunk_of``)::
 
     forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> out (B,L,E), states (B,S,N,E)
     backward(grad, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse) -> eight gradients
@@ -15,12 +15,20 @@ from torch import Tensor
 
 from .call import state_dtype
 
-# At N = 16 the boundary states of 32-token chunks are half the size of one activation (B, L, E).
 CHUNK = 32
 
 
-def empty_outputs(u: Tensor, A: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+def chunk_of(dtype: torch.dtype) -> int:
+    """Tokens from one boundary state to the next, for sequences of ``dtype``.
+
+    At N = 16 the states, float32 at least, are half the size of one activation (B, L, E).
+    """
+    return CHUNK * max(1, 4 // dtype.itemsize)
+
+
+def empty_outputs(u: Tensor, A: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Uninitialized memory for a forward operator's results, with a state every ``chunk`` tokens."""
+    chunk = chunk or chunk_of(u.dtype)
     boundaries = (u.shape[1] + chunk - 1) // chunk - 1
     states = u.new_empty((u.shape[0], boundaries, A.shape[1], u.shape[2]), dtype=state_dtype(u.dtype))
     return u.new_empty(u.shape), states
@@ -50,10 +58,11 @@ def empty_gradients(
     )
 
 
-def register(forward: str, backward: str, run_backward: Callable, backend: str, chunk: int = CHUNK) -> None:
+def register(forward: str, backward: str, run_backward: Callable, backend: str, chunk: int | None = None) -> None:
     """Give the operators "namespace::name" ``forward`` and ``backward`` their fake results and autograd rules.
 
-    ``run_backward`` is the backward operator. A second derivative raises RuntimeError and names ``backend``.
+    ``run_backward`` is the backward operator; ``chunk`` counts the tokens between boundary states, where
+    ``chunk_of`` does not. A second derivative raises RuntimeError and names ``backend``.
     """
 
     def fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):

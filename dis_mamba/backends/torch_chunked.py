@@ -6,7 +6,7 @@ is one vectorized operation; the recurrence is one addcmul per token. Only the s
 kept for backward, as outputs of the forward operator, so that selective checkpointing can keep them; backward
 recomputes the states of one chunk at a time.
 
-Shapes: B batch, L tokens, E channels, N states, S = ceil(L / CHUNK) - 1 chunk boundaries; in a block R rows,
+Shapes: B batch, L tokens, E channels, N states, S = ceil(L / chunk) - 1 chunk boundaries; in a block R rows,
 T tokens, X channels.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from dis_causal_conv1d.dispatch import transform_reason
 
 from .call import ScanCall, state_dtype
-from .gradient import CHUNK, register
+from .gradient import chunk_of, empty_outputs, register
 
 _LOG2_E = math.log2(math.e)
 _BLOCK_ELEMENTS_CPU = 1 << 19
@@ -57,9 +57,8 @@ def chunked_scan(
 ) -> tuple[Tensor, Tensor]:
     """The output (B,L,E) and the states at the chunk boundaries (B,S,N,E)."""
     dtype = state_dtype(u.dtype)
-    spans = _spans(u.shape[1], reverse)
-    out = u.new_empty(u.shape)
-    states = torch.empty((u.shape[0], len(spans) - 1, A.shape[1], u.shape[2]), dtype=dtype, device=u.device)
+    spans = _spans(u, reverse)
+    out, states = empty_outputs(u, A)
     with torch.autocast(u.device.type, enabled=False):
         rate_NE = _base_two_rate(A, dtype)
         B, C = B.to(dtype), C.to(dtype)
@@ -104,7 +103,7 @@ def chunked_scan_backward(
     """Gradients of u, delta, A, B, C, D, z, delta_bias, each in its tensor's dtype; empty for an absent tensor."""
     dtype = state_dtype(u.dtype)
     device = u.device
-    spans = _spans(u.shape[1], reverse)
+    spans = _spans(u, reverse)
     grad_u, grad_delta = u.new_empty(u.shape), delta.new_empty(delta.shape)
     grad_z = u.new_empty(0) if z is None else z.new_empty(z.shape)
     grad_A_NE = torch.zeros((A.shape[1], A.shape[0]), dtype=dtype, device=device)
@@ -180,7 +179,7 @@ class _Blocks:
         self.batch, length, self.channels = u.shape
         self.num_states = num_states
         wanted = _BLOCK_ELEMENTS_CPU if u.device.type == "cpu" else _BLOCK_ELEMENTS_DEVICE
-        per_channel = min(length, CHUNK) * num_states
+        per_channel = min(length, chunk_of(u.dtype)) * num_states
         # A multiple of 64 channels keeps the vector loops free of remainders.
         self.step_columns = min(self.channels, max(64, 2 * wanted // per_channel // 64 * 64))
         self.step_rows = max(1, min(self.batch, wanted // (per_channel * self.step_columns)))
@@ -204,9 +203,10 @@ def _cuts(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
-def _spans(length: int, reverse: bool) -> list[slice]:
-    """The chunks in the order in which the scan visits them; CHUNK counts from the first visited token."""
-    spans = _cuts(length, CHUNK)
+def _spans(u: Tensor, reverse: bool) -> list[slice]:
+    """The chunks in the order in which the scan visits them, counted from the first visited token."""
+    length = u.shape[1]
+    spans = _cuts(length, chunk_of(u.dtype))
     return [slice(length - s.stop, length - s.start) for s in spans] if reverse else list(spans)
 
 

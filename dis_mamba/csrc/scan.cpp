@@ -1,13 +1,14 @@
 // The selective scan and its gradient, token-major, one vector of channels at a time.
 //
 // A task is a block of channels of some rows of the batch, and walks the tokens chunk by chunk. Per chunk: what
-// belongs to a token and a channel alone (step size, gate) is computed for the whole block into scratch; then the
-// recurrence runs for a few channel vectors and states at a time, the states in registers. Forward keeps the states
-// at the chunk boundaries; backward recomputes the states of one chunk from them, from the last chunk to the first.
+// belongs to a token and a channel alone (step size, gate) is computed into scratch, forward for the whole block,
+// backward for one vector of channels; then the recurrence runs for a few channel vectors and states at a time, the
+// states in registers. Forward keeps the states between spans of tokens; backward recomputes the states of one span
+// from them, from the last span to the first.
 // Sums over channels (B, C) and over the batch (A, D, bias) are made per task, then in the order of the tasks, and how
 // the work is cut follows from its shape alone: the number of threads changes no bit.
 //
-// Shapes: B batch, L tokens, E channels, N states; V lanes of a vector, G groups of rows, a block has up to BLOCK vectors.
+// Shapes: B batch, L tokens, E channels, N states; V lanes of a vector; a block has up to BLOCK vectors.
 
 #include <utility>
 
@@ -20,10 +21,14 @@ namespace {
 constexpr int CHUNK = ZIGFLOW_CHUNK;
 constexpr int BLOCK = 8;
 
+// Tokens between the states that forward keeps: at 16 states these are half as large as one activation.
+template <class T>
+constexpr int SPAN = sizeof(T) == 2 ? 2 * CHUNK : CHUNK;
+
 #if ZIGFLOW_VECTOR_BYTES >= 64
-constexpr int FORWARD_VECTORS = 2, FORWARD_STATES = 8, BACKWARD_VECTORS = 1, BACKWARD_STATES = 4;
+constexpr int FORWARD_VECTORS = 2, FORWARD_STATES = 8;
 #else
-constexpr int FORWARD_VECTORS = 1, FORWARD_STATES = 4, BACKWARD_VECTORS = 1, BACKWARD_STATES = 4;
+constexpr int FORWARD_VECTORS = 1, FORWARD_STATES = 4;
 #endif
 
 // Every field is 8 bytes; the caller packs them in this order. Strides count elements; a last stride is 1.
@@ -32,7 +37,7 @@ struct Call {
   Parallel parallel;
   const void *u, *delta, *A, *B, *C, *D, *z, *bias, *grad;  // A (E,N), D, bias in the state's type; D, z, bias may be null
   int64_t u_row, u_token, delta_row, delta_token, B_row, B_token, C_row, C_token, z_row, z_token, grad_row, grad_token;
-  void *out, *boundaries;  // (B,L,E); (B,S,N,E) or null
+  void *out, *boundaries;  // (B,L,E); (B,S,N,E) or null, S = ceil(L / SPAN) - 1
   void *grad_u, *grad_delta, *grad_A, *grad_B, *grad_C, *grad_D, *grad_z, *grad_bias;  // contiguous; null where absent
   void* workspace;
 };
@@ -214,8 +219,9 @@ void forward_task(const Call& c, const Vec<State<T>>* rates, ForwardScratch<Stat
                       step(z ? c.z_token : c.u_token),
                       step(E),
                       V<S> * int64_t(sizeof(T))};
-    S* kept = c.boundaries && chunk + 1 < chunks
-                  ? static_cast<S*>(c.boundaries) + (row * (chunks - 1) + chunk) * N * E + e0
+    const int64_t end = start + CHUNK;
+    S* kept = c.boundaries && end < L && end % SPAN<T> == 0
+                  ? static_cast<S*>(c.boundaries) + (row * (ceil_div(L, SPAN<T>) - 1) + end / SPAN<T> - 1) * N * E + e0
                   : nullptr;
     int v = 0;
     for (; v + FORWARD_VECTORS <= vectors; v += FORWARD_VECTORS) {
@@ -273,121 +279,49 @@ int64_t forward(const Call& c, bool count_only) {
 
 // ---- backward
 
+// One vector of channels walks a span twice for every few states: forward to recompute them, back with their adjoint.
+// All that both passes touch fits in the first cache; stores are few, since with AVX-512 they take turns with the
+// multiply-adds. The sums over channels are folded over the lanes in the second pass, whose adders are idle.
+
+// States, and tokens at a time, whose sums are folded together: as many values as a vector has lanes.
 template <class S>
-struct BackwardScratch {
-  Vec<S>*u, *dt, *dtu, *slope, *gy, *gate, *y, *gdt, *gdtu;  // [vector][CHUNK]
-  Vec<S>*state, *adjoint, *grad_A, *grad_D, *grad_bias;      // [vector][N]; [vector]
-  Vec<S>*decay, *carried, *sum_B, *sum_C;                    // [CHUNK][vectors][states] of one call, [CHUNK][states]
-  S *B, *C;
-  BackwardScratch(Arena& arena, int64_t N) {
-    for (Vec<S>** p : {&u, &dt, &dtu, &slope, &gy, &gate, &y, &gdt, &gdtu}) *p = arena.take<Vec<S>>(BLOCK * CHUNK);
-    for (Vec<S>** p : {&state, &adjoint, &grad_A}) *p = arena.take<Vec<S>>(BLOCK * N);
-    for (Vec<S>** p : {&grad_D, &grad_bias}) *p = arena.take<Vec<S>>(BLOCK);
-    for (Vec<S>** p : {&decay, &carried}) *p = arena.take<Vec<S>>(CHUNK * BACKWARD_VECTORS * BACKWARD_STATES);
-    for (Vec<S>** p : {&sum_B, &sum_C}) *p = arena.take<Vec<S>>((CHUNK + V<S>)*BACKWARD_STATES);
-    B = arena.take<S>(CHUNK * N);
-    C = arena.take<S>(CHUNK * N);
-  }
-  // The same from vector v on; what belongs to one call of the recurrence stays.
-  BackwardScratch from(int v, int64_t N) const {
-    BackwardScratch s = *this;
-    for (Vec<S>** p : {&s.u, &s.dt, &s.dtu, &s.slope, &s.gy, &s.gate, &s.y, &s.gdt, &s.gdtu}) *p += v * CHUNK;
-    for (Vec<S>** p : {&s.state, &s.adjoint, &s.grad_A}) *p += v * N;
-    return s;
-  }
+constexpr int STATES = V<S> < 4 ? V<S> : 4;
+template <class S>
+constexpr int STEP = V<S> / STATES<S>;
+
+// What belongs to the tokens of a span and to STATES states: B and C, and the sums over channels of their gradients.
+template <class T>
+struct Group {
+  using S = State<T>;
+  S B[SPAN<T>][STATES<S>], C[SPAN<T>][STATES<S>], sum_B[SPAN<T>][STATES<S>], sum_C[SPAN<T>][STATES<S>];
 };
 
-// One chunk for CV vectors and NB states. ``initial``: these are the first vectors, which set the sums over channels.
-template <class S, int CV, int NB, bool GATED>
-INLINE void backward_states(int count, int64_t N, int64_t n0, bool initial, const Vec<S>* rate,
-                            const BackwardScratch<S>& s) {
-  // Recompute, keeping exp(dt A) and its product with the state before the token; C's gradient needs the state itself.
-  Vec<S> h[CV][NB];
-#pragma GCC unroll 16
-  for (int v = 0; v < CV; v++)
-#pragma GCC unroll 16
-    for (int n = 0; n < NB; n++) h[v][n] = s.state[v * N + n0 + n];
-  for (int i = 0; i < count; i++) {
-    const S *Bi = s.B + i * N + n0, *Ci = s.C + i * N + n0;
-    Vec<S> sum[NB];
-#pragma GCC unroll 16
-    for (int n = 0; n < NB; n++) sum[n] = initial ? Vec<S>{} : s.sum_C[i * NB + n];
-#pragma GCC unroll 16
-    for (int v = 0; v < CV; v++) {
-      const Vec<S> step = s.dt[v * CHUNK + i], drive = s.dtu[v * CHUNK + i], gy = s.gy[v * CHUNK + i];
-      Vec<S> y = !GATED || n0 == 0 ? Vec<S>{} : s.y[v * CHUNK + i];
-#pragma GCC unroll 16
-      for (int n = 0; n < NB; n++) {
-        const Vec<S> decay = exp2(step * rate[v * N + n0 + n]);
-        const Vec<S> carried = decay * h[v][n];
-        s.decay[(i * CV + v) * NB + n] = decay;
-        s.carried[(i * CV + v) * NB + n] = carried;
-        h[v][n] = carried + drive * Bi[n];
-        sum[n] += gy * h[v][n];
-        if (GATED) y += h[v][n] * Ci[n];
-      }
-      if (GATED) s.y[v * CHUNK + i] = y;
-    }
-#pragma GCC unroll 16
-    for (int n = 0; n < NB; n++) s.sum_C[i * NB + n] = sum[n];
+// What belongs to the tokens of a span and to one vector of channels. The offsets are known to the compiler: the
+// recurrence needs few registers for addresses.
+template <class T>
+struct Span {
+  using S = State<T>;
+  Vec<S> dt[SPAN<T>], dtu[SPAN<T>], gy[SPAN<T>], y[SPAN<T>], gdt[SPAN<T>], gdtu[SPAN<T>];
+  Vec<S> u[SPAN<T>], slope[SPAN<T>], gate[SPAN<T>];
+  // Of the states at hand: [token][state], and one state before the first token.
+  Vec<S> decay[SPAN<T> * STATES<S>], state[(SPAN<T> + 1) * STATES<S>];
+};
+
+template <class T>
+struct BackwardScratch {
+  using S = State<T>;
+  Span<T>* span;
+  Group<T>* groups;                              // [groups_in(N)]
+  Vec<S>*adjoint, *grad_A, *grad_D, *grad_bias;  // [vector][N]; [vector]
+  BackwardScratch(Arena& arena, int64_t N) {
+    span = arena.take<Span<T>>(1);
+    groups = arena.take<Group<T>>(groups_in(N));
+    for (Vec<S>** p : {&adjoint, &grad_A}) *p = arena.take<Vec<S>>(BLOCK * N);
+    for (Vec<S>** p : {&grad_D, &grad_bias}) *p = arena.take<Vec<S>>(BLOCK);
   }
-
-  // The adjoint g of the states, from the last token to the first.
-  Vec<S> g[CV][NB], grad_A[CV][NB];
-#pragma GCC unroll 16
-  for (int v = 0; v < CV; v++)
-#pragma GCC unroll 16
-    for (int n = 0; n < NB; n++) {
-      g[v][n] = s.adjoint[v * N + n0 + n];
-      grad_A[v][n] = s.grad_A[v * N + n0 + n];
-    }
-  for (int i = count - 1; i >= 0; i--) {
-    const S *Bi = s.B + i * N + n0, *Ci = s.C + i * N + n0;
-    Vec<S> sum[NB];
-#pragma GCC unroll 16
-    for (int n = 0; n < NB; n++) sum[n] = initial ? Vec<S>{} : s.sum_B[i * NB + n];
-#pragma GCC unroll 16
-    for (int v = 0; v < CV; v++) {
-      const Vec<S> step = s.dt[v * CHUNK + i], drive = s.dtu[v * CHUNK + i], gy = s.gy[v * CHUNK + i];
-      Vec<S> gdt = n0 == 0 ? Vec<S>{} : s.gdt[v * CHUNK + i], gdtu = n0 == 0 ? Vec<S>{} : s.gdtu[v * CHUNK + i];
-#pragma GCC unroll 16
-      for (int n = 0; n < NB; n++) {
-        g[v][n] += gy * Ci[n];
-        sum[n] += drive * g[v][n];
-        gdtu += g[v][n] * Bi[n];
-        const Vec<S> exponent = g[v][n] * s.carried[(i * CV + v) * NB + n];
-        grad_A[v][n] += exponent * step;
-        gdt += exponent * rate[v * N + n0 + n];
-        g[v][n] *= s.decay[(i * CV + v) * NB + n];
-      }
-      s.gdt[v * CHUNK + i] = gdt;
-      s.gdtu[v * CHUNK + i] = gdtu;
-    }
-#pragma GCC unroll 16
-    for (int n = 0; n < NB; n++) s.sum_B[i * NB + n] = sum[n];
-  }
-#pragma GCC unroll 16
-  for (int v = 0; v < CV; v++)
-#pragma GCC unroll 16
-    for (int n = 0; n < NB; n++) {
-      s.adjoint[v * N + n0 + n] = g[v][n];
-      s.grad_A[v * N + n0 + n] = grad_A[v][n];
-    }
-}
-
-template <class S>
-using StatesFunction = void (*)(int, int64_t, int64_t, bool, const Vec<S>*, const BackwardScratch<S>&);
-
-template <class S, int CV, int NB, bool GATED>
-__attribute__((noinline)) void backward_call(int count, int64_t N, int64_t n0, bool initial, const Vec<S>* rate,
-                                             const BackwardScratch<S>& s) {
-  backward_states<S, CV, NB, GATED>(count, N, n0, initial, rate, s);
-}
-
-template <class S, int CV, int NB>
-StatesFunction<S> choose(bool gated) {
-  return gated ? backward_call<S, CV, NB, true> : backward_call<S, CV, NB, false>;
-}
+  // Groups of STATES states, then one for each state that is left.
+  static int64_t groups_in(int64_t N) { return N / STATES<S> + N % STATES<S>; }
+};
 
 // The lanes of a pair of vectors whose values each own SEGMENT lanes, folded to half as many lanes per value.
 template <class S, int SEGMENT, int... I>
@@ -403,22 +337,125 @@ INLINE Vec<S> fold_pair(Vec<S> a, Vec<S> b, std::integer_sequence<int, I...>) {
 #endif
 }
 
-template <class S, int COUNT>
+// COUNT vectors whose values each own SEGMENT lanes, folded into one.
+template <class S, int COUNT, int SEGMENT>
 INLINE Vec<S> fold(const Vec<S>* vectors) {
   if constexpr (COUNT == 1)
     return *vectors;
   else
-    return fold_pair<S, 2 * V<S> / COUNT>(fold<S, COUNT / 2>(vectors), fold<S, COUNT / 2>(vectors + COUNT / 2),
-                                          std::make_integer_sequence<int, V<S>>());
+    return fold_pair<S, 2 * SEGMENT / COUNT>(fold<S, COUNT / 2, SEGMENT>(vectors),
+                                             fold<S, COUNT / 2, SEGMENT>(vectors + COUNT / 2),
+                                             std::make_integer_sequence<int, V<S>>());
 }
 
-// The sums over the lanes of `count` times STATES vectors, written to out[at(i) * N + n].
-template <class S, int STATES>
-void sum_lanes(const Vec<S>* vectors, int count, const Walk& walk, int64_t start, int64_t N, S* out) {
-  static_assert(V<S> % STATES == 0 || STATES % V<S> == 0, "");
-  alignas(64) S sums[(CHUNK + V<S>)*STATES];
-  for (int first = 0; first < count * STATES; first += V<S>) store_full(sums + first, fold<S, V<S>>(vectors + first));
-  for (int i = 0; i < count; i++) memcpy(out + walk.at(start + i) * N, sums + i * STATES, STATES * sizeof(S));
+// A line of an array for every token, asked for while the recurrence runs.
+struct Stream {
+  const char* first;
+  int64_t step;
+  INLINE void fetch(int token) const { __builtin_prefetch(first + token * step, 0, 2); }
+};
+
+struct Streams {
+  Stream all[7];
+  int count = 0, next = 0;
+  template <class T>
+  void add(const T* first, int64_t step) {
+    all[count++] = {reinterpret_cast<const char*>(first), step * int64_t(sizeof(T))};
+  }
+  // The next one; after the last, one that is in the cache already.
+  Stream take(const void* cached) { return next < count ? all[next++] : Stream{static_cast<const char*>(cached), 0}; }
+};
+
+// One span for one vector and NB states; `tokens` is a multiple of STEP.
+template <class T, int NB, bool GATED, class S = State<T>>
+INLINE void backward_states(int tokens, const Vec<S>* rate, Vec<S>* adjoint, Vec<S>* grad_A_sum, Group<T>& group,
+                            Span<T>& s, Stream first, Stream second) {
+  // Recompute, keeping exp(dt A) and the states.
+  Vec<S> h[NB];
+#pragma GCC unroll 16
+  for (int n = 0; n < NB; n++) h[n] = s.state[n];
+  for (int i = 0; i < tokens; i++) {
+    first.fetch(i);
+    const Vec<S> step = s.dt[i], drive = s.dtu[i];
+    Vec<S> y = GATED ? s.y[i] : Vec<S>{};
+#pragma GCC unroll 16
+    for (int n = 0; n < NB; n++) {
+      const Vec<S> decay = exp2(step * rate[n]);
+      h[n] = decay * h[n] + drive * group.B[i][n];
+      if (GATED) y += h[n] * group.C[i][n];
+      s.decay[i * NB + n] = decay;
+      s.state[(i + 1) * NB + n] = h[n];
+    }
+    if (GATED) s.y[i] = y;
+  }
+
+  // The adjoint g of the states, from the last token to the first.
+  Vec<S> g[NB], grad_A[NB];
+#pragma GCC unroll 16
+  for (int n = 0; n < NB; n++) {
+    g[n] = adjoint[n];
+    grad_A[n] = grad_A_sum[n];
+  }
+  for (int i = tokens - STEP<S>; i >= 0; i -= STEP<S>) {
+    Vec<S> part_B[STEP<S>], part_C[STEP<S>];
+#pragma GCC unroll 16
+    for (int j = STEP<S> - 1; j >= 0; j--) {
+      const int at = i + j;
+      second.fetch(at);
+      const Vec<S> step = s.dt[at], drive = s.dtu[at], gy = s.gy[at];
+      Vec<S> gdt = s.gdt[at], gdtu = s.gdtu[at];
+      Vec<S> to_B[STATES<S>] = {}, to_C[STATES<S>] = {};
+#pragma GCC unroll 16
+      for (int n = 0; n < NB; n++) {
+        g[n] += gy * group.C[at][n];
+        to_B[n] = drive * g[n];
+        to_C[n] = gy * s.state[(at + 1) * NB + n];
+        gdtu += g[n] * group.B[at][n];
+        g[n] *= s.decay[at * NB + n];
+        const Vec<S> exponent = g[n] * s.state[at * NB + n];
+        grad_A[n] += exponent * step;
+        gdt += exponent * rate[n];
+      }
+      s.gdt[at] = gdt;
+      s.gdtu[at] = gdtu;
+      part_B[j] = fold<S, STATES<S>, V<S>>(to_B);
+      part_C[j] = fold<S, STATES<S>, V<S>>(to_C);
+    }
+    S *sum_B = group.sum_B[i], *sum_C = group.sum_C[i];
+    store_full(sum_B, load_full(sum_B) + fold<S, STEP<S>, V<S> / STATES<S>>(part_B));
+    store_full(sum_C, load_full(sum_C) + fold<S, STEP<S>, V<S> / STATES<S>>(part_C));
+  }
+#pragma GCC unroll 16
+  for (int n = 0; n < NB; n++) {
+    adjoint[n] = g[n];
+    grad_A_sum[n] = grad_A[n];
+  }
+}
+
+// One span for one vector and all states. `kept`: the states before the span, or null where these are zero.
+template <class T, bool GATED, class S = State<T>>
+__attribute__((noinline)) void backward_vector(int tokens, int64_t N, int64_t E, int lanes, const S* kept,
+                                               const Vec<S>* rate, Vec<S>* adjoint, Vec<S>* grad_A, Group<T>* group,
+                                               Span<T>& s, Streams& ahead) {
+  // Each pass asks for one stream; with few states, what is left over is asked for at once.
+  while (ahead.count - ahead.next > 2 * BackwardScratch<T>::groups_in(N)) {
+    const Stream stream = ahead.take(&s);
+    for (int i = 0; i < tokens; i++) stream.fetch(i);
+  }
+  int64_t n = 0;
+  const auto begin = [&](int states) {
+    for (int k = 0; k < states; k++) s.state[k] = kept ? load(kept + (n + k) * E, lanes) : Vec<S>{};
+  };
+  for (; n + STATES<S> <= N; n += STATES<S>) {
+    begin(STATES<S>);
+    const Stream first = ahead.take(&s), second = ahead.take(&s);
+    backward_states<T, STATES<S>, GATED>(tokens, rate + n, adjoint + n, grad_A + n, *group++, s, first, second);
+  }
+  for (; n < N; n++) {
+    begin(1);
+    const Stream first = ahead.take(&s), second = ahead.take(&s);
+    backward_states<T, 1, GATED>(tokens, rate + n, adjoint + n, grad_A + n, *group++, s, first, second);
+  }
 }
 
 template <class S>
@@ -435,92 +472,126 @@ struct Partials {
   }
 };
 
+// B and C of one span in the order of the walk, zero beyond `count`, and zeros for the sums.
 template <class T>
-void backward_row(const Call& c, const Vec<State<T>>* rate, const BackwardScratch<State<T>>& s, int64_t row,
+void take_groups(const Call& c, const T* B, const T* C, const Walk& walk, int64_t start, int count, int tokens,
+                 Group<T>* group) {
+  using S = State<T>;
+  for (int64_t n = 0; n < c.states; group++) {
+    const int states = n + STATES<S> <= c.states ? STATES<S> : 1;
+    for (int i = 0; i < tokens; i++) {
+      const int64_t l = i < count ? walk.at(start + i) : 0;
+      for (int k = 0; k < STATES<S>; k++) {
+        const bool there = i < count && k < states;
+        group->B[i][k] = there ? to_state(B[l * c.B_token + n + k]) : S(0);
+        group->C[i][k] = there ? to_state(C[l * c.C_token + n + k]) : S(0);
+        group->sum_B[i][k] = group->sum_C[i][k] = S(0);
+      }
+    }
+    n += states;
+  }
+}
+
+template <class T>
+void give_sums(const Group<T>* group, const Walk& walk, int64_t start, int count, int64_t N, State<T>* sum_B,
+               State<T>* sum_C) {
+  using S = State<T>;
+  for (int64_t n = 0; n < N; group++) {
+    const int states = n + STATES<S> <= N ? STATES<S> : 1;
+    for (int i = 0; i < count; i++) {
+      const int64_t at = walk.at(start + i) * N + n;
+      for (int k = 0; k < states; k++) {
+        sum_B[at + k] = group->sum_B[i][k];
+        sum_C[at + k] = group->sum_C[i][k];
+      }
+    }
+    n += states;
+  }
+}
+
+template <class T>
+void backward_row(const Call& c, const Vec<State<T>>* rate, const BackwardScratch<T>& scratch, int64_t row,
                   int64_t first, int vectors, State<T>* part_B, State<T>* part_C) {
   using S = State<T>;
-  const int64_t N = c.states, E = c.channels, L = c.length, e0 = first * V<S>, chunks = ceil_div(L, CHUNK);
+  Span<T>& s = *scratch.span;
+  const int64_t N = c.states, E = c.channels, L = c.length, spans = ceil_div(L, SPAN<T>);
   const Walk walk{L, c.reverse != 0};
-  const T *u = static_cast<const T*>(c.u) + row * c.u_row + e0, *delta = static_cast<const T*>(c.delta) + row * c.delta_row + e0;
-  const T* grad = static_cast<const T*>(c.grad) + row * c.grad_row + e0;
-  const T* z = c.z ? static_cast<const T*>(c.z) + row * c.z_row + e0 : nullptr;
-  T *grad_u = static_cast<T*>(c.grad_u) + row * L * E + e0, *grad_delta = static_cast<T*>(c.grad_delta) + row * L * E + e0;
-  T* grad_z = z ? static_cast<T*>(c.grad_z) + row * L * E + e0 : nullptr;
-  const int64_t width = least_of<int64_t>(vectors * V<S>, E - e0);
-  int lanes[BLOCK];
-  Vec<S> bias[BLOCK], D[BLOCK];
-  for (int v = 0; v < vectors; v++) {
-    lanes[v] = int(least_of<int64_t>(V<S>, E - e0 - v * V<S>));
-    bias[v] = c.bias ? load(static_cast<const S*>(c.bias) + e0 + v * V<S>, lanes[v]) : Vec<S>{};
-    D[v] = c.D ? load(static_cast<const S*>(c.D) + e0 + v * V<S>, lanes[v]) : Vec<S>{};
-  }
-  for (int64_t i = 0; i < vectors * N; i++) s.adjoint[i] = Vec<S>{};
-  for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
-    const int64_t start = chunk * CHUNK;
-    const int count = int(least_of<int64_t>(CHUNK, L - start));
-    take_chunk(static_cast<const T*>(c.B) + row * c.B_row, c.B_token, walk, start, count, N, s.B);
-    take_chunk(static_cast<const T*>(c.C) + row * c.C_row, c.C_token, walk, start, count, N, s.C);
-    const S* kept = static_cast<const S*>(c.boundaries) + (row * (chunks - 1) + chunk - 1) * N * E + e0;
-    for (int64_t n = 0; n < N; n++)
-      for (int v = 0; v < vectors; v++)
-        s.state[v * N + n] = chunk > 0 ? load(kept + n * E + v * V<S>, lanes[v]) : Vec<S>{};
-    for (int i = 0; i < count; i++) {
-      const int64_t l = walk.at(start + i);
-      if (chunk > 0) {
-        const int64_t next = walk.at(start - CHUNK + i);
-        fetch<false>(u + next * c.u_token, width);
-        fetch<false>(delta + next * c.delta_token, width);
-        fetch<false>(grad + next * c.grad_token, width);
-        if (z) fetch<false>(z + next * c.z_token, width);
-      }
-      fetch<true>(grad_u + l * E, width);
-      fetch<true>(grad_delta + l * E, width);
-      if (z) fetch<true>(grad_z + l * E, width);
-      for (int v = 0; v < vectors; v++) {
-        const int64_t at = v * CHUNK + i, offset = v * V<S>;
-        Vec<S> step = load(delta + l * c.delta_token + offset, lanes[v]) + bias[v];
-        if (c.softplus) step = softplus<S>(step, &s.slope[at]);
-        s.dt[at] = step;
-        s.u[at] = load(u + l * c.u_token + offset, lanes[v]);
-        s.dtu[at] = step * s.u[at];
-        Vec<S> g = load(grad + l * c.grad_token + offset, lanes[v]);
-        if (z) {
-          const Vec<S> gate = load(z + l * c.z_token + offset, lanes[v]), sigma = sigmoid<S>(gate);
-          s.gate[at] = g * sigma * (S(1) + gate * (S(1) - sigma));
+  const bool gated = c.z != nullptr;
+  for (int64_t i = 0; i < vectors * N; i++) scratch.adjoint[i] = Vec<S>{};
+  for (int64_t span = spans - 1; span >= 0; span--) {
+    const int64_t start = span * SPAN<T>;
+    const int count = int(least_of<int64_t>(SPAN<T>, L - start));
+    // The tokens that fill the last step have a step size of zero and do nothing.
+    const int tokens = int(ceil_div(count, STEP<S>) * STEP<S>);
+    for (int i = count; i < tokens; i++) s.dt[i] = s.dtu[i] = s.gy[i] = Vec<S>{};
+    take_groups(c, static_cast<const T*>(c.B) + row * c.B_row, static_cast<const T*>(c.C) + row * c.C_row, walk, start,
+                count, tokens, scratch.groups);
+    for (int v = 0; v < vectors; v++) {
+      const int64_t e = (first + v) * V<S>, output = row * L * E + e;
+      const int lanes = int(least_of<int64_t>(V<S>, E - e));
+      const T* u = static_cast<const T*>(c.u) + row * c.u_row + e;
+      const T* delta = static_cast<const T*>(c.delta) + row * c.delta_row + e;
+      const T* grad = static_cast<const T*>(c.grad) + row * c.grad_row + e;
+      const T* z = gated ? static_cast<const T*>(c.z) + row * c.z_row + e : nullptr;
+      T *grad_u = static_cast<T*>(c.grad_u) + output, *grad_delta = static_cast<T*>(c.grad_delta) + output;
+      T* grad_z = gated ? static_cast<T*>(c.grad_z) + output : nullptr;
+      const Vec<S> bias = c.bias ? load(static_cast<const S*>(c.bias) + e, lanes) : Vec<S>{};
+      const Vec<S> D = c.D ? load(static_cast<const S*>(c.D) + e, lanes) : Vec<S>{};
+      for (int i = 0; i < count; i++) {
+        const int64_t l = walk.at(start + i);
+        Vec<S> step = load(delta + l * c.delta_token, lanes) + bias;
+        if (c.softplus) step = softplus<S>(step, &s.slope[i]);
+        s.dt[i] = step;
+        s.u[i] = load(u + l * c.u_token, lanes);
+        s.dtu[i] = step * s.u[i];
+        s.y[i] = D * s.u[i];
+        s.gdt[i] = s.gdtu[i] = Vec<S>{};
+        Vec<S> g = load(grad + l * c.grad_token, lanes);
+        if (gated) {
+          const Vec<S> gate = load(z + l * c.z_token, lanes), sigma = sigmoid<S>(gate);
+          s.gate[i] = g * sigma * (S(1) + gate * (S(1) - sigma));
           g *= gate * sigma;
         }
-        s.gy[at] = g;
+        s.gy[i] = g;
       }
-    }
-    for (int64_t n = 0; n < N;) {
-      const int states = n + BACKWARD_STATES <= N ? BACKWARD_STATES : 1;
-      const bool gated = z != nullptr;
-      const auto some = states == 1 ? choose<S, BACKWARD_VECTORS, 1>(gated) : choose<S, BACKWARD_VECTORS, BACKWARD_STATES>(gated);
-      const auto one = states == 1 ? choose<S, 1, 1>(gated) : choose<S, 1, BACKWARD_STATES>(gated);
-      int v = 0;
-      for (; v + BACKWARD_VECTORS <= vectors; v += BACKWARD_VECTORS)
-        some(count, N, n, v == 0, rate + v * N, s.from(v, N));
-      for (; v < vectors; v++) one(count, N, n, v == 0, rate + v * N, s.from(v, N));
-      if (chunk > 1)
-        for (int64_t k = n; k < n + states; k++) fetch<false>(kept - N * E + k * E, width);
-      const auto sum = states == 1 ? sum_lanes<S, 1> : sum_lanes<S, BACKWARD_STATES>;
-      sum(s.sum_B, count, walk, start, N, part_B + row * L * N + n);
-      sum(s.sum_C, count, walk, start, N, part_C + row * L * N + n);
-      n += states;
-    }
-    for (int i = 0; i < count; i++) {
-      const int64_t l = walk.at(start + i);
-      for (int v = 0; v < vectors; v++) {
-        const int64_t at = v * CHUNK + i, offset = v * V<S>;
-        Vec<S> gdt = s.gdt[at] * Lanes<S>::ln2 + s.gdtu[at] * s.u[at];
-        if (c.softplus) gdt *= s.slope[at];
-        s.grad_bias[v] += gdt;
-        s.grad_D[v] += s.gy[at] * s.u[at];
-        store(grad_delta + l * E + offset, gdt, lanes[v]);
-        store(grad_u + l * E + offset, s.gdtu[at] * s.dt[at] + s.gy[at] * D[v], lanes[v]);
-        if (z) store(grad_z + l * E + offset, s.gate[at] * (s.y[at] + D[v] * s.u[at]), lanes[v]);
+
+      // To be read in the next span, if there is one, and written in this.
+      Streams ahead;
+      const int64_t sign = walk.reverse ? -1 : 1, here = walk.at(start);
+      if (span > 0) {
+        const int64_t next = walk.at(start - SPAN<T>);
+        ahead.add(u + next * c.u_token, sign * c.u_token);
+        ahead.add(delta + next * c.delta_token, sign * c.delta_token);
+        ahead.add(grad + next * c.grad_token, sign * c.grad_token);
+        if (gated) ahead.add(z + next * c.z_token, sign * c.z_token);
       }
+      ahead.add(grad_u + here * E, sign * E);
+      ahead.add(grad_delta + here * E, sign * E);
+      if (gated) ahead.add(grad_z + here * E, sign * E);
+      const S* kept = nullptr;
+      if (span > 0) kept = static_cast<const S*>(c.boundaries) + (row * (spans - 1) + span - 1) * N * E + e;
+      if (span > 1)
+        for (int64_t n = 0; n < N; n++) fetch<false>(kept - (N - n) * E, lanes);
+
+      const auto walk_span = gated ? backward_vector<T, true> : backward_vector<T, false>;
+      walk_span(tokens, N, E, lanes, kept, rate + v * N, scratch.adjoint + v * N, scratch.grad_A + v * N,
+                scratch.groups, s, ahead);
+
+      Vec<S> grad_bias = scratch.grad_bias[v], grad_D = scratch.grad_D[v];
+      for (int i = 0; i < count; i++) {
+        const int64_t l = walk.at(start + i);
+        Vec<S> gdt = s.gdt[i] * Lanes<S>::ln2 + s.gdtu[i] * s.u[i];
+        if (c.softplus) gdt *= s.slope[i];
+        grad_bias += gdt;
+        grad_D += s.gy[i] * s.u[i];
+        store(grad_delta + l * E, gdt, lanes);
+        store(grad_u + l * E, s.gdtu[i] * s.dt[i] + s.gy[i] * D, lanes);
+        if (gated) store(grad_z + l * E, s.gate[i] * s.y[i], lanes);
+      }
+      scratch.grad_bias[v] = grad_bias;
+      scratch.grad_D[v] = grad_D;
     }
+    give_sums(scratch.groups, walk, start, count, N, part_B + row * L * N, part_C + row * L * N);
   }
 }
 
@@ -548,7 +619,7 @@ int64_t backward(const Call& c, bool count_only) {
   Vec<S>* rates = arena.take<Vec<S>>(vectors * N);
   const Partials<S> parts(arena, c);
   const int64_t shared = arena.used;
-  BackwardScratch<S> scratch(arena, N);
+  BackwardScratch<T> scratch(arena, N);
   const int64_t own = arena.used - shared;
   if (count_only) return shared + own * c.threads + 64;
 
@@ -556,7 +627,7 @@ int64_t backward(const Call& c, bool count_only) {
   pack_rates<S>(c, rates);
   parallel_for(c.parallel, c.threads, groups * blocks, [&](int64_t task, int64_t thread) {
     Arena mine{arena.base, shared + own * thread};
-    const BackwardScratch<S> s(mine, N);
+    const BackwardScratch<T> s(mine, N);
     const int64_t group = task / blocks, first = task % blocks * block;
     const int count = int(least_of(block, vectors - first));
     for (int64_t i = 0; i < count * N; i++) s.grad_A[i] = Vec<S>{};

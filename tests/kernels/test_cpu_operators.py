@@ -226,11 +226,12 @@ def test_no_uninitialized_memory_is_read(L, reverse):
                 assert value.isfinite().all()
 
 
-@pytest.mark.parametrize("L", [16, 32, 33, 256])
-def test_the_scan_keeps_at_most_half_an_activation(L):
-    kept = saved_bytes(scan, scan_arguments(2, L, 24, 16))
-    assert kept <= 4 * 2 * L * 24 / 2
-    assert kept == 4 * 2 * (-(-L // 32) - 1) * 24 * 16
+@pytest.mark.parametrize("L", [16, 32, 33, 65, 256])
+@pytest.mark.parametrize("dtype,chunk", [(torch.float32, 32), (torch.bfloat16, 64), (torch.float64, 32)])
+def test_the_scan_keeps_at_most_half_an_activation(dtype, chunk, L):
+    kept = saved_bytes(scan, scan_arguments(2, L, 24, 16, dtype=dtype))
+    assert kept <= dtype.itemsize * 2 * L * 24 / 2
+    assert kept == max(4, dtype.itemsize) * 2 * (-(-L // chunk) - 1) * 24 * 16
 
 
 def test_the_convolution_keeps_nothing_beside_its_arguments():

@@ -45,12 +45,12 @@ def test_opcheck_of_the_convolution(bias):
     torch.library.opcheck(torch_shift.shifted_conv_backward, (torch.ones(2, 6, 3), *frozen, True, True))
 
 
-@pytest.mark.parametrize("L", [16, 32, 33, 256])
-def test_the_scan_keeps_at_most_half_an_activation(L):
-    arguments = scan_arguments(2, L, 24, 16)
-    kept = saved_bytes(scan, arguments)
-    assert kept <= 4 * 2 * L * 24 / 2
-    assert kept == 4 * 2 * (-(-L // torch_chunked.CHUNK) - 1) * 24 * 16
+@pytest.mark.parametrize("L", [16, 32, 33, 65, 256])
+@pytest.mark.parametrize("dtype,chunk", [(torch.float32, 32), (torch.bfloat16, 64), (torch.float64, 32)])
+def test_the_scan_keeps_at_most_half_an_activation(dtype, chunk, L):
+    kept = saved_bytes(scan, scan_arguments(2, L, 24, 16, dtype=dtype))
+    assert kept <= dtype.itemsize * 2 * L * 24 / 2
+    assert kept == max(4, dtype.itemsize) * 2 * (-(-L // chunk) - 1) * 24 * 16
 
 
 def test_the_convolution_keeps_nothing_beside_its_arguments():
