@@ -58,7 +58,9 @@ def empty_gradients(
     )
 
 
-def register(forward: str, backward: str, run_backward: Callable, backend: str, chunk: int | None = None) -> None:
+def register(
+    forward: str, backward: str, run_backward: Callable, backend: str, chunk: int | None = None
+) -> None:
     """Give the operators "namespace::name" ``forward`` and ``backward`` their fake results and autograd rules.
 
     ``run_backward`` is the backward operator; ``chunk`` counts the tokens between boundary states, where
