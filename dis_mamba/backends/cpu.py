@@ -1,6 +1,7 @@
 """The selective scan in C++: ``csrc/scan.cpp``, compiled on first use (``dis_causal_conv1d.native``)."""
 
 import struct
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -95,32 +96,30 @@ def cpu_scan_backward(
 
 def _run(tensors, grad, outputs, grads, delta_softplus: bool, reverse: bool) -> None:
     """Pack the arguments as the struct ``Call`` of scan.cpp says, allocate its workspace, and run it."""
-    u, delta, B, C = (rows_in_one_piece(tensors[i]) for i in (0, 1, 3, 4))
-    z, grad = (None if t is None else rows_in_one_piece(t) for t in (tensors[6], grad))
-    A, D, bias = (None if t is None else t.contiguous() for t in (tensors[2], tensors[5], tensors[7]))
-    sequences = (u, delta, B, C, z, grad)
-    strides = [s for t in sequences for s in ((0, 0) if t is None else t.stride()[:2])]
-    sizes = (
-        *u.shape,
-        tensors[2].shape[1],
-        delta_softplus,
-        reverse,
-        torch.get_num_threads(),
-        _DTYPES[u.dtype],
-    )
-    absent = [t is None for t in tensors]
-    function = LIBRARY.load().zigflow_scan
-    pointers = [0 if a else g.data_ptr() for g, a in zip(grads, absent, strict=False)] or [0] * 8
-
-    def pack(workspace: int) -> bytes:
-        tensors = map(pointer, (u, delta, A, B, C, D, z, bias, grad))
-        return _CALL.pack(
-            *sizes, parallel_address(), *tensors, *strides, *map(pointer, outputs), *pointers, workspace
-        )
-
+    u, delta, A, B, C, D, z, bias = tensors
+    u, delta, B, C, z, grad = (None if t is None else rows_in_one_piece(t) for t in (u, delta, B, C, z, grad))
+    A, D, bias = (None if t is None else t.contiguous() for t in (A, D, bias))
+    strides = [s for t in (u, delta, B, C, z, grad) for s in ((0, 0) if t is None else t.stride()[:2])]
+    sizes = (*u.shape, A.shape[1], delta_softplus, reverse, torch.get_num_threads(), _DTYPES[u.dtype])
     backward = grad is not None
-    workspace = torch.empty(-(-function(pack(0), backward, True) // 4), dtype=torch.float32)
-    function(pack(workspace.data_ptr()), backward, False)
+    workspace = torch.empty(_workspace_size(LIBRARY, sizes, backward), dtype=torch.float32)
+    call = _CALL.pack(
+        *sizes,
+        parallel_address(),
+        *map(pointer, (u, delta, A, B, C, D, z, bias, grad)),
+        *strides,
+        *map(pointer, outputs),
+        *(map(pointer, grads) if backward else (0,) * 8),  # an empty tensor's address is 0
+        workspace.data_ptr(),
+    )
+    LIBRARY.load().zigflow_scan(call, backward, False)
+
+
+@lru_cache(maxsize=1024)
+def _workspace_size(library: NativeLibrary, sizes: tuple[int, ...], backward: bool) -> int:
+    """In elements of float32."""
+    call = _CALL.pack(*sizes, *(0,) * 33)
+    return -(-library.load().zigflow_scan(call, backward, True) // 4)
 
 
 register("zigflow::cpu_scan", "zigflow::cpu_scan_backward", cpu_scan_backward, "cpu")

@@ -31,7 +31,7 @@ def empty_outputs(u: Tensor, A: Tensor, chunk: int | None = None) -> tuple[Tenso
     chunk = chunk or chunk_of(u.dtype)
     boundaries = (u.shape[1] + chunk - 1) // chunk - 1
     states = u.new_empty((u.shape[0], boundaries, A.shape[1], u.shape[2]), dtype=state_dtype(u.dtype))
-    return u.new_empty(u.shape), states
+    return torch.empty_like(u, memory_format=torch.contiguous_format), states
 
 
 def empty_gradients(
@@ -46,15 +46,21 @@ def empty_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Uninitialized contiguous memory for a backward operator's results."""
     dtype = state_dtype(u.dtype)
+
+    def empty(tensor: Tensor | None, absent: torch.dtype) -> Tensor:
+        if tensor is None:
+            return u.new_empty(0, dtype=absent)
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
     return (
-        u.new_empty(u.shape),
-        delta.new_empty(delta.shape),
-        A.new_empty(A.shape),
-        B.new_empty(B.shape),
-        C.new_empty(C.shape),
-        u.new_empty(0, dtype=dtype) if D is None else D.new_empty(D.shape),
-        u.new_empty(0) if z is None else z.new_empty(z.shape),
-        u.new_empty(0, dtype=dtype) if delta_bias is None else delta_bias.new_empty(delta_bias.shape),
+        empty(u, dtype),
+        empty(delta, dtype),
+        empty(A, dtype),
+        empty(B, dtype),
+        empty(C, dtype),
+        empty(D, dtype),
+        empty(z, u.dtype),
+        empty(delta_bias, dtype),
     )
 
 
