@@ -1,4 +1,4 @@
-"""What the tests of registered operators share: calls counted, bytes kept for the backward pass, a compiler needed."""
+"""What the tests of registered operators share: comparison, calls counted, bytes kept, a compiler needed."""
 
 import shutil
 
@@ -6,10 +6,27 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.assertions import assert_close
+
+from .definitions import with_gradients
+
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None,
     reason="no C++ compiler here",
 )
+
+
+def compare(function, definition, arguments, of_max, **flags):
+    """Output and gradients against the definition's; ``of_max``: what they may differ by, of the largest value."""
+    first = next(iter(arguments.values()))
+    # Exact in every dtype: what comes back from the output is the same for both.
+    weight = torch.randn(first.shape, generator=torch.Generator().manual_seed(7)).bfloat16().double()
+    out, grads = with_gradients(function, arguments, weight, **flags)
+    want, want_grads = with_gradients(definition, arguments, weight, **flags)
+    assert_close("output", out, want, of_max=of_max[0])
+    for name, grad in grads.items():
+        assert grad.dtype == arguments[name].dtype
+        assert_close(f"gradient of {name}", grad, want_grads[name], of_max=of_max[1], floor=1e-6)
 
 
 class CountOperators(TorchDispatchMode):

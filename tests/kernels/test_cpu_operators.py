@@ -3,8 +3,6 @@
 import functools
 import math
 
-import hypothesis
-import hypothesis.strategies as st
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -25,22 +23,13 @@ from .definitions import (
     scan_definition,
     with_gradients,
 )
-from .operators import CountOperators, needs_compiler, saved_bytes
+from .operators import CountOperators, compare, needs_compiler, saved_bytes
 
 # Without a compiler there is nothing here to test; with one, a backend that refuses is a failure.
 pytestmark = needs_compiler
 
 scan = functools.partial(selective_scan, backend="cpu", delta_softplus=True)
 conv = functools.partial(causal_conv1d, backend="cpu", activation="silu")
-
-
-def compare(function, definition, arguments, of_max, **flags):
-    out, grads = with_gradients(function, arguments, **flags)
-    want, want_grads = with_gradients(definition, arguments, **flags)
-    assert_close("output", out, want, of_max=of_max[0])
-    for name, grad in grads.items():
-        assert grad.dtype == arguments[name].dtype
-        assert_close(f"gradient of {name}", grad, want_grads[name], of_max=of_max[1], floor=1e-6)
 
 
 define_scan = functools.partial(scan_definition, delta_softplus=True)
@@ -64,34 +53,6 @@ def test_opcheck_of_the_convolution(bias):
     torch.library.opcheck(cpu_conv.cpu_conv, (*tensors, True, False))
     frozen = [None if t is None else t.detach() for t in tensors]
     torch.library.opcheck(cpu_conv.cpu_conv_backward, (torch.ones(2, 6, 3), *frozen, True, True))
-
-
-@hypothesis.settings(max_examples=25)
-@hypothesis.given(
-    sizes=st.tuples(st.integers(1, 19), st.integers(1, 70), st.integers(1, 40), st.integers(1, 21)),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-    options=st.sets(st.sampled_from(["D", "z", "delta_bias"])),
-    reverse=st.booleans(),
-    seed=st.integers(0, 100),
-)
-def test_scans_of_any_shape(sizes, dtype, options, reverse, seed):
-    arguments = scan_arguments(*sizes, dtype=dtype, options=tuple(options), seed=seed)
-    of_max = (1e-12, 1e-11) if dtype == torch.float64 else (1e-5, 1e-4)
-    compare(scan, define_scan, arguments, of_max, reverse=reverse)
-
-
-@hypothesis.settings(max_examples=25)
-@hypothesis.given(
-    sizes=st.tuples(st.integers(1, 19), st.integers(1, 70), st.integers(1, 40), st.integers(1, 6)),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-    bias=st.booleans(),
-    reverse=st.booleans(),
-    seed=st.integers(0, 100),
-)
-def test_convolutions_of_any_shape(sizes, dtype, bias, reverse, seed):
-    arguments = conv_arguments(*sizes, dtype=dtype, bias=bias, seed=seed)
-    of_max = (1e-12, 1e-12) if dtype == torch.float64 else (1e-5, 1e-4)
-    compare(conv, define_conv, arguments, of_max, reverse=reverse)
 
 
 @pytest.mark.parametrize("E,N", [(300, 16), (2, 256), (5, 255)])

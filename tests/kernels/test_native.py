@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import dis_causal_conv1d.backends.cpu as conv
 import dis_mamba.backends.cpu as cpu
-from dis_causal_conv1d import native
+from dis_causal_conv1d import causal_conv1d, native
 from dis_causal_conv1d.native import NativeError, NativeLibrary
 from dis_mamba import available_backends, selective_scan
 from tests.assertions import assert_close
 
-from .definitions import scan_arguments, scan_definition
-from .operators import needs_compiler
+from .definitions import conv_arguments, conv_definition, scan_arguments, scan_definition
+from .operators import compare, needs_compiler
 
 SOURCE = '#include <cstdint>\nextern "C" int64_t answer() { return ANSWER; }\n'
 
@@ -160,6 +162,32 @@ def test_a_folder_that_cannot_be_written_is_told_once(source, monkeypatch, caplo
     (reason,) = reasons
     assert reason.endswith("cannot be used: Read-only file system")
     assert len(caplog.records) == 1
+
+
+@needs_compiler
+def test_torch_runs_where_the_cache_folder_is_read_only(source, tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    if os.access(folder, os.W_OK):  # the superuser writes anywhere but among the kernel's own files
+        folder = Path("/proc/self")
+    if os.access(folder / "native", os.F_OK) or not folder.exists():
+        pytest.skip("no folder here refuses to be written")
+    monkeypatch.setenv("ZIGFLOW_CACHE", str(folder))
+    for module in (cpu, conv):
+        monkeypatch.setattr(module, "LIBRARY", NativeLibrary(module.LIBRARY.source, module.LIBRARY.defines))
+    scan_values, conv_values = scan_arguments(1, 4, 3, 2), conv_arguments(1, 4, 3, 2)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            compare(selective_scan, scan_definition, scan_values, (1e-5, 1e-5))
+            compare(causal_conv1d, conv_definition, conv_values, (1e-5, 1e-5))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert re.fullmatch(
+        "the compiled CPU kernels cannot run, 'torch' takes over: "
+        f"the kernel cache {folder / 'native'} cannot be used: .+",
+        record.getMessage(),
+    )
+    assert available_backends()["cpu"] in record.getMessage()
 
 
 @needs_compiler

@@ -9,8 +9,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import dis_causal_conv1d.backends.torch_shift as torch_shift
 import dis_mamba.backends.torch_chunked as torch_chunked
 from dis_causal_conv1d import causal_conv1d
-from dis_mamba import permute, selective_scan
+from dis_mamba import MambaMixer, permute, selective_scan
 from tests.assertions import assert_close
+from zigflow.nn.checkpointing import checkpointed
 
 from .definitions import (
     SCAN_NAMES,
@@ -76,6 +77,19 @@ def test_selective_checkpointing_can_keep_the_scan(keep):
     assert counter.calls[op.name()] == (1 if keep else 2)
     want = torch.autograd.grad(block(*arguments.values()).sum(), list(arguments.values()))
     assert all(torch.equal(a, b) for a, b in zip(grads, want, strict=True))
+
+
+def test_the_selective_policy_runs_scan_and_convolution_once():
+    mixer = MambaMixer(6, d_state=3, backend="torch")
+    x = torch.randn(2, 40, 6, requires_grad=True)
+    names = ("zigflow::chunked_scan", "zigflow::shifted_conv")
+    grads = []
+    for policy, times in (("selective", 1), ("block", 2)):
+        with CountOperators() as counter:
+            grads += torch.autograd.grad(checkpointed(policy, mixer, x).sum(), [x])
+        assert [counter.calls[name] for name in names] == [times, times]
+        assert [counter.calls[name + "_backward"] for name in names] == [1, 1]
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
