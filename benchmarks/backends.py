@@ -9,15 +9,13 @@ stops the run. A backend that cannot run here is named with its reason and left 
 """
 
 import argparse
-import json
 import statistics
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 import torch
-from machine import circumstances
-from models import LIMITS, Case, Difference, Setting, relative, turn, weights_of
+from cases import LIMITS, Case, Difference, Setting, relative, turn, weights_of
+from machine import Report, circumstances
 from peers import parameters
 
 import dis_mamba
@@ -131,23 +129,19 @@ def main():
     )  # fmt: skip
     choice = Namespace(device=options.device, precision=options.precision, backend=options.backends[0])
     options.state = weights_of(setting, choice)
-    try:
-        families = {name.replace("ours", "zigma"): measure(name, setting, options) for name in FAMILIES}
-    except Difference as error:
-        sys.exit(str(error))
-    report = {
+    start = {
         **circumstances(options.device, options.note),
         "precision": options.precision,
         "missing": options.missing,
         "what": "medians of turns that the backends take in turn; train: forward, backward, AdamW and averages",
         **setting._asdict(),
         "tokens": setting.tokens,
-        "families": families,
+        "families": {},
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    with Report(start, options.output) as report:
+        for name in FAMILIES:
+            report["families"][name.replace("ours", "zigma")] = measure(name, setting, options)
+            report.save()
 
 
 if __name__ == "__main__":

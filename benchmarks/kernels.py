@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from machine import circumstances
+from machine import Report, circumstances
 from torch import Tensor
 
 import dis_mamba
@@ -295,41 +295,35 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    report = {**circumstances(device, options.note), "packages": packages()}
+    start = {**circumstances(device, options.note), "packages": packages()}
     if device == "cuda":
         import kernels_gpu
 
-        write({**report, **kernels_gpu.measure(device)}, options.output)
+        with Report(start, options.output) as report:
+            kernels_gpu.measure(device, report=report, check_only=options.check_only)
         return
     found, missing = contenders("cpu")
     if "cpu" in missing:
         raise SystemExit(f"the cpu backend cannot run here: {missing['cpu']}")
-    report = {**report, "missing": missing, "shapes": {}}
     for shape in SHAPES["cpu"]:
         checks = {c.name: check(c, shape) for c in found}
         print(f"{shape}: correct; largest error / allowed { ({k: round(v, 4) for k, v in checks.items()}) }")
     if options.check_only:
         return
-    for shape in SHAPES["cpu"]:
-        roofs = roof(options.threads)
-        scan = time_scans(found, shape, options.seconds)
-        mixer = time_mixers(["cpu", "torch"], shape, options.seconds)
-        row = {
-            "scan, ms": scan,
-            "mixer forward and backward, ms": mixer,
-            "roof, states/ns": roofs,
-            "ratios": ratios(scan, mixer, shape, roofs),
-        }
-        report["shapes"][str(shape)] = row
-        print(json.dumps({str(shape): row["ratios"]}, indent=1))
-    write(report, options.output)
-
-
-def write(report: dict, path: Path | None) -> None:
-    text = json.dumps(report, indent=2)
-    print(text)
-    if path:
-        path.write_text(text + "\n")
+    with Report({**start, "missing": missing, "shapes": {}}, options.output) as report:
+        for shape in SHAPES["cpu"]:
+            roofs = roof(options.threads)
+            scan = time_scans(found, shape, options.seconds)
+            mixer = time_mixers(["cpu", "torch"], shape, options.seconds)
+            row = {
+                "scan, ms": scan,
+                "mixer forward and backward, ms": mixer,
+                "roof, states/ns": roofs,
+                "ratios": ratios(scan, mixer, shape, roofs),
+            }
+            report["shapes"][str(shape)] = row
+            report.save()
+            print(json.dumps({str(shape): row["ratios"]}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The scan and the convolution on a GPU against their peers: correctness first, then medians of turns.
 
-Beside this project's backends stand mamba-ssm's and causal-conv1d's kernels alone, fed tensors that were transposed for
-them before the clock starts (the ``cuda_package`` backend transposes inside), and the published arrangement of a scan
-order: both halves of the input gathered along it, the scan, its result scattered back.
+Beside this project's backends stand mamba-ssm's and causal-conv1d's compiled functions alone, fed channel-major tensors
+that were transposed for them before the clock starts (the ``cuda_package`` backend transposes the scan's sequences
+inside, and hands causal-conv1d a view where its kernels take one), and the published arrangement of a scan order: both
+halves of the input gathered along it, the scan, its result scattered back. ``build_peers.py`` builds both packages.
 
 The floor is the longest of three times: what must be read and written at the bandwidth of a measured copy, the
 exponentials at 16 per clock and multiprocessor, the other arithmetic at 128. It is a paper number: part of the
@@ -19,6 +20,7 @@ from functools import cache, partial
 
 import torch
 from kernels import arguments, check, published_loop
+from machine import Report
 from torch import Tensor
 
 import dis_causal_conv1d
@@ -38,6 +40,7 @@ EXPONENTIALS_PER_CHANNEL = 3
 # Multiplications and additions of a state and its share of the output; in backward the states are made again first.
 ARITHMETIC = {"forward": 6, "backward": 17}
 STATES_EVERY = 64
+PACKAGE_CONV = "causal-conv1d alone"
 
 
 @dataclass(frozen=True)
@@ -266,8 +269,44 @@ def measure_scans(found: list[Contender], shape, dtype, device, turns, rates) ->
     }
 
 
+def convolutions() -> dict[str, Callable[..., Tensor]]:
+    """Ways to convolve ``(x, weight, bias)`` with SiLU; ``x`` (B, L, E), for the package alone a view of (B, E, L)."""
+    found = {
+        name: partial(causal_conv1d, activation="silu", backend=name)
+        for name in dis_causal_conv1d.available_backends()
+    }
+    return {**found, PACKAGE_CONV: lambda *tensors: _PackageConv.apply(*tensors).transpose(1, 2)}
+
+
+class _PackageConv(torch.autograd.Function):
+    """causal-conv1d's compiled functions and nothing around them; the result is (B, E, L)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        from causal_conv1d import cpp_functions  # pyright: ignore[reportMissingImports]
+
+        ctx.save_for_backward(x, weight, bias)
+        return cpp_functions.causal_conv1d_fwd_function(
+            x.transpose(1, 2), weight, bias, None, None, None, True
+        )
+
+    @staticmethod
+    def backward(ctx, *grads):
+        from causal_conv1d import cpp_functions  # pyright: ignore[reportMissingImports]
+
+        x, weight, bias = ctx.saved_tensors
+        dx, dweight, dbias, *_ = cpp_functions.causal_conv1d_bwd_function(
+            x.transpose(1, 2), weight, bias, grads[0].contiguous(), None, None, None, None, False, True
+        )
+        return dx.transpose(1, 2), dweight, dbias
+
+
 def measure_convolutions(shape, dtype, device, turns) -> dict:
-    """Milliseconds of the convolution with SiLU, W = 4, forward and backward, for every backend that runs."""
+    """Milliseconds of the convolution with SiLU, W = 4, forward and backward, for every way that runs here.
+
+    Raises:
+        SystemExit: an output or a gradient is wrong.
+    """
     B, L, E, _ = shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(B, L, E, generator=generator).to(device, dtype)
@@ -278,24 +317,30 @@ def measure_convolutions(shape, dtype, device, turns) -> dict:
     wanted = [defined.detach(), *torch.autograd.grad(defined, exact, torch.ones_like(defined))]
     limit = 1e-4 if dtype == torch.float32 else 2e-2
     forwards, backwards, missing = {}, {}, {}
-    for name in dis_causal_conv1d.available_backends():
+    channel_first = [
+        leaves[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(),
+        *leaves[1:],
+    ]
+    for name, convolve in convolutions().items():
+        inputs = channel_first if name == PACKAGE_CONV else leaves
         try:
-            out = causal_conv1d(*leaves, activation="silu", backend=name)
-        except (RuntimeError, ValueError) as error:
+            out = convolve(*inputs)
+        except (ImportError, RuntimeError, ValueError) as error:
             missing[name] = str(error)
             continue
-        found = [out, *torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)]
+        grad = torch.ones_like(out)
+        found = [out, *torch.autograd.grad(out, inputs, grad, retain_graph=True)]
         for what, got, want in zip(("output", "x", "weight", "bias"), found, wanted, strict=True):
             error = ((got.detach().double() - want).abs().max() / want.abs().max()).item()
             if not error <= limit:
                 raise SystemExit(f"causal_conv1d, {name} at {shape}: {what} off by {error:.1e}, not timed")
 
-        def forward(name=name):
+        def forward(convolve=convolve, inputs=inputs):
             with torch.no_grad():
-                causal_conv1d(*leaves, activation="silu", backend=name)
+                convolve(*inputs)
 
         forwards[name] = forward
-        backwards[name] = partial(torch.autograd.grad, out, leaves, torch.ones_like(out), retain_graph=True)
+        backwards[name] = partial(torch.autograd.grad, out, inputs, grad, retain_graph=True)
     clock = Clock(device)
     return {
         "milliseconds": {
@@ -306,11 +351,31 @@ def measure_convolutions(shape, dtype, device, turns) -> dict:
     }
 
 
-def measure(device: str, shapes=None, dtype=torch.bfloat16, turns: int = 30) -> dict:
-    """Everything of this file, as a report. Raises SystemExit where a contender is wrong."""
+def measure(
+    device: str,
+    shapes=None,
+    dtype=torch.bfloat16,
+    turns: int = 30,
+    report: Report | None = None,
+    check_only: bool = False,
+) -> dict:
+    """Everything of this file, added to ``report`` and stored shape by shape.
+
+    With ``check_only`` the scans are compared with their definition and nothing is timed.
+
+    Raises:
+        SystemExit: a contender is wrong.
+    """
     found, missing = contenders(device)
+    report = Report({}, None) if report is None else report
+    if check_only:
+        report["largest_error_over_allowed"] = {
+            str(shape): {c.name: round(check(c, shape, dtype), 4) for c in found}
+            for shape in shapes or SHAPES
+        }
+        return report
     rates = hardware_rates(device)
-    report = {"missing": missing, "rates_per_millisecond": rates, "shapes": {}}
+    report.update({"missing": missing, "rates_per_millisecond": rates, "shapes": {}})
     for shape in shapes or SHAPES:
         errors = {c.name: round(check(c, shape, dtype), 4) for c in found}
         row = {
@@ -324,4 +389,5 @@ def measure(device: str, shapes=None, dtype=torch.bfloat16, turns: int = 30) -> 
                 if peer in each and "triton" in each:
                     row.setdefault("peer_over_triton", {})[f"{peer}, {kind}"] = each[peer] / each["triton"]
         report["shapes"][str(shape)] = row
+        report.save()
     return report

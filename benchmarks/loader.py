@@ -8,7 +8,6 @@ the digits demo waits for data. Each case reads the whole set several times in t
 
 import argparse
 import io
-import json
 import statistics
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset as wds
-from machine import circumstances
+from machine import Report, circumstances
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -118,13 +117,13 @@ def main():
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    report = {
+    start = {
         **circumstances(note=args.note),
         "libraries": {"numpy": np.__version__, "webdataset": wds.__version__},
         "what": "samples per second, page cache warm, from the start of the workers to the last batch; median of "
         f"{args.repeats} turns; ratio: ours over the library's",
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as name:
+    with Report(start, args.output) as report, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for kind, count in (("latents", args.latents), ("images", args.images)):
             write(folder / kind, kind, count)
@@ -150,11 +149,8 @@ def main():
                     )
                     row["ratio_by_cpu_time"] = round(own / other, 2)
                 report[kind][f"{workers} workers"] = row
+                report.save()
         report["demo_step"] = demo_wait(folder)
-    text = json.dumps(report, indent=2)
-    print(text)
-    if args.output:
-        args.output.write_text(text + "\n")
 
 
 if __name__ == "__main__":

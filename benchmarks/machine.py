@@ -1,14 +1,63 @@
-"""What every result says about the machine and the moment it was taken."""
+"""What every result says about the machine and the moment it was taken, and how it is stored."""
 
+import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+# The profiler's library tells every start and stop on the standard error otherwise.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class Report(dict):
+    """A result that is stored as it comes, so that a run that stops keeps what it had measured.
+
+        with Report(circumstances(), path) as report:
+            report["rows"] = []
+            for ...:
+                report["rows"].append(...)
+                report.save()
+
+    The file is replaced as a whole, from the first ``save`` on, or when the block ends; a run that fails before leaves
+    an older file alone. ``complete`` says whether the run came to its end, else ``stopped`` says why it did not.
+
+    Args:
+        start: what is known before anything is measured.
+        path: the file; None prints only.
+    """
+
+    def __init__(self, start: dict, path: Path | None):
+        super().__init__(start)
+        self.path = path
+        self.saved = False
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def save(self) -> None:
+        """Store what there is, marked as incomplete until the block ends."""
+        self.saved = True
+        self._write(complete=False, stopped="still running, or ended without a word")
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None:
+            print(self._write(complete=True))
+        elif self.saved:
+            self._write(complete=False, stopped=str(error) or kind.__name__)
+
+    def _write(self, **state) -> str:
+        text = json.dumps({**self, **state}, indent=2)
+        if self.path:
+            partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+            partial.write_text(text + "\n")
+            partial.replace(self.path)
+        return text
 
 
 def circumstances(device: torch.device | str = "cpu", note: str = "") -> dict:
@@ -19,7 +68,7 @@ def circumstances(device: torch.device | str = "cpu", note: str = "") -> dict:
         note: what else the machine was doing.
     """
     return {
-        "command": "python " + " ".join(sys.argv),
+        "command": shlex.join(["python", *map(_without_machine, sys.argv)]),
         "commit": _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
         "hardware": _hardware(torch.device(device)),
         "threads": torch.get_num_threads(),
@@ -27,6 +76,14 @@ def circumstances(device: torch.device | str = "cpu", note: str = "") -> dict:
         "note": note,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+
+
+def _without_machine(word: str) -> str:
+    """A path of this machine as one of the project, or as its last part."""
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
 def _git(*words):

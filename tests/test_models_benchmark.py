@@ -16,9 +16,9 @@ SCRIPT = ROOT / "benchmarks" / "models.py"
 
 
 @pytest.fixture(scope="module")
-def models():
+def bench():
     sys.path.insert(0, str(SCRIPT.parent))  # as for a script
-    spec = importlib.util.spec_from_file_location("models_benchmark", SCRIPT)
+    spec = importlib.util.spec_from_file_location("benchmark_cases", SCRIPT.with_name("cases.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.path.remove(str(SCRIPT.parent))
@@ -26,11 +26,11 @@ def models():
 
 
 @pytest.fixture
-def cases(models):
+def cases(bench):
     options = Namespace(device=torch.device("cpu"), precision="no", backend="torch")
-    setting = models.SIZES["tiny"][0]
-    state = models.weights_of(setting, options)
-    return [models.Case(setting, name, "eager", "none", state, options) for name in models.ARRANGEMENTS]
+    setting = bench.SIZES["tiny"][0]
+    state = bench.weights_of(setting, options)
+    return [bench.Case(setting, name, "eager", "none", state, options) for name in bench.ARRANGEMENTS]
 
 
 def report_of(command, target):
@@ -47,37 +47,37 @@ def report_of(command, target):
     return json.loads(target.read_text())
 
 
-def test_the_arrangements_compute_the_same(models, cases):
-    models.check(cases, "no")
+def test_the_arrangements_compute_the_same(bench, cases):
+    bench.check(cases, "no")
     ours, published, _ = (case.model.state_dict().keys() for case in cases)
     assert ours == published
 
 
-def test_a_wrong_arrangement_is_not_timed(models, cases):
+def test_a_wrong_arrangement_is_not_timed(bench, cases):
     mixer = cases[1].model.blocks[1].mixer
     mixer.inverse.copy_(torch.arange(len(mixer.inverse)))
     with pytest.raises(
-        models.Difference, match="published, eager, checkpoint policy none: the output differs"
+        bench.Difference, match="published, eager, checkpoint policy none: the output differs"
     ):
-        models.check(cases, "no")
+        bench.check(cases, "no")
 
 
-def test_an_order_without_effect_is_noticed(models, cases):
+def test_an_order_without_effect_is_noticed(bench, cases):
     ours, _, plain = cases
     with torch.no_grad():
         for case in (ours, plain):
             for block in case.model.blocks:
                 block.mixer.out_proj.weight.zero_()
-    with pytest.raises(models.Difference, match="does not depend on the scan order"):
-        models.check([ours, plain], "no")
+    with pytest.raises(bench.Difference, match="does not depend on the scan order"):
+        bench.check([ours, plain], "no")
 
 
 @pytest.mark.parametrize("family", ["dis", "dim", "dit", "uvit"])
 @pytest.mark.parametrize("width, depth", [(256, 8), (768, 24)])
-def test_a_peer_has_as_many_parameters(models, family, width, depth):
-    setting = models.Setting("", width, depth, 2, 64, 1)
+def test_a_peer_has_as_many_parameters(bench, family, width, depth):
+    setting = bench.Setting("", width, depth, 2, 64, 1)
     sizes = {
-        name: models.parameters(models.build(setting, name, "auto", torch.device("meta")))
+        name: bench.parameters(bench.build(setting, name, "auto", torch.device("meta")))
         for name in ("ours", family)
     }
     # Half a block of the peer, of which there are a few.
@@ -85,7 +85,7 @@ def test_a_peer_has_as_many_parameters(models, family, width, depth):
 
 
 @pytest.mark.slow
-def test_it_runs_and_writes_what_it_measured(models, tmp_path):
+def test_it_runs_and_writes_what_it_measured(bench, tmp_path):
     target = tmp_path / "result.json"
     command = [
         sys.executable,
@@ -113,7 +113,7 @@ def test_it_runs_and_writes_what_it_measured(models, tmp_path):
         ("ours", "none"),
         ("published", "none"),
         ("none", "none"),
-        *((family, "none") for family in models.PEERS),
+        *((family, "none") for family in bench.PEERS),
         ("ours", "block"),
         ("ours", "selective"),
     }
@@ -126,7 +126,7 @@ def test_it_runs_and_writes_what_it_measured(models, tmp_path):
     compared = (
         "with_order_over_none",
         "published_over_ours",
-        *(f"{name}_over_ours" for name in models.PEERS),
+        *(f"{name}_over_ours" for name in bench.PEERS),
     )
     for ratios in (setting[name] for name in compared):
         assert set(ratios) == {"eager train", "eager inference"}

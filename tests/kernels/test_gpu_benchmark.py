@@ -1,11 +1,14 @@
 """benchmarks/kernels_gpu.py where there is no GPU: every contender that runs here is checked and timed."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from . import package_stand_ins
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (2, 12, 16, 4)
@@ -36,6 +39,44 @@ def test_a_wrong_contender_is_not_timed(bench, monkeypatch):
     monkeypatch.setattr(bench, "gathered", lambda out: out)
     with pytest.raises(SystemExit, match="gather, scan, scatter at"):
         bench.measure("cpu", [SHAPE], torch.float32, turns=1)
+
+
+def test_shapes_measured_before_a_wrong_one_are_kept(bench, monkeypatch, tmp_path):
+    import kernels
+    from machine import Report
+
+    def wrong_at_the_second(contender, shape, dtype):
+        if shape != SHAPE:
+            raise SystemExit(f"{contender.name} at {shape}: not timed")
+        return kernels.check(contender, shape, dtype)
+
+    monkeypatch.setattr(bench, "check", wrong_at_the_second)
+    target = tmp_path / "result.json"
+    with pytest.raises(SystemExit, match="not timed"), Report({"note": "a test"}, target) as report:
+        bench.measure("cpu", [SHAPE, (1, 5, 8, 2)], torch.float32, turns=1, report=report)
+    stored = json.loads(target.read_text())
+    assert list(stored["shapes"]) == [str(SHAPE)]
+    assert stored["note"] == "a test"
+    assert stored["complete"] is False
+    assert stored["stopped"].endswith("at (1, 5, 8, 2): not timed")
+
+
+def test_the_packages_alone_compute_scan_and_convolution(bench, monkeypatch):
+    """Their compiled functions, called as the benchmark calls them, by stand-ins with their signatures and checks."""
+    for name, module in package_stand_ins.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    alone = bench.Contender("mamba-ssm alone", "cpu", bench.package_scan, bench.channel_major)
+    assert 0 < bench.check(alone, SHAPE, torch.float32) <= 1
+    row = bench.measure_convolutions(SHAPE, torch.float32, "cpu", turns=1)
+    for kind in ("forward", "backward"):
+        assert row["milliseconds"][kind][bench.PACKAGE_CONV] > 0
+    monkeypatch.setattr(
+        sys.modules["causal_conv1d.cpp_functions"],
+        "causal_conv1d_bwd_function",
+        lambda x, weight, bias, *_: (torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(bias)),
+    )
+    with pytest.raises(SystemExit, match=r"causal-conv1d alone at .*: x off by 1.0e\+00, not timed"):
+        bench.measure_convolutions(SHAPE, torch.float32, "cpu", turns=1)
 
 
 def test_the_floor_is_what_limits(bench):

@@ -142,26 +142,40 @@ def _has(distributed: Any, name: str) -> bool:
     return getattr(distributed, f"is_{name}_available")()
 
 
+def model_calls(device: Any, dtype: Any) -> dict[str, tuple[Any, Any]]:
+    """Per operation its dispatcher and a call as a model makes it, to be asked which backend would run it.
+
+    Args:
+        device, dtype: of the sequences; parameters are float32.
+    """
+    import torch
+
+    from dis_causal_conv1d.backends import CONV
+    from dis_causal_conv1d.backends.call import ConvCall
+    from dis_mamba.backends import SCAN
+    from dis_mamba.backends.call import ScanCall
+
+    u, E = torch.ones(1, 4, 8, device=device, dtype=dtype), torch.ones(8, device=device)
+    scan = ScanCall(u, u, -E[:, None].expand(8, 8), u, u, E, u, E, True, False)
+    conv = ConvCall(u, torch.ones(8, 4, device=device), E, True, False)
+    return {"selective_scan": (SCAN, scan), "causal_conv1d": (CONV, conv)}
+
+
 def _backends(problems: list[str]) -> dict[str, str]:
     """Per operation the backend that a model's calls would take here, then each with its reason; triton's version."""
     import torch
 
     import dis_causal_conv1d
     import dis_mamba
-    from dis_causal_conv1d.backends import CONV
-    from dis_causal_conv1d.backends.call import ConvCall
-    from dis_mamba.backends import SCAN
-    from dis_mamba.backends.call import ScanCall
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    u, E = torch.ones(1, 4, 8, device=device), torch.ones(8, device=device)
-    scan = ScanCall(u, u, -E[:, None].expand(8, 8), u, u, E, u, E, True, False)
-    conv = ConvCall(u, torch.ones(8, 4, device=device), E, True, False)
+    known = {
+        "selective_scan": dis_mamba.available_backends(),
+        "causal_conv1d": dis_causal_conv1d.available_backends(),
+    }
     found = {}
-    for op, backends, dispatcher, call in (
-        ("selective_scan", dis_mamba.available_backends(), SCAN, scan),
-        ("causal_conv1d", dis_causal_conv1d.available_backends(), CONV, conv),
-    ):
+    for op, (dispatcher, call) in model_calls(device, torch.float32).items():
+        backends = known[op]
         try:
             found[op] = f"{dispatcher.select(call).name} would run (float32 on {device})"
         except (RuntimeError, ValueError) as error:
