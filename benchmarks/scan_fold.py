@@ -1,19 +1,18 @@
 """Does torch.compile fold a block's two scan gathers into the norm before and the add after?
 
-Compiles one block with a raster walk and with a zigzag walk and compares the generated code: kernels,
-kernels that do nothing but gather, and buffers. Prints JSON.
+Compiles one block with a raster walk and with a zigzag walk and compares the generated code: kernels, those that
+gather and do nothing else, buffers, and the operators of this project between them. Kernels are named after what they
+fuse. For the device at hand: a CPU's kernels say nothing of a GPU's.
 
     python benchmarks/scan_fold.py --output benchmarks/results/NAME.json
 """
 
 import argparse
-import json
-import platform
 import re
-import sys
 from pathlib import Path
 
 import torch
+from machine import Report, circumstances
 from torch._inductor.utils import run_and_get_code
 
 from model_zigma import ZigMa
@@ -46,6 +45,8 @@ def describe(source):
     ]
     return {
         "kernels": len(names),
+        "names": names,
+        "operators": re.findall(r"torch\.ops\.zigflow\.(\w+)\.default\(", source),
         "gather_only_kernels": alone,
         "kernels_with_gather": [n for n in names if "index" in n],
         "extern_index_calls": len(re.findall(r"aten\.index(?:_select)?\b.*\(", source)),
@@ -60,25 +61,26 @@ def main():
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--side", type=int, default=16)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    report = {
-        "command": " ".join(sys.argv),
-        "hardware": f"CPU, {platform.machine()}",
-        "torch": torch.__version__,
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    start = {
+        **circumstances(device),
         "shape": {"width": args.width, "side": args.side, "batch": args.batch},
     }
-    for name, scan in (("raster", "v1"), ("zigzag", "zigzagN8")):
-        model = ZigMa(in_channels=4, embed_dim=args.width, depth=2, img_dim=args.side, scan_type=scan)
-        walk = model._walks(model.grid, torch.device("cpu"))[1]
-        tokens = (args.batch, args.side * args.side, args.width)
-        inputs = (torch.randn(tokens), torch.randn(tokens), torch.randn(args.batch, args.width), walk)
-        for mode in ("forward", "forward_backward"):
-            report[f"{name}/{mode}"] = describe(generated(model, inputs, mode != "forward"))
-    text = json.dumps(report, indent=2)
-    print(text)
-    if args.output:
-        args.output.write_text(text + "\n")
+    with Report(start, args.output) as report:
+        for name, scan in (("raster", "v1"), ("zigzag", "zigzagN8")):
+            model = ZigMa(
+                in_channels=4, embed_dim=args.width, depth=2, img_dim=args.side, scan_type=scan, device=device
+            )
+            walk = model._walks(model.grid, device)[1]
+            tokens = (args.batch, args.side * args.side, args.width)
+            shapes = (tokens, tokens, (args.batch, args.width))
+            inputs = (*(torch.randn(shape, device=device) for shape in shapes), walk)
+            for mode in ("forward", "forward_backward"):
+                report[f"{name}/{mode}"] = describe(generated(model, inputs, mode != "forward"))
+                report.save()
 
 
 if __name__ == "__main__":
