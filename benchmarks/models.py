@@ -171,7 +171,7 @@ def arguments():
     )
     parser.add_argument("--repeats", type=int, default=9, help="turns of every case")
     parser.add_argument("--steps", type=int, help="steps in a turn; 5 on a GPU, else 1")
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--warmup", type=int, help="steps beside the one for memory; 2 on a GPU, else 1")
     parser.add_argument("--threads", type=int, help="of the CPU; torch's own number by default")
     parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--output", type=Path)
@@ -186,6 +186,7 @@ def arguments():
     # Without a name of its own, and nothing where the option is absent.
     given.profile = ["ours"] if given.profile == [] else given.profile
     given.steps = given.steps or (5 if on_gpu else 1)
+    given.warmup = given.warmup or (2 if on_gpu else 1)
     return given
 
 
