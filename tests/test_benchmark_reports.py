@@ -23,7 +23,11 @@ COMMANDS = [
 @pytest.fixture(scope="module")
 def bench():
     sys.path.insert(0, str(BENCHMARKS))  # as for a script
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in ("machine", "models")})
+    found = SimpleNamespace(**{name: importlib.import_module(name) for name in ("machine", "models")})
+    with pytest.MonkeyPatch.context() as patch:
+        # It would hold for all tests of this process.
+        patch.setattr(found.models, "keep_freed_memory", lambda: False)
+        yield found
     sys.path.remove(str(BENCHMARKS))
 
 
