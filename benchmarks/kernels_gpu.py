@@ -41,6 +41,10 @@ EXPONENTIALS_PER_CHANNEL = 3
 ARITHMETIC = {"forward": 6, "backward": 17}
 STATES_EVERY = 64
 PACKAGE_CONV = "causal-conv1d alone"
+PEERS = {
+    "scan": ("mamba-ssm alone", "cuda_package", "torch", "gather, scan, scatter"),
+    "causal_conv1d": (PACKAGE_CONV, "cuda_package", "torch"),
+}
 
 
 @dataclass(frozen=True)
@@ -383,11 +387,12 @@ def measure(
             "scan": measure_scans(found, shape, dtype, device, turns, rates),
             "causal_conv1d": measure_convolutions(shape, dtype, device, turns),
         }
-        times = row["scan"]["milliseconds"]
-        for peer in ("mamba-ssm alone", "cuda_package", "torch", "gather, scan, scatter"):
-            for kind, each in times.items():
-                if peer in each and "triton" in each:
-                    row.setdefault("peer_over_triton", {})[f"{peer}, {kind}"] = each[peer] / each["triton"]
+        for op, peers in PEERS.items():
+            for kind, each in row[op]["milliseconds"].items():
+                for peer in peers:
+                    if peer in each and "triton" in each:
+                        ratio = each[peer] / each["triton"]
+                        row.setdefault("peer_over_triton", {})[f"{op}: {peer}, {kind}"] = ratio
         report["shapes"][str(shape)] = row
         report.save()
     return report

@@ -70,6 +70,23 @@ def test_the_packages_alone_compute_scan_and_convolution(bench, monkeypatch):
     row = bench.measure_convolutions(SHAPE, torch.float32, "cpu", turns=1)
     for kind in ("forward", "backward"):
         assert row["milliseconds"][kind][bench.PACKAGE_CONV] > 0
+    # "triton" stands for a backend that runs here.
+    monkeypatch.setattr(
+        bench, "measure_scans", lambda *_: {"milliseconds": {"forward": {"torch": 3, "triton": 2}}}
+    )
+    convolutions = {"milliseconds": {"backward": {bench.PACKAGE_CONV: 4, "triton": 1}}}
+    monkeypatch.setattr(bench, "measure_convolutions", lambda *_: convolutions)
+    monkeypatch.setattr(bench, "check", lambda *_: 0.5)
+    (row,) = bench.measure("cpu", [SHAPE], turns=1)["shapes"].values()
+    assert row["peer_over_triton"] == {
+        "scan: torch, forward": 1.5,
+        f"causal_conv1d: {bench.PACKAGE_CONV}, backward": 4,
+    }
+
+
+def test_a_wrong_convolution_is_not_timed(bench, monkeypatch):
+    for name, module in package_stand_ins.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(
         sys.modules["causal_conv1d.cpp_functions"],
         "causal_conv1d_bwd_function",
