@@ -29,13 +29,15 @@ class Report(dict):
 
     Args:
         start: what is known before anything is measured.
-        path: the file; None prints only.
+        path: the file, in a folder that is made; None prints only.
     """
 
     def __init__(self, start: dict, path: Path | None):
         super().__init__(start)
         self.path = path
         self.saved = False
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> "Report":
         return self

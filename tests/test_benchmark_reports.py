@@ -36,7 +36,7 @@ def read(path):
 
 
 def test_a_result_is_stored_as_it_comes(bench, tmp_path, capsys):
-    target = tmp_path / "result.json"
+    target = tmp_path / "new" / "result.json"
     with bench.machine.Report({"note": "a test", "rows": []}, target) as report:
         assert not target.exists()
         report["rows"].append(1)
@@ -46,7 +46,7 @@ def test_a_result_is_stored_as_it_comes(bench, tmp_path, capsys):
         report["rows"].append(2)
     assert read(target) == {"note": "a test", "rows": [1, 2], "complete": True}
     assert json.loads(capsys.readouterr().out) == read(target)
-    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+    assert [p.name for p in target.parent.iterdir()] == ["result.json"]
 
 
 @pytest.mark.parametrize(
