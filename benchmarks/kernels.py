@@ -223,6 +223,9 @@ def time_scans(found: list[Contender], shape, seconds: float) -> dict:
         more = interleaved({c.name: partial(function, c) for c in fast}, seconds / 2, 50)
         result[kind] = {name: min(ms, more.get(name, ms)) for name, ms in best.items()}
     result["saved / activation"] = {c.name: saved_share(c.run, values[c.name]) for c in found if c.gradients}
+    half = arguments(shape, torch.bfloat16)
+    ours = [c for c in found if c.name in ("cpu", "torch")]
+    result["saved / activation, bfloat16"] = {c.name: saved_share(c.run, half) for c in ours}
     return result
 
 
