@@ -2,12 +2,12 @@
 
 The state lives in blocks (rows, tokens, N, channels): the channels are innermost, so that every operation runs over
 long contiguous vectors, and a block stays in cache while it is used. Within a chunk everything but the recurrence
-is one vectorized operation; the recurrence is one addcmul per token. Only the states at the chunk boundaries are
-kept for backward, as outputs of the forward operator, so that selective checkpointing can keep them; backward
-recomputes the states of one chunk at a time.
+is one vectorized operation; the recurrence is one addcmul per token. Only the states at the chunk boundaries (at
+every second one where sequences have 2 bytes) are kept for backward, as outputs of the forward operator, so that
+selective checkpointing can keep them; backward recomputes the states of one chunk at a time.
 
-Shapes: B batch, L tokens, E channels, N states, S = ceil(L / chunk) - 1 chunk boundaries; in a block R rows,
-T tokens, X channels.
+Shapes: B batch, L tokens, E channels, N states, S kept states (``gradient.chunk_of``); in a block R rows, T tokens,
+X channels.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch import Tensor
 from dis_causal_conv1d.dispatch import transform_reason
 
 from .call import ScanCall, state_dtype
-from .gradient import chunk_of, empty_outputs, register
+from .gradient import CHUNK, chunk_of, empty_outputs, register
 
 _LOG2_E = math.log2(math.e)
 _BLOCK_ELEMENTS_CPU = 1 << 19
@@ -57,26 +57,31 @@ def chunked_scan(
 ) -> tuple[Tensor, Tensor]:
     """The output (B,L,E) and the states at the chunk boundaries (B,S,N,E)."""
     dtype = state_dtype(u.dtype)
-    spans = _spans(u, reverse)
+    spans, every = _spans(u.shape[1], reverse), chunk_of(u.dtype) // CHUNK
     out, states = empty_outputs(u, A)
     with torch.autocast(u.device.type, enabled=False):
         rate_NE = _base_two_rate(A, dtype)
         B, C = B.to(dtype), C.to(dtype)
         blocks = _Blocks(u, A.shape[1], dtype, buffers=2)
         for rows in blocks.rows():
+            before = None
+            passing = u.new_empty((rows.stop - rows.start, *rate_NE.shape) if every > 1 else 0, dtype=dtype)
             for i, span in enumerate(spans):
+                last_chunk, boundary = i == len(spans) - 1, (i + 1) // every - 1
+                after = passing if last_chunk or (i + 1) % every else states[rows, boundary]
                 u_RTE = u[rows, span].to(dtype)
                 dt_RTE = _step_size(_raw_step(delta[rows, span], delta_bias, dtype), delta_softplus)
                 dtu_RTE = dt_RTE * u_RTE
                 y_RTE = _empty_like(dtu_RTE)
                 for cols in blocks.columns():
                     decay, h = blocks.views(rows, span, cols)
-                    before = states[rows, i - 1, :, cols] if i > 0 else None
+                    carry = None if before is None else before[..., cols]
                     dt, dtu = dt_RTE[..., cols], dtu_RTE[..., cols]
-                    last = _states(decay, h, dt, dtu, rate_NE[:, cols], B[rows, span], before, reverse)
+                    last = _states(decay, h, dt, dtu, rate_NE[:, cols], B[rows, span], carry, reverse)
                     _contract_states(C[rows, span], h, y_RTE[..., cols])
-                    if i < len(spans) - 1:
-                        states[rows, i, :, cols] = last
+                    if not last_chunk:
+                        after[..., cols] = last
+                before = after
                 if D is not None:
                     y_RTE.addcmul_(u_RTE, D.to(dtype))
                 if z is not None:
@@ -103,7 +108,7 @@ def chunked_scan_backward(
     """Gradients of u, delta, A, B, C, D, z, delta_bias, each in its tensor's dtype; empty for an absent tensor."""
     dtype = state_dtype(u.dtype)
     device = u.device
-    spans = _spans(u, reverse)
+    spans, every = _spans(u.shape[1], reverse), chunk_of(u.dtype) // CHUNK
     grad_u, grad_delta = u.new_empty(u.shape), delta.new_empty(delta.shape)
     grad_z = u.new_empty(0) if z is None else z.new_empty(z.shape)
     grad_A_NE = torch.zeros((A.shape[1], A.shape[0]), dtype=dtype, device=device)
@@ -121,6 +126,12 @@ def chunked_scan_backward(
             for i in reversed(range(len(spans))):
                 span = spans[i]
                 B_RTN, C_RTN = Bs[rows, span], Cs[rows, span]
+                # The chunks from the last kept state on, walked again for the state before this one.
+                kept = i // every
+                passed = []
+                for s in spans[kept * every : i]:
+                    dt_s = _step_size(_raw_step(delta[rows, s], delta_bias, dtype), delta_softplus)
+                    passed.append((s, dt_s, dt_s * u[rows, s].to(dtype)))
                 u_RTE = u[rows, span].to(dtype)
                 raw_RTE = _raw_step(delta[rows, span], delta_bias, dtype)
                 dt_RTE = _step_size(raw_RTE, delta_softplus)
@@ -131,9 +142,13 @@ def chunked_scan_backward(
                 y_RTE = None if z_RTE is None else _empty_like(dtu_RTE)
                 gdt_RTE, gdtu_RTE = _empty_like(dtu_RTE), _empty_like(dtu_RTE)
                 for cols in blocks.columns():
+                    before = states[rows, kept - 1, :, cols] if kept > 0 else None
+                    for s, dt_s, dtu_s in passed:
+                        decay, h, _ = blocks.views(rows, s, cols)
+                        steps = dt_s[..., cols], dtu_s[..., cols], rate_NE[:, cols]
+                        before = _states(decay, h, *steps, Bs[rows, s], before, reverse).clone()
                     decay, h, g = blocks.views(rows, span, cols)
                     dt, dtu, gy = dt_RTE[..., cols], dtu_RTE[..., cols], gy_RTE[..., cols]
-                    before = states[rows, i - 1, :, cols] if i > 0 else None
                     carry = carry_RNE[..., cols]
                     _states(decay, h, dt, dtu, rate_NE[:, cols], B_RTN, before, reverse)
                     if y_RTE is not None:
@@ -179,7 +194,7 @@ class _Blocks:
         self.batch, length, self.channels = u.shape
         self.num_states = num_states
         wanted = _BLOCK_ELEMENTS_CPU if u.device.type == "cpu" else _BLOCK_ELEMENTS_DEVICE
-        per_channel = min(length, chunk_of(u.dtype)) * num_states
+        per_channel = min(length, CHUNK) * num_states
         # A multiple of 64 channels keeps the vector loops free of remainders.
         self.step_columns = min(self.channels, max(64, 2 * wanted // per_channel // 64 * 64))
         self.step_rows = max(1, min(self.batch, wanted // (per_channel * self.step_columns)))
@@ -203,10 +218,9 @@ def _cuts(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
-def _spans(u: Tensor, reverse: bool) -> list[slice]:
-    """The chunks in the order in which the scan visits them, counted from the first visited token."""
-    length = u.shape[1]
-    spans = _cuts(length, chunk_of(u.dtype))
+def _spans(length: int, reverse: bool) -> list[slice]:
+    """The chunks in the order in which the scan visits them; CHUNK counts from the first visited token."""
+    spans = _cuts(length, CHUNK)
     return [slice(length - s.stop, length - s.start) for s in spans] if reverse else list(spans)
 
 
