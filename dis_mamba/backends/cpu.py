@@ -97,8 +97,9 @@ def cpu_scan_backward(
 def _run(tensors, grad, outputs, grads, delta_softplus: bool, reverse: bool) -> None:
     """Pack the arguments as the struct ``Call`` of scan.cpp says, allocate its workspace, and run it."""
     u, delta, A, B, C, D, z, bias = tensors
-    u, delta, B, C, z, grad = (None if t is None else rows_in_one_piece(t) for t in (u, delta, B, C, z, grad))
-    A, D, bias = (None if t is None else t.contiguous() for t in (A, D, bias))
+    u, delta, B, C = (rows_in_one_piece(t) for t in (u, delta, B, C))
+    z, grad = (None if t is None else rows_in_one_piece(t) for t in (z, grad))
+    A, D, bias = A.contiguous(), *(None if t is None else t.contiguous() for t in (D, bias))
     strides = [s for t in (u, delta, B, C, z, grad) for s in ((0, 0) if t is None else t.stride()[:2])]
     sizes = (*u.shape, A.shape[1], delta_softplus, reverse, torch.get_num_threads(), _DTYPES[u.dtype])
     backward = grad is not None
