@@ -19,6 +19,7 @@ from machine import Report, circumstances
 from peers import parameters
 
 import dis_mamba
+from zigflow.engine.freed_memory import keep_freed_memory
 
 FAMILIES = ("ours", "dis", "dim")
 
@@ -132,6 +133,8 @@ def main():
     start = {
         **circumstances(options.device, options.note),
         "precision": options.precision,
+        # As in a training on a CPU.
+        "freed_memory_stays": options.device.type == "cpu" and keep_freed_memory(),
         "missing": options.missing,
         "what": "medians of turns that the backends take in turn; train: forward, backward, AdamW and averages",
         **setting._asdict(),
