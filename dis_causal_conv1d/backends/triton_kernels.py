@@ -2,6 +2,8 @@
 
 Channels lie across the lanes, ``TILE`` tokens across the registers of a lane; the W taps are W shifted loads, all but
 the first of them out of the cache. Sums over tokens are written per program and added up outside in a fixed order.
+L and E are kept from the compiler: it would load several channels to a lane, spread tokens over the lanes for that, and
+pay for it in shuffles and barriers.
 
 Shapes: B batch, L tokens, E channels, W taps, P programs along B and L.
 """
@@ -35,7 +37,7 @@ def _pre_activation(x, taps_WE, bias, row, tokens, cols, inside, L, E,
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "E"])
 def conv_forward(x, taps_WE, bias, out, L, E,
                  W: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, REVERSE: tl.constexpr,
                  TILE: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
@@ -51,7 +53,7 @@ def conv_forward(x, taps_WE, bias, out, L, E,
     tl.store(out + (row * L + tokens)[:, None] * E + cols[None, :], y.to(out.dtype.element_ty), mask=both)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "E"])
 def conv_backward_taps(grad, x, taps_WE, bias, grad_y, grad_taps, grad_bias, L, E,
                        W: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, REVERSE: tl.constexpr,
                        TILE: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip

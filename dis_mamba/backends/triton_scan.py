@@ -17,9 +17,11 @@ from .gradient import empty_gradients, empty_outputs, register
 
 # A float32 state every 64 tokens of a bfloat16 sequence is half an activation at N = 16.
 CHUNK = 64
-# Eight tokens are what the registers of a lane hold without spilling.
-_TILE = 8
-_FORWARD_WARPS, _BACKWARD_WARPS = 1, 4
+# What the registers of a lane hold without spilling: states (forward), steps times channels (backward).
+_STATES, _GROUP, _TILE, _VECTORS = 16, 4, 8, 2
+# One-warp programs that keep a large GPU busy: two for each of the 528 schedulers of 132 multiprocessors. Where there
+# are less than half, sequences are cut; by the shape alone, so that the number of multiprocessors changes no bit.
+_PROGRAMS = 1024
 _LOG2_E = math.log2(math.e)
 _MAX_STATES = 256
 
@@ -45,11 +47,61 @@ class TritonScan:
         return triton_scan(*call)[0]
 
 
-def _kernels() -> Any:
+def _launch(name: str, grid: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
     # Imported at use: Triton is missing on some platforms.
-    from . import triton_kernels
+    from . import triton_backward, triton_kernels
 
-    return triton_kernels
+    kernel = getattr(triton_backward if name == "scan_backward" else triton_kernels, name)
+    kernel[grid](*arguments, **constants, num_warps=1, enable_fp_fusion=True)
+
+
+def state_block(num_states: int) -> int:
+    """How many states are taken at a time: a power of two."""
+    return min(_STATES, 1 << (num_states - 1).bit_length())
+
+
+def group_of(num_states: int) -> int:
+    """Steps that forward loads together: fewer where sums over blocks, and masks of a last block, need registers."""
+    if num_states <= _STATES:
+        return _GROUP
+    return 1 if num_states % _STATES else 2
+
+
+def vectors_of(num_states: int, capability: tuple[int, int] | None) -> int:
+    """Vectors of 32 channels that a program of the backward pass owns, on a GPU of that compute capability."""
+    # The compiler unrolls the loop over a few states.
+    return 1 if num_states < 4 or (capability is not None and capability < (9, 0)) else _VECTORS
+
+
+def _cut(programs: int, length: int) -> tuple[int, int]:
+    """Into how many segments a sequence is cut, and the chunks of one, given the programs of uncut sequences."""
+    chunks = -(-length // CHUNK)
+    wanted = 1 if 2 * programs > _PROGRAMS else min(chunks, _PROGRAMS // programs)
+    per_segment = -(-chunks // wanted)
+    return -(-chunks // per_segment), per_segment
+
+
+def _enter_segments(
+    ends: Tensor, value: Tensor, delta: Tensor, rate_NE: Tensor, taken: Tensor, gate: Tensor | None,
+    bias: Tensor | None, steps: int, adjoint: bool, flags: dict[str, Any],
+) -> None:  # fmt: skip
+    """Fill ``ends`` (B,S,N,E), zeros so far, with what enters each segment of ``steps`` steps."""
+    batch, length, channels = value.shape
+    segments, num_states = ends.shape[1:3]
+    if segments == 1:
+        return
+    parts, blocks = -(-channels // 32), -(-num_states // flags["NB"])
+    spans = torch.empty((batch, segments, channels), dtype=torch.float32, device=value.device)
+    walk = {name: flags[name] for name in ("N", "NB", "HAS_BIAS", "SOFTPLUS", "REVERSE")}
+    _launch(
+        "segment_ends", (batch, parts, segments - 1),
+        value, delta, rate_NE, taken, gate, bias, ends, spans, length, channels, steps,
+        GROUP=_GROUP, ADJOINT=adjoint, HAS_Z=gate is not None, **walk,
+    )  # fmt: skip
+    _launch(
+        "join_segments", (batch, parts, blocks),
+        rate_NE, spans, ends, channels, segments, N=flags["N"], NB=flags["NB"], ADJOINT=adjoint,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("zigflow::triton_scan", mutates_args=())
@@ -70,14 +122,21 @@ def triton_scan(
     out, states = empty_outputs(u, A, CHUNK)
     if batch == 0:
         return out, states
-    width = 32 * _FORWARD_WARPS
+    parts = -(-channels // 32)
+    segments, per_segment = _cut(batch * parts, length)
     u, delta, B, C = (t.contiguous() for t in (u, delta, B, C))
     D, z, delta_bias = (None if t is None else t.contiguous() for t in (D, z, delta_bias))
     rate_NE = _base_two_rate(A)
-    _kernels().scan_forward[(batch, -(-channels // width))](
-        u, delta, rate_NE, B, C, D, z, delta_bias, out, states, length, channels,
-        WIDTH=width, num_warps=_FORWARD_WARPS, STAGES=4,
-        **_flags(A, D, z, delta_bias, delta_softplus, reverse),
+    flags = _flags(A, D, z, delta_bias, delta_softplus, reverse)
+    starts = u.new_zeros((batch, segments if segments > 1 else 0, *rate_NE.shape), dtype=torch.float32)
+    partial = u.new_empty(u.shape if A.shape[1] > flags["NB"] else 0, dtype=torch.float32)
+    steps = per_segment * CHUNK
+    if segments > 1:
+        _enter_segments(starts, u, delta, rate_NE, B, None, delta_bias, steps, False, flags)
+    _launch(
+        "scan_forward", (batch, parts, segments),
+        u, delta, rate_NE, B, C, D, z, delta_bias, starts, partial, out, states, length, channels, steps,
+        GROUP=group_of(A.shape[1]), STARTS=segments > 1, CHUNK=CHUNK, **flags,
     )  # fmt: skip
     return out, states
 
@@ -100,45 +159,60 @@ def triton_scan_backward(
     """Gradients of u, delta, A, B, C, D, z, delta_bias, each in its tensor's dtype; empty for an absent tensor."""
     batch, length, channels = u.shape
     num_states = A.shape[1]
-    width = 32 * _BACKWARD_WARPS
-    parts = -(-channels // width)
+    vectors = vectors_of(num_states, torch.cuda.get_device_capability(u.device) if u.is_cuda else None)
+    width = 32 * vectors
+    parts, tiles_of_L = -(-channels // width), -(-length // _TILE)
+    segments, per_segment = _cut(batch * parts, length) if batch else (1, 1)
 
     def scratch(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=u.device)
 
     tensors = (u, delta, A, B, C, D, z, delta_bias)
     grad_u, grad_delta, *_, grad_z, _ = empty_gradients(*tensors)
-    grad_A = torch.zeros((batch, num_states, channels), dtype=torch.float32, device=u.device)
-    grad_B, grad_C = (scratch(parts, batch, length, num_states) for _ in range(2))
-    grad_D = scratch(*(() if D is None else (batch,)), 0 if D is None else channels)
-    grad_bias = scratch(*(() if delta_bias is None else (batch,)), 0 if delta_bias is None else channels)
+    grad_E = scratch(batch, segments, num_states + 2, channels)
+    grad_BC = scratch(parts, batch, tiles_of_L, num_states, 2, _TILE)
     if batch:
         grad, u, delta, B, C = (t.contiguous() for t in (grad, u, delta, B, C))
         D, z, delta_bias = (None if t is None else t.contiguous() for t in (D, z, delta_bias))
         rate_NE = _base_two_rate(A)
-        _kernels().scan_backward[(batch, parts)](
+        flags = _flags(A, D, z, delta_bias, delta_softplus, reverse)
+        carry = u.new_zeros((batch, segments, num_states, channels), dtype=torch.float32)
+        _enter_segments(carry, grad, delta, rate_NE, C, z, delta_bias, per_segment * CHUNK, True, flags)
+        tiles = scratch(batch, segments, parts, CHUNK // _TILE, num_states, width)
+        _launch(
+            "scan_backward", (batch, parts, segments),
             grad, u, delta, rate_NE, B, C, D, z, delta_bias, states,
-            grad_u, grad_delta, grad_z, grad_A, grad_B, grad_C, grad_D, grad_bias,
-            scratch(batch, CHUNK // _TILE, num_states, channels), torch.zeros_like(grad_A), length, channels,
-            WIDTH=width, TILE=_TILE, num_warps=_BACKWARD_WARPS, STAGES=3,
-            **_flags(A, D, z, delta_bias, delta_softplus, reverse),
+            grad_u, grad_delta, grad_z, grad_E, grad_BC, tiles, carry,
+            length, channels, per_segment,
+            CHUNK=CHUNK, GROUP=_GROUP, TILE=_TILE, VECTORS=vectors, **flags,
         )  # fmt: skip
+    grad_B, grad_C = _by_token(grad_BC.sum(0), length, reverse)
+    by_channel = grad_E.sum((0, 1))
+    new = {"memory_format": torch.contiguous_format, "copy": True}
     return (
         grad_u,
         grad_delta,
-        grad_A.sum(0).t().to(A.dtype, memory_format=torch.contiguous_format, copy=True),
-        grad_B.sum(0).to(B.dtype),
-        grad_C.sum(0).to(C.dtype),
-        grad_D if D is None else grad_D.sum(0).to(D.dtype),
+        by_channel[:num_states].t().to(A.dtype, **new),
+        grad_B.to(B.dtype, **new),
+        grad_C.to(C.dtype, **new),
+        by_channel.new_empty(0) if D is None else by_channel[num_states].to(D.dtype, **new),
         grad_z,
-        grad_bias if delta_bias is None else grad_bias.sum(0).to(delta_bias.dtype),
+        by_channel.new_empty(0)
+        if delta_bias is None
+        else by_channel[num_states + 1].to(delta_bias.dtype, **new),
     )
+
+
+def _by_token(sums: Tensor, length: int, reverse: bool) -> Tensor:
+    """(B, tiles, N, 2, steps of a tile) in the order of the walk -> (2, B, L, N) in the order of the tokens."""
+    by_step = sums.permute(3, 0, 1, 4, 2).flatten(2, 3)[:, :, :length]
+    return by_step.flip(2) if reverse else by_step
 
 
 def _flags(A: Tensor, D: Any, z: Any, bias: Any, softplus: bool, reverse: bool) -> dict[str, Any]:
     num_states = A.shape[1]
     return {
-        "N": num_states, "NP": 1 << (num_states - 1).bit_length(), "CHUNK": CHUNK,
+        "N": num_states, "NB": state_block(num_states),
         "HAS_D": D is not None, "HAS_Z": z is not None, "HAS_BIAS": bias is not None,
         "SOFTPLUS": softplus, "REVERSE": reverse,
     }  # fmt: skip

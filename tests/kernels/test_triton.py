@@ -1,23 +1,34 @@
 """The Triton kernels without a GPU: interpreted against the definitions, and compiled for GPUs that are not here."""
 
+import importlib
 import importlib.util
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dis_causal_conv1d
 import dis_mamba
 from dis_mamba import selective_scan
+from dis_mamba.backends import triton_scan
 
 from .definitions import scan_arguments, with_gradients
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+TABLE = ROOT / "benchmarks/results/triton_compile.json"
+REFRESH = f"python benchmarks/triton_compile.py --all --output {TABLE.relative_to(ROOT)}"
+MAIN = ("scan_forward", "scan_backward")
 
 has_triton = importlib.util.find_spec("triton") is not None
 
@@ -28,30 +39,99 @@ def run(*command, **env):
     )
 
 
+needs_triton = pytest.mark.skipif(not has_triton, reason="triton has no package for this platform")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not has_triton, reason="triton has no package for this platform")
+@needs_triton
 def test_interpreted_kernels_agree_with_the_definitions():
-    from .triton_interpreter import CONVS, SCANS
-
     done = run("-m", "tests.kernels.triton_interpreter", TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    agreed = [line for line in done.stdout.splitlines() if line.endswith(("agrees", "is finite"))]
-    assert len(agreed) == len(SCANS) + len(CONVS) + 1
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    checks = re.findall(
+        r"^@check\ndef (\w+)", (ROOT / "tests/kernels/triton_interpreter.py").read_text(), re.M
+    )
+    assert [line for line in done.stdout.splitlines() if line.endswith(": passed")] == [
+        f"{name}: passed" for name in checks
+    ]
+
+
+def kernel_id(row):
+    return tuple(row.get(name) for name in ("kernel", "arch", "sequences", "reverse", "N"))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_triton, reason="triton has no package for this platform")
-@pytest.mark.parametrize("arch", [90, 80])
-def test_compiled_kernels_spill_nothing(arch, tmp_path):
-    done = run("benchmarks/triton_compile.py", "--arch", str(arch), TRITON_CACHE_DIR=str(tmp_path))
+@needs_triton
+@pytest.mark.parametrize(
+    "options,count",
+    [
+        (["--arch", "90"], 8),
+        (["--sequences", "fp32", "--states", "64", "--reverse", "--kernels", "scan_forward"], 1),
+        (["--arch", "80", "--reverse", "--kernels", "scan_backward"], 1),
+    ],
+)
+def test_compiled_kernels_spill_nothing(options, count, tmp_path):
+    done = run("benchmarks/triton_compile.py", *options, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    rows = {row["kernel"]: row for row in json.loads(done.stdout)["kernels"]}
-    assert set(rows) == {"scan_forward", "scan_backward", "conv_forward", "conv_backward_taps"}
+    made = json.loads(done.stdout)
+    assert len(made["kernels"]) == count
+    for row in made["kernels"]:
+        assert row["spilled_bytes"] == row["LDL"] == row["STL"] == 0, row
+    stored = json.loads(TABLE.read_text())
+    assert made["sources"] == stored["sources"], f"the kernels have changed: {REFRESH}"
+    if made["triton"] == stored["triton"]:
+        kept = {kernel_id(row): row for row in stored["kernels"]}
+        assert all(kept[kernel_id(row)] == row for row in made["kernels"])
+
+
+@needs_triton
+def test_the_stored_table_of_registers_is_that_of_these_kernels(monkeypatch):
+    """No kernel spills, and a recurrence exchanges nothing between lanes: each holds the states of its channel."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    triton_compile = importlib.import_module("triton_compile")
+    table = json.loads(TABLE.read_text())
+    assert set(table) == {"triton", "sources", "kernels"}
+    assert table["sources"] == triton_compile.sources(), f"the kernels have changed: {REFRESH}"
+    rows = {kernel_id(row): row for row in table["kernels"]}
+    assert len(rows) == len(table["kernels"])
+    everything = itertools.product(
+        MAIN, ["sm_90"], ("bf16", "fp16", "fp32"), (False, True), (1, 4, 16, 17, 64, 256)
+    )
+    assert set(everything) <= set(rows)
+    usual = list(triton_compile.scan_kernels(16, 90, False))
+    assert {(name, "sm_80", "bf16", reverse, 16) for name in usual for reverse in (False, True)} <= set(rows)
     for row in rows.values():
-        assert row["spilled_bytes"] == row["LDL"] == row["STL"] == 0
-        assert row["registers"] <= 255
-    # The states of a token lie in the registers of one lane: the recurrence exchanges nothing between lanes.
-    assert rows["scan_forward"]["SHFL"] == rows["scan_forward"]["LDS"] == rows["scan_forward"]["BAR"] == 0
+        assert row["spilled_bytes"] == row["LDL"] == row["STL"] == 0, row
+        assert 16 <= row["registers"] <= 255
+        assert row["LDS"] == row["shared_bytes"] == 0, row
+        if row["kernel"] == "scan_backward":
+            assert row["SHFL"] == 16, "what sums over channels takes: 16 exchanges for 8 steps of B and C"
+        else:
+            assert row["SHFL"] == row["BAR"] == 0, row
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 256, 1024])
+def test_saved_states_are_at_most_half_an_activation_in_bfloat16(length):
+    with FakeTensorMode():
+        u = torch.empty(2, length, 24, dtype=torch.bfloat16)
+        A = torch.empty(24, 16)
+        B = torch.empty(2, length, 16, dtype=torch.bfloat16)
+        out, states = triton_scan.triton_scan(u, u, A, B, B, None, u, None, True, False)
+    assert out.shape == u.shape and out.dtype == u.dtype
+    assert states.dtype == torch.float32
+    assert states.shape == (2, -(-length // 64) - 1, 16, 24)
+    assert states.nbytes <= u.nbytes / 2
+
+
+@hypothesis.given(programs=st.integers(1, 5000), length=st.integers(1, 20000))
+def test_sequences_are_cut_into_whole_chunks_where_programs_are_few(programs, length):
+    segments, per_segment = triton_scan._cut(programs, length)
+    chunks = -(-length // triton_scan.CHUNK)
+    assert (segments - 1) * per_segment < chunks <= segments * per_segment
+    assert programs * segments <= max(programs, triton_scan._PROGRAMS)
+    if 2 * programs > triton_scan._PROGRAMS:
+        assert segments == 1
+    elif chunks >= triton_scan._PROGRAMS:
+        assert programs * segments > triton_scan._PROGRAMS / 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU answers")
@@ -65,7 +145,10 @@ def test_without_a_gpu_it_says_so():
 @pytest.mark.gpu
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(2, 1, 3, 1), (2, 65, 33, 16), (1, 200, 130, 5), (3, 1024, 256, 16)])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 1, 3, 1), (2, 65, 33, 16), (1, 200, 130, 5), (3, 1024, 256, 16), (600, 65, 33, 4), (1, 130, 40, 65)],
+)
 def test_matches_the_torch_backend_on_a_gpu(shape, dtype, reverse):
     arguments = {
         k: v.detach().cuda().requires_grad_() for k, v in scan_arguments(*shape, dtype=dtype).items()
