@@ -294,6 +294,10 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0, help="for each comparison at each shape")
     parser.add_argument("--check-only", action="store_true")
+    parser.add_argument(
+        "--keep-freed-memory", action="store_true",
+        help="for all contenders: glibc keeps what is freed, as in a training on a CPU",
+    )  # fmt: skip
     parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -314,8 +318,7 @@ def main():
         print(f"{shape}: correct; largest error / allowed { ({k: round(v, 4) for k, v in checks.items()}) }")
     if options.check_only:
         return
-    # For every contender, as in a training on a CPU.
-    start["freed_memory_stays"] = keep_freed_memory()
+    start["freed_memory_stays"] = options.keep_freed_memory and keep_freed_memory()
     with Report({**start, "missing": missing, "shapes": {}}, options.output) as report:
         for shape in SHAPES["cpu"]:
             roofs = roof(options.threads)
