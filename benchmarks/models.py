@@ -204,8 +204,8 @@ def main():
         **circumstances(options.device, options.note),
         "precision": options.precision,
         "backends": backends(options),
-        # As in a training on a CPU.
-        "freed_memory_stays": options.device.type == "cpu" and keep_freed_memory(),
+        # As in a training on a CPU; but the records of a profile would lie between blocks that are used again.
+        "freed_memory_stays": options.device.type == "cpu" and not options.profile and keep_freed_memory(),
         "peak_tflop_per_second": None if options.peak is None else round(options.peak / 1e12, 3),
         "what": "medians of turns that the cases take one after another; train: forward, backward, AdamW and averages; "
         "ratios: median and range of the turns' ratios; target: with_order_over_none at most 1.03; cases of more than "

@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 STEP = "benchmark: step"
 LOSS, AVERAGES = "benchmark: loss", "benchmark: averages"
@@ -135,11 +135,14 @@ def profiled(
     on_gpu = device.type == "cuda"
     wait = partial(torch.cuda.synchronize, device) if on_gpu else lambda: None
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with scopes(model), profile(activities=activities) as profiler:
-        for _ in range(steps):
+    # The first steps under the profiler take longer, as its records move what is allocated: they are thrown away.
+    plan = schedule(wait=0, warmup=steps, active=steps, repeat=1)
+    with scopes(model), profile(activities=activities, schedule=plan, acc_events=True) as profiler:
+        for _ in range(2 * steps):
             with record_function(STEP):
                 step()
                 wait()
+            profiler.step()
     return account(profiler.events(), on_gpu, steps, seconds)
 
 
