@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +38,7 @@ _FLAGS = (
 )
 # The first set that the compiler knows: ARM compilers say -mcpu, and some know neither.
 _TARGETS = (("-march=native",), ("-mcpu=native",), ())
+_ARGUMENTS = (ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64)
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
 
@@ -84,6 +85,17 @@ class NativeLibrary:
         if self._library is None:
             raise NativeError(reason)
         return self._library
+
+    def function(self, name: str) -> Callable[[bytes, bool, bool], int]:
+        """``int64_t name(const void*, int64_t, int64_t)``; left to itself, ctypes would cut the result to 32 bits.
+
+        Raises:
+            NativeError: see ``reason``.
+        """
+        function = getattr(self.load(), name)
+        if function.argtypes is None:
+            function.restype, function.argtypes = ctypes.c_int64, _ARGUMENTS
+        return function
 
     def plan(self) -> tuple[list[str], Path]:
         """The command that compiles the library, without its output, and the binary's path in the cache.

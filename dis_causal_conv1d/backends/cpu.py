@@ -74,7 +74,7 @@ def _run(x: Tensor, weight: Tensor, bias, grad, outputs, silu: bool, reverse: bo
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     strides = (*x.stride()[:2], *((0, 0) if grad is None else grad.stride()[:2]))
     sizes = (batch, length, channels, weight.shape[1], silu, reverse, torch.get_num_threads())
-    function = LIBRARY.load().zigflow_conv
+    function = LIBRARY.function("zigflow_conv")
     backward = grad is not None
 
     def pack(workspace: int) -> bytes:

@@ -113,14 +113,14 @@ def _run(tensors, grad, outputs, grads, delta_softplus: bool, reverse: bool) -> 
         *(map(pointer, grads) if backward else (0,) * 8),  # an empty tensor's address is 0
         workspace.data_ptr(),
     )
-    LIBRARY.load().zigflow_scan(call, backward, False)
+    LIBRARY.function("zigflow_scan")(call, backward, False)
 
 
 @lru_cache(maxsize=1024)
 def _workspace_size(library: NativeLibrary, sizes: tuple[int, ...], backward: bool) -> int:
     """In elements of float32."""
     call = _CALL.pack(*sizes, *(0,) * 33)
-    return -(-library.load().zigflow_scan(call, backward, True) // 4)
+    return -(-library.function("zigflow_scan")(call, backward, True) // 4)
 
 
 register("zigflow::cpu_scan", "zigflow::cpu_scan_backward", cpu_scan_backward, "cpu")

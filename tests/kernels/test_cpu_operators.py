@@ -225,6 +225,14 @@ def test_a_second_derivative_is_refused(function, arguments):
         grad.sum().backward()
 
 
+def test_a_workspace_of_more_than_two_gigabytes_is_counted_whole():
+    batch, length, states = 64, 4096, 256
+    sizes = (batch, length, 1536, states, True, False, 2, 0)
+    needed = 4 * cpu_scan._workspace_size(cpu_scan.LIBRARY, sizes, True)
+    # Sums of the gradients of B and C, in two parts at least.
+    assert needed > 2 * 2 * 4 * batch * length * states
+
+
 def test_what_it_does_not_take_falls_to_torch_or_is_refused_by_name():
     arguments = {name: value.detach() for name, value in conv_arguments(1, 4, 2, 17).items()}
     with pytest.raises(ValueError, match="'cpu' does not take this call: weight has 17 taps, at most 16"):
