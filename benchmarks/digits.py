@@ -214,7 +214,8 @@ def arguments():
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     given.work = given.work.resolve()
-    given.work.mkdir(parents=True, exist_ok=True)
+    for folder in (given.work, *([given.output.parent] if given.output else [])):
+        folder.mkdir(parents=True, exist_ok=True)
     given.steps = [] if given.train_steps is None else [f"data.train_steps={given.train_steps}"]
     return given
 

@@ -25,7 +25,7 @@ from machine import Report, circumstances
 from torch import Tensor
 
 import dis_mamba
-from dis_causal_conv1d.native import NativeLibrary, compiler, compiler_version, parallel_address
+from dis_causal_conv1d.native import NativeError, NativeLibrary, compiler, compiler_version, parallel_address
 from dis_mamba import MambaMixer, selective_scan
 from zigflow.engine.freed_memory import keep_freed_memory
 
@@ -279,7 +279,10 @@ def ratios(scan: dict, mixer: dict, shape, roofs: dict[str, float]) -> dict:
 
 def packages() -> dict:
     """Versions of what the comparison depends on."""
-    found = {"compiler": compiler_version(tuple(compiler())).splitlines()[0]}
+    try:
+        found = {"compiler": compiler_version(tuple(compiler())).splitlines()[0]}
+    except NativeError as error:
+        found = {"compiler": f"none: {error}"}
     for name in ("triton", "mambapy", "mamba-ssm", "causal-conv1d"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)

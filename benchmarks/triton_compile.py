@@ -158,7 +158,8 @@ def main() -> int:
     parser.add_argument("--states", type=int, nargs="+", default=[16])
     parser.add_argument("--sequences", choices=SEQUENCES, nargs="+", default=["bf16"])
     parser.add_argument("--reverse", action="store_true", help="compile the walk from the last token")
-    parser.add_argument("--kernels", nargs="+", help="only these")
+    names = [*scan_kernels(16, 90, False), *conv_kernels_of(False)]
+    parser.add_argument("--kernels", nargs="+", choices=names, help="only these")
     parser.add_argument(
         "--all",
         action="store_true",
@@ -166,6 +167,8 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
+    if given.output:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
     wanted = variants(given.arch, given.states, given.sequences, [given.reverse], given.kernels)
     if given.all:
         wanted = itertools.chain(

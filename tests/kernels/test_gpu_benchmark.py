@@ -96,6 +96,13 @@ def test_a_wrong_convolution_is_not_timed(bench, monkeypatch):
         bench.measure_convolutions(SHAPE, torch.float32, "cpu", turns=1)
 
 
+def test_a_machine_without_a_compiler_is_no_hindrance(bench, monkeypatch):
+    import kernels
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert kernels.packages()["compiler"].startswith("none: no C++ compiler: CXX = 'no-such-compiler'")
+
+
 def test_the_floor_is_what_limits(bench):
     """At 4.3 TB/s and 132 multiprocessors of 1.755 GHz: exponentials forward, arithmetic backward."""
     rates = {"bytes": 4.3e9, "exponentials": 16 * 132 * 1.755e6, "arithmetic": 128 * 132 * 1.755e6}

@@ -109,6 +109,21 @@ def test_the_stored_table_of_registers_is_that_of_these_kernels(monkeypatch):
             assert row["SHFL"] == row["BAR"] == 0, row
 
 
+@needs_triton
+def test_a_table_makes_its_folder_and_knows_its_kernels(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    triton_compile = importlib.import_module("triton_compile")
+    monkeypatch.setattr(triton_compile, "variants", lambda *_: [])
+    target = tmp_path / "new" / "table.json"
+    monkeypatch.setattr(sys, "argv", ["triton_compile.py", "--output", str(target)])
+    assert triton_compile.main() == 0
+    assert json.loads(target.read_text())["kernels"] == []
+    monkeypatch.setattr(sys, "argv", ["triton_compile.py", "--kernels", "scan_forwards"])
+    with pytest.raises(SystemExit):
+        triton_compile.main()
+    assert "invalid choice: 'scan_forwards'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("length", [1, 64, 65, 256, 1024])
 def test_saved_states_are_at_most_half_an_activation_in_bfloat16(length):
     with FakeTensorMode():
