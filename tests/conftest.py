@@ -5,6 +5,8 @@ import socket
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Changes nothing but zigflow.engine.freed_memory's mind: a process of thousands of tests would hold the largest one's.
+os.environ.setdefault("MALLOC_PERTURB_", "0")
 
 import hypothesis
 import pytest

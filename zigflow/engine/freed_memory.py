@@ -12,8 +12,9 @@ log = logging.getLogger(__name__)
 
 # mallopt(3)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-# The second is the most that some versions of glibc accept.
-_LARGEST_KEPT = (1 << 30, 1 << 25)
+# Of one block. Larger ones go back, or a heap of mixed sizes could hold much more than was ever in use. The second is
+# the most that some versions of glibc accept.
+_LARGEST_KEPT = (1 << 28, 1 << 25)
 
 
 def keep_freed_memory(environ: Mapping[str, str] | None = None) -> bool:
@@ -21,7 +22,8 @@ def keep_freed_memory(environ: Mapping[str, str] | None = None) -> bool:
 
     By default glibc hands every freed block of more than 32 MiB back to the kernel, smaller ones at the heap's end
     too, and the kernel clears each page again at its first use in the next step: a few percent of a training step on
-    a CPU. The process then holds its peak, which a training comes back to in every step anyway.
+    a CPU. With this, blocks up to 256 MiB stay: the process holds its peak, which a training comes back to in every
+    step anyway.
 
     Args:
         environ: by default the process's own. Whoever set ``MALLOC_*`` or glibc's malloc tunables there has chosen.
