@@ -1,4 +1,4 @@
-"""Compiled and chunked kernels against the definitions in float64, at random shapes, dtypes and options; what they keep."""
+"""Compiled and chunked kernels against the definitions in float64, of any shape and dtype; what they keep."""
 
 import functools
 
