@@ -47,9 +47,9 @@ from zigflow.nn import (
     check_mask,
     drop_path_scales,
     dropped_conditions,
+    gated_add,
     interpolate_positions,
-    modulate,
-    permute,
+    read_stream,
     sincos_positions,
     unpatchify,
 )
@@ -106,31 +106,35 @@ class ZigMaBlock(CheckpointedBlock):
         """One layer. Returns the layer's output and the residual stream before the norm."""
         if drop_scale_B is not None:
             hidden_BLD = hidden_BLD * drop_scale_B[:, None, None]
-        residual_BLD = residual_BLD + hidden_BLD
         if positions_1LD is not None:
             residual_BLD = residual_BLD + positions_1LD
-        normed_BLD = self.norm(residual_BLD).to(hidden_BLD.dtype)
+        dtype = hidden_BLD.dtype
         chunks = self.adaLN_modulation(c_BD).chunk(3 if self.msa is None else 6, dim=1)
         shift, scale, gate = chunks[:3]
 
-        x = modulate(normed_BLD, shift, scale)
-        if walk.order is not None:
-            x = permute(x, walk.order, walk.inverse)
+        x, normed_BLD, residual_BLD = read_stream(
+            self.norm,
+            hidden_BLD,
+            residual_BLD,
+            shift,
+            scale,
+            walk.order,
+            walk.inverse,
+            dtype=dtype,
+            keep_normed=True,
+        )
         shape = x.shape
         if walk.segments > 1:
             x = x.reshape(shape[0] * walk.segments, shape[1] // walk.segments, shape[2])
         x = self.mixer(x) if walk.branches is None else self.mixer(x, walk.branches)
         x = x.reshape(shape)
-        if walk.order is not None:
-            x = permute(x, walk.undo, walk.undo_inverse)
-        out_BLD = normed_BLD + gate.unsqueeze(1) * x
+        out_BLD = gated_add(normed_BLD, x, gate, walk.undo, walk.undo_inverse)
 
         if self.msa is not None:
             shift, scale, gate = chunks[3:]
-            x = self.norm_msa(out_BLD).to(out_BLD.dtype)
-            x = self.msa(modulate(x, shift, scale), context_BSD, mask_BS)
-            out_BLD = out_BLD + gate.unsqueeze(1) * x
-        return out_BLD.to(hidden_BLD.dtype), residual_BLD
+            x, _, _ = read_stream(self.norm_msa, None, out_BLD, shift, scale, dtype=out_BLD.dtype)
+            out_BLD = gated_add(out_BLD, self.msa(x, context_BSD, mask_BS), gate)
+        return out_BLD.to(dtype), residual_BLD
 
 
 class FinalLayer(nn.Module):

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,13 +21,14 @@ from torch._C._functorch import maybe_current_level  # torch.func has no public 
 from torch.autograd import forward_ad
 
 CallT = TypeVar("CallT", contravariant=True)
+ResultT = TypeVar("ResultT", covariant=True)
 
-_dispatchers: list["Dispatcher"] = []
+_dispatchers: list["Dispatcher[Any, Any]"] = []
 _announced: set[tuple[str, str]] = set()
 _preferred = "auto"
 
 
-class Backend(Protocol[CallT]):
+class Backend(Protocol[CallT, ResultT]):
     """One way to compute an operation. A call is the operation's NamedTuple of validated arguments."""
 
     name: str
@@ -40,22 +41,27 @@ class Backend(Protocol[CallT]):
         """Why the backend does not take this call, or None when it does."""
         ...
 
-    def run(self, call: CallT, /) -> Tensor: ...
+    def run(self, call: CallT, /) -> ResultT: ...
 
 
-class Dispatcher(Generic[CallT]):
-    """The backends of one operation in the order in which ``auto`` tries them."""
+class Dispatcher(Generic[CallT, ResultT]):
+    """The backends of one operation in the order in which ``auto`` tries them.
 
-    def __init__(self, op: str, backends: Sequence[Backend[CallT]]):
+    A name that ``use_backend`` or the environment prefers and that only other operations know stands here for
+    ``otherwise``, the name of one of ``backends``; without it such a name is an error.
+    """
+
+    def __init__(self, op: str, backends: Sequence[Backend[CallT, ResultT]], otherwise: str | None = None):
         self.op = op
         self.backends = tuple(backends)
+        self.otherwise = otherwise
         _dispatchers.append(self)
 
     def available(self) -> dict[str, str | None]:
         """Every backend by name, with the reason why it cannot run on this machine or None."""
         return {backend.name: backend.unavailable() for backend in self.backends}
 
-    def select(self, call: CallT, name: str = "auto") -> Backend[CallT]:
+    def select(self, call: CallT, name: str = "auto") -> Backend[CallT, ResultT]:
         """The backend that will run ``call``.
 
         Raises:
@@ -63,9 +69,9 @@ class Dispatcher(Generic[CallT]):
             RuntimeError: the named backend cannot run on this machine, or no backend takes the call.
         """
         if name == "auto":
-            name = _preferred
+            name = self._own(_preferred)
         if name == "auto":
-            name = _from_environment()
+            name = self._own(_from_environment())
             known = ["auto", *(backend.name for backend in self.backends)]
             if name not in known:
                 raise _unknown(f"{self.op}: ZIGFLOW_BACKEND", name, known[1:])
@@ -80,13 +86,20 @@ class Dispatcher(Generic[CallT]):
             refusals.append(f"{backend.name}: {reason}")
         raise RuntimeError(f"{self.op}: no backend takes this call. " + "; ".join(refusals))
 
-    def run(self, call: CallT, name: str = "auto") -> Tensor:
+    def run(self, call: CallT, name: str = "auto") -> ResultT:
         """Select a backend as ``select`` does, log a first choice, and compute."""
         backend = self.select(call, name)
         _announce(self.op, backend.name)
         return backend.run(call)
 
-    def _named(self, call: CallT, name: str) -> Backend[CallT]:
+    def _own(self, preferred: str) -> str:
+        """``preferred``, or what stands for it where only another operation has a backend of that name."""
+        own = [backend.name for backend in self.backends]
+        if self.otherwise is None or preferred in ("auto", *own) or preferred not in _known_names():
+            return preferred
+        return self.otherwise
+
+    def _named(self, call: CallT, name: str) -> Backend[CallT, ResultT]:
         for backend in self.backends:
             if backend.name == name:
                 reason = backend.unavailable()
@@ -110,9 +123,8 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: no operation has a backend of that name.
     """
     global _preferred
-    known = sorted({backend.name for each in _dispatchers for backend in each.backends})
-    if name not in known:
-        raise _unknown("use_backend", name, known)
+    if name not in _known_names():
+        raise _unknown("use_backend", name, _known_names())
     before, _preferred = _preferred, name
     try:
         yield
@@ -149,6 +161,10 @@ def _announce(op: str, backend: str) -> None:
     if (op, backend) not in _announced:
         _announced.add((op, backend))
         logging.getLogger(__name__).info("%s runs on backend %r", op, backend)
+
+
+def _known_names() -> list[str]:
+    return sorted({backend.name for each in _dispatchers for backend in each.backends})
 
 
 def _unknown(op: str, name: str, known: list[str]) -> ValueError:

@@ -22,6 +22,28 @@ class _Permute(torch.autograd.Function):
         return _Permute.apply(grads[0], inverse, order), None, None
 
 
+def check_order(op: str, x: Tensor, order: Tensor | None, inverse: Tensor | None) -> None:
+    """Check the indices of a walk over the tokens of ``x`` (B,L,D), but not that one undoes the other.
+
+    Raises:
+        TypeError, ValueError: as ``permute``.
+    """
+    for name, index in (("order", order), ("inverse", inverse)):
+        if not isinstance(index, Tensor) or index.dtype != torch.int64:
+            raise TypeError(
+                f"{op}: {name} must be an int64 tensor, got {getattr(index, 'dtype', type(index))}"
+            )
+        if index.ndim == 2:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(index.shape)}; orders (K,L) and (B,L) are reserved for later, "
+                "give one order of shape (L,)"
+            )
+        if index.shape != x.shape[1:2]:
+            raise ValueError(f"{op}: {name} has shape {tuple(index.shape)}, expected (L,) = ({x.shape[1]},)")
+        if index.device != x.device:
+            raise ValueError(f"{op}: {name} is on {index.device}, x on {x.device}: move one of them")
+
+
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """``x[:, order]`` whose backward is the gather ``grad[:, inverse]``.
 
@@ -43,22 +65,7 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """
     if x.ndim != 3:
         raise ValueError(f"permute: x has shape {tuple(x.shape)}, expected (B,L,D)")
-    for name, index in (("order", order), ("inverse", inverse)):
-        if not isinstance(index, Tensor) or index.dtype != torch.int64:
-            raise TypeError(
-                f"permute: {name} must be an int64 tensor, got {getattr(index, 'dtype', type(index))}"
-            )
-        if index.ndim == 2:
-            raise ValueError(
-                f"permute: {name} has shape {tuple(index.shape)}; orders (K,L) and (B,L) are reserved for later, "
-                "give one order of shape (L,)"
-            )
-        if index.shape != x.shape[1:2]:
-            raise ValueError(
-                f"permute: {name} has shape {tuple(index.shape)}, expected (L,) = ({x.shape[1]},)"
-            )
-        if index.device != x.device:
-            raise ValueError(f"permute: {name} is on {index.device}, x on {x.device}: move one of them")
+    check_order("permute", x, order, inverse)
     if transform_reason((x,)) is not None:
         return x.index_select(1, order)
     if order is inverse:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from dis_mamba import use_backend
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
 
@@ -50,14 +52,16 @@ def test_rows_of_an_eager_step_are_the_whole_step(bench):
     found = groups(table_of(bench, case))
     for group in (
         "matrix products", "selective scan, forward", "selective scan, backward", "convolution, forward",
-        "convolution, backward", "scan orders (gathers)", "norms, modulation, residual sums", "optimizer",
+        "convolution, backward", "norms, modulation, residual sums", "optimizer",
         "averages of the weights", "loss", "copies and casts", "views and allocation", "autograd engine",
         "Python between operators",
     ):  # fmt: skip
         assert found[group]["ms"] > 0, group
     assert found["not attributed"]["ms"] == pytest.approx(0, abs=1e-3)
+    with use_backend("torch"):
+        unfused = groups(table_of(bench, case))
     # Two layers; forward, backward of the gathers to and back: an operator and what it calls, at least.
-    assert found["scan orders (gathers)"]["events"] >= 8
+    assert unfused["scan orders (gathers)"]["events"] >= 8
     hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in case.model.modules()]
     assert not any(any(pair) for pair in hooks), "the profile leaves hooks behind"
 
@@ -170,4 +174,5 @@ def test_checkpoint_policies_differ_in_peak_memory(bench):
         found[policy] = bench.peak_memory.peak_bytes(CPU, case.train)
     case.inference()
     found["inference"] = bench.peak_memory.peak_bytes(CPU, case.inference)
-    assert found["none"] > 1.02 * found["selective"] > 1.5 * found["block"] > found["inference"] > 0
+    # Norms and gathers keep nothing, so that recomputing them frees nothing.
+    assert min(found["none"], found["selective"]) > 1.5 * found["block"] > found["inference"] > 0

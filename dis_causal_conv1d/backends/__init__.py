@@ -1,5 +1,7 @@
 """The backends of the causal convolution. A new one is a file here and an entry in ``CONV``."""
 
+from torch import Tensor
+
 from dis_causal_conv1d.dispatch import Dispatcher
 
 from .call import ConvCall
@@ -9,6 +11,6 @@ from .reference import ReferenceConv
 from .torch_shift import TorchConv
 from .triton_conv import TritonConv
 
-CONV: Dispatcher[ConvCall] = Dispatcher(
+CONV: Dispatcher[ConvCall, Tensor] = Dispatcher(
     "causal_conv1d", [TritonConv(), CpuConv(), PackageConv(), TorchConv(), ReferenceConv()]
 )

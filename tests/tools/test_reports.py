@@ -100,7 +100,7 @@ def test_doctor_says_which_backend_would_run(monkeypatch):
     monkeypatch.setenv("ZIGFLOW_BACKEND", "troch")
     found = doctor.report()
     assert found["backends"]["causal_conv1d"].startswith("none would run: ")
-    assert len(found["problems"]) == 2 and "torch" in found["problems"][0]
+    assert len(found["problems"]) == 4 and "torch" in found["problems"][0]
     monkeypatch.delenv("ZIGFLOW_BACKEND")
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "CXX = 'no-such-compiler' is not found" in doctor.report()["machine"]["C++ compiler"]

@@ -38,10 +38,12 @@ from scans import ComposedWalk, ScanSchedule, TokenLayout, composed_walk, get_sc
 from zigflow.nn import (
     PatchEmbed,
     RMSNorm,
+    gated_add,
     interpolate_positions,
     modulate,
     permute,
     read_labels,
+    read_stream,
     sinusoidal_embedding,
     unpatchify,
 )
@@ -115,8 +117,8 @@ class DiMBlock(CheckpointedBlock):
         if order_L is not None:
             x_BLD = permute(x_BLD, order_L, inverse_L)
         shift, scale, gate = (self.scale_shift_table + modulation_B3D).unbind(1)
-        normed = modulate(self.norm1["norm"](x_BLD).to(shift.dtype), shift, scale)
-        return x_BLD + (1 + gate.unsqueeze(1)) * self.attn1(normed)
+        normed, _, _ = read_stream(self.norm1["norm"], None, x_BLD, shift, scale, dtype=shift.dtype)
+        return gated_add(x_BLD, self.attn1(normed), 1 + gate)
 
     def _join(self, x_BLD: Tensor, skip_BLD: Tensor, skip_weight_B: Tensor | None) -> Tensor:
         """One linear layer on both, or the sum of one on each; the result replaces the stream, in its dtype."""

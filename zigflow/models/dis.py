@@ -42,6 +42,7 @@ from zigflow.nn import (
     modulate,
     permute,
     read_labels,
+    read_stream,
     sinusoidal_embedding,
     unpatchify,
 )
@@ -76,11 +77,12 @@ class DiSBlock(CheckpointedBlock):
             hidden_BLD = self.skip_linear(torch.cat([hidden_BLD, skip_BLD], dim=-1))
         if drop_scale_B is not None:
             hidden_BLD = hidden_BLD * drop_scale_B[:, None, None]
-        residual_BLD = residual_BLD + hidden_BLD
-        x = self.norm(residual_BLD).to(hidden_BLD.dtype)
+        x, _, residual_BLD = read_stream(
+            self.norm, hidden_BLD, residual_BLD, None, None, order_L, inverse_L, dtype=hidden_BLD.dtype
+        )
         if order_L is None or inverse_L is None:
             return self.mixer(x), residual_BLD
-        return permute(self.mixer(permute(x, order_L, inverse_L)), inverse_L, order_L), residual_BLD
+        return permute(self.mixer(x), inverse_L, order_L), residual_BLD
 
 
 class FinalLayer(nn.Module):

@@ -33,9 +33,11 @@ from zigflow.nn import (
     SelfAttention,
     TimestepEmbedder,
     axial_rotations,
+    gated_add,
     interpolate_positions,
     modulate,
     read_labels,
+    read_stream,
     read_text,
     sincos_positions,
     unpatchify,
@@ -78,15 +80,15 @@ class DiTBlock(CheckpointedBlock):
         """(B, L, D) -> (B, L, D)."""
         chunks = self.adaLN_modulation(c_BD).chunk(self.chunks, dim=1)
         shift, scale, gate = chunks[:3]
-        normed = modulate(self.norm1(x_BLD).to(x_BLD.dtype), shift, scale)
-        x_BLD = x_BLD + gate.unsqueeze(1) * self.attn(normed, rotations)
+        normed, _, _ = read_stream(self.norm1, None, x_BLD, shift, scale, dtype=x_BLD.dtype)
+        x_BLD = gated_add(x_BLD, self.attn(normed, rotations), gate)
         if self.cross_attn is not None:
             shift, scale, gate = chunks[6:]
-            normed = modulate(self.cross_norm(x_BLD).to(x_BLD.dtype), shift, scale)
-            x_BLD = x_BLD + gate.unsqueeze(1) * self.cross_attn(normed, context_BSD, mask_BS)
+            normed, _, _ = read_stream(self.cross_norm, None, x_BLD, shift, scale, dtype=x_BLD.dtype)
+            x_BLD = gated_add(x_BLD, self.cross_attn(normed, context_BSD, mask_BS), gate)
         shift, scale, gate = chunks[3:6]
-        normed = modulate(self.norm2(x_BLD).to(x_BLD.dtype), shift, scale)
-        return x_BLD + gate.unsqueeze(1) * self.mlp(normed)
+        normed, _, _ = read_stream(self.norm2, None, x_BLD, shift, scale, dtype=x_BLD.dtype)
+        return gated_add(x_BLD, self.mlp(normed), gate)
 
 
 class FinalLayer(nn.Module):

@@ -1,6 +1,6 @@
 """Building blocks that two model families use unchanged."""
 
-from dis_mamba import permute
+from dis_mamba import gated_add, permute
 
 from .attention import CrossAttention, SelfAttention
 from .conditioning import (
@@ -15,7 +15,7 @@ from .conditioning import (
 )
 from .drop_path import drop_path_scales
 from .mlp import Mlp
-from .modulation import modulate
+from .modulation import modulate, read_stream
 from .norm import LayerNorm, RMSNorm
 from .patch import PatchEmbed, check_divisible, unpatchify
 from .positions import axial_rotations, interpolate_positions, rotate, sincos_positions
@@ -37,11 +37,13 @@ __all__ = [
     "check_mask",
     "drop_path_scales",
     "dropped_conditions",
+    "gated_add",
     "interpolate_positions",
     "modulate",
     "null_condition",
     "permute",
     "read_labels",
+    "read_stream",
     "read_text",
     "rotate",
     "sincos_positions",

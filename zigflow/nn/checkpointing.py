@@ -11,13 +11,16 @@ from zigflow.registry import unknown_name
 
 CHECKPOINT_POLICIES = ("none", "block", "selective")
 
+_TOKENWISE = ("add_norm_modulate", "gated_add")
 _MATRIX_PRODUCTS = ("mm", "bmm", "addmm", "linear", "_scaled_dot_product")
 
 
 def _keep_expensive(context, op, *args, **kwargs) -> CheckpointPolicy:
-    """Keep the project's own kernels and the matrix products; recompute norms, activations and gathers."""
+    """Keep the scans, convolutions and matrix products; recompute norms, activations and gathers."""
     name = op.name() if hasattr(op, "name") else str(op)
     namespace, _, rest = name.partition("::")
+    if namespace == "zigflow" and any(cheap in rest for cheap in _TOKENWISE):
+        return CheckpointPolicy.PREFER_RECOMPUTE
     if namespace == "zigflow" or rest.split(".")[0].startswith(_MATRIX_PRODUCTS):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

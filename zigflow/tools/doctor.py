@@ -152,13 +152,22 @@ def model_calls(device: Any, dtype: Any) -> dict[str, tuple[Any, Any]]:
 
     from dis_causal_conv1d.backends import CONV
     from dis_causal_conv1d.backends.call import ConvCall
-    from dis_mamba.backends import SCAN
+    from dis_mamba.backends import READ, SCAN, WRITE
     from dis_mamba.backends.call import ScanCall
+    from dis_mamba.backends.tokenwise import ReadCall, WriteCall
 
     u, E = torch.ones(1, 4, 8, device=device, dtype=dtype), torch.ones(8, device=device)
     scan = ScanCall(u, u, -E[:, None].expand(8, 8), u, u, E, u, E, True, False)
     conv = ConvCall(u, torch.ones(8, 4, device=device), E, True, False)
-    return {"selective_scan": (SCAN, scan), "causal_conv1d": (CONV, conv)}
+    condition = torch.ones(1, 8, device=device, dtype=dtype)
+    read = ReadCall(u, u, E, condition, condition, None, None, 1e-5, False, True, dtype)
+    write = WriteCall(u, u, condition, None, None)
+    return {
+        "selective_scan": (SCAN, scan),
+        "causal_conv1d": (CONV, conv),
+        "add_norm_modulate": (READ, read),
+        "gated_add": (WRITE, write),
+    }
 
 
 def _backends(problems: list[str]) -> dict[str, str]:
@@ -172,6 +181,8 @@ def _backends(problems: list[str]) -> dict[str, str]:
     known = {
         "selective_scan": dis_mamba.available_backends(),
         "causal_conv1d": dis_causal_conv1d.available_backends(),
+        "add_norm_modulate": dis_mamba.tokenwise_backends(),
+        "gated_add": dis_mamba.tokenwise_backends(),
     }
     found = {}
     for op, (dispatcher, call) in model_calls(device, torch.float32).items():
