@@ -1,21 +1,28 @@
-"""Does torch.compile fold a block's two scan gathers into the norm before and the add after?
+"""What becomes of a block's two scan gathers under torch.compile.
 
 Compiles one block with a raster walk and with a zigzag walk and compares the generated code: kernels, those that
 gather and do nothing else, buffers, and the operators of this project between them. Kernels are named after what they
-fuse. For the device at hand: a CPU's kernels say nothing of a GPU's.
+fuse. Twice: with the operators that would run on this device, and with the norm, modulation, gather and gate left to
+torch ("fused by torch"). A CPU's kernels say nothing of a GPU's.
 
     python benchmarks/scan_fold.py --output benchmarks/results/NAME.json
 """
 
 import argparse
 import re
+from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from machine import Report, circumstances
 from torch._inductor.utils import run_and_get_code
 
+from dis_mamba import backends
 from model_zigma import ZigMa
+
+WALKS = {"raster": "v1", "zigzag": "zigzagN8"}
 
 
 def generated(model, args, backward):
@@ -70,7 +77,7 @@ def main():
         "shape": {"width": args.width, "side": args.side, "batch": args.batch},
     }
     with Report(start, args.output) as report:
-        for name, scan in (("raster", "v1"), ("zigzag", "zigzagN8")):
+        for (name, scan), fused in product(WALKS.items(), ("ours", "fused by torch")):
             model = ZigMa(
                 in_channels=4, embed_dim=args.width, depth=2, img_dim=args.side, scan_type=scan, device=device
             )
@@ -78,9 +85,13 @@ def main():
             tokens = (args.batch, args.side * args.side, args.width)
             shapes = (tokens, tokens, (args.batch, args.width))
             inputs = (*(torch.randn(shape, device=device) for shape in shapes), walk)
-            for mode in ("forward", "forward_backward"):
-                report[f"{name}/{mode}"] = describe(generated(model, inputs, mode != "forward"))
-                report.save()
+            with ExitStack() as stack:
+                if fused != "ours":
+                    for dispatcher in (backends.READ, backends.WRITE):
+                        stack.enter_context(patch.object(dispatcher, "backends", dispatcher.backends[-1:]))
+                for mode in ("forward", "forward_backward"):
+                    report[f"{fused}/{name}/{mode}"] = describe(generated(model, inputs, mode != "forward"))
+                    report.save()
 
 
 if __name__ == "__main__":

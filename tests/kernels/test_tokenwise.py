@@ -10,7 +10,7 @@ import torch
 
 import dis_mamba.backends.cpu_tokenwise as cpu
 from dis_causal_conv1d.native import NativeError, NativeLibrary
-from dis_mamba import add_norm_modulate, gated_add, tokenwise_backends, use_backend
+from dis_mamba import MambaMixer, add_norm_modulate, gated_add, tokenwise_backends, use_backend
 from tests.assertions import assert_close
 from zigflow.nn import LayerNorm, RMSNorm, modulate, permute, read_stream
 from zigflow.nn.checkpointing import checkpointed
@@ -292,6 +292,19 @@ def test_selective_checkpointing_computes_them_again():
         ).sum().backward()
     assert counter.calls["zigflow::cpu_add_norm_modulate"] == 2
     assert counter.calls["zigflow::cpu_add_norm_modulate_backward"] == 1
+
+
+def test_selective_checkpointing_computes_the_step_projection_again_and_no_other_product():
+    mixer = MambaMixer(32, dt_rank=2, d_state=3, backend="torch")
+    calls = {}
+    for policy in ("none", "selective", "block"):
+        x = torch.randn(2, 9, 32, requires_grad=True)
+        with CountOperators() as counter:
+            checkpointed(policy, mixer, x).sum().backward()
+        calls[policy] = counter.calls["aten::mm"]
+    assert calls["selective"] == calls["none"] + 1
+    # Of four products the last one is needed by no gradient.
+    assert calls["block"] == calls["none"] + 3
 
 
 @needs_compiler

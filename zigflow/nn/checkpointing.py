@@ -12,16 +12,27 @@ from zigflow.registry import unknown_name
 CHECKPOINT_POLICIES = ("none", "block", "selective")
 
 _TOKENWISE = ("add_norm_modulate", "gated_add")
+# A product whose rows come out so many times wider than they went in, such as a mixer's step projection, takes little
+# to do again and much to keep.
+_WIDENING = 16
 _MATRIX_PRODUCTS = ("mm", "bmm", "addmm", "linear", "_scaled_dot_product")
 
 
 def _keep_expensive(context, op, *args, **kwargs) -> CheckpointPolicy:
-    """Keep the scans, convolutions and matrix products; recompute norms, activations and gathers."""
+    """Keep the scans, convolutions and matrix products; recompute what is cheap.
+
+    Cheap are norms, gathers, activations and products that widen their rows a lot.
+    """
     name = op.name() if hasattr(op, "name") else str(op)
     namespace, _, rest = name.partition("::")
     if namespace == "zigflow" and any(cheap in rest for cheap in _TOKENWISE):
         return CheckpointPolicy.PREFER_RECOMPUTE
-    if namespace == "zigflow" or rest.split(".")[0].startswith(_MATRIX_PRODUCTS):
+    base = rest.split(".")[0]
+    if base in ("mm", "addmm"):
+        left, right = args[-2:]
+        if right.shape[-1] >= _WIDENING * left.shape[-1]:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+    if namespace == "zigflow" or base.startswith(_MATRIX_PRODUCTS):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
