@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from cases import LIMITS, Case, Difference, Setting, relative, turn, weights_of
-from machine import Report, circumstances
+from machine import Report, chosen_device, circumstances
 from peers import parameters
 
 import dis_mamba
@@ -109,7 +109,7 @@ def arguments():
     parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    given.device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    given.device = chosen_device(given.device)
     given.missing = {name: reason for name, reason in known.items() if reason is not None}
     wanted = given.backends or [name for name, reason in known.items() if reason is None]
     unfit = [name for name in wanted if name in given.missing]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from machine import Report, circumstances
+from machine import Report, chosen_device, circumstances
 from torch import Tensor
 
 import dis_mamba
@@ -305,7 +305,7 @@ def main():
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(options.device).type
     start = {**circumstances(device, options.note), "packages": packages()}
     if device == "cuda":
         import kernels_gpu

@@ -62,6 +62,24 @@ class Report(dict):
         return text
 
 
+def chosen_device(asked: str | None) -> torch.device:
+    """The device that ``--device`` names; without one, a GPU where there is one, else the CPU.
+
+    Raises:
+        SystemExit: this machine has no such device, or it is of a kind that the benchmarks do not time.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ["cpu", *["cuda"][:gpus], *(f"cuda:{index}" for index in range(gpus))]
+    if asked is None:
+        return torch.device("cuda" if gpus else "cpu")
+    if asked not in there:
+        lacking = "" if gpus else f", and torch {torch.__version__} finds no CUDA GPU with a driver"
+        raise SystemExit(
+            f"--device {asked}: there is {', '.join(there)}{lacking}; name one of these, or none"
+        )
+    return torch.device(asked)
+
+
 def circumstances(device: torch.device | str = "cpu", note: str = "") -> dict:
     """Command, commit (``+`` when files differ from it), hardware, threads, load, versions.
 

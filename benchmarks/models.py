@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch._inductor.config
 from cases import ARRANGEMENTS, LIMITS, SIZES, Case, build, check, turn, weights_of
-from machine import Report, circumstances
+from machine import Report, chosen_device, circumstances
 from peak_memory import peak_bytes
 from peers import PEERS, parameters
 from step_profile import profiled, text_of
@@ -177,7 +177,7 @@ def arguments():
     parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    given.device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    given.device = chosen_device(given.device)
     on_gpu = given.device.type == "cuda"
     given.size = given.size or ("full" if on_gpu else "small")
     given.precision = given.precision or ("bf16" if on_gpu else "no")

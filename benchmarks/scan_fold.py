@@ -16,7 +16,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from machine import Report, circumstances
+from machine import Report, chosen_device, circumstances
 from torch._inductor.utils import run_and_get_code
 
 from dis_mamba import backends
@@ -71,7 +71,7 @@ def main():
     parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(args.device)
     start = {
         **circumstances(device),
         "shape": {"width": args.width, "side": args.side, "batch": args.batch},

@@ -35,6 +35,40 @@ def read(path):
     return json.loads(path.read_text())
 
 
+@pytest.mark.parametrize(
+    "script", sorted(p.stem for p in BENCHMARKS.glob("*.py") if 'argument("--device"' in p.read_text())
+)
+def test_a_device_that_is_not_there_is_named_in_one_line(bench, monkeypatch, tmp_path, script):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    target = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--device", "cuda", "--output", str(target)])
+    with pytest.raises(
+        SystemExit, match=r"^--device cuda: there is cpu, .* no CUDA GPU .*; name one of .*$"
+    ) as stop:
+        importlib.import_module(script).main()
+    assert "\n" not in stop.value.code
+    assert not target.exists()
+
+
+def test_devices_are_those_of_the_machine(bench, monkeypatch):
+    chosen = bench.machine.chosen_device
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [str(chosen(name)) for name in (None, "cpu", "cuda", "cuda:1")] == [
+        "cuda",
+        "cpu",
+        "cuda",
+        "cuda:1",
+    ]
+    for name in ("cuda:2", "mps", "gpu", ""):
+        with pytest.raises(
+            SystemExit, match=f"^--device {name}: there is cpu, cuda, cuda:0, cuda:1; name one"
+        ):
+            chosen(name)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert str(chosen(None)) == "cpu"
+
+
 def test_a_result_is_stored_as_it_comes(bench, tmp_path, capsys):
     target = tmp_path / "new" / "result.json"
     with bench.machine.Report({"note": "a test", "rows": []}, target) as report:

@@ -280,8 +280,9 @@ int64_t forward(const Call& c, bool count_only) {
 // ---- backward
 
 // One vector of channels walks a span twice for every few states: forward to recompute them, back with their adjoint.
-// All that both passes touch fits in the first cache; stores are few, since with AVX-512 they take turns with the
-// multiply-adds. The sums over channels are folded over the lanes in the second pass, whose adders are idle.
+// With AVX-512 a Span takes 34 KiB, which fits in a first cache of 48, and 68 KiB of bfloat16 sequences, which does not.
+// Stores are few, since with AVX-512 they take turns with the multiply-adds. The sums over channels are folded over the
+// lanes in the second pass, whose adders are idle.
 
 // States, and tokens at a time, whose sums are folded together: as many values as a vector has lanes.
 template <class S>
