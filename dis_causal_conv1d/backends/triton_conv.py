@@ -5,6 +5,7 @@ Shapes: B batch, L tokens, E channels, W taps.
 
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from .gradient import register
 
 _TILE, _WARPS = 16, 4
 _MAX_TAPS = 16
+# The most programs that CUDA takes along the first two axes of a grid.
+GRID_LIMITS = (2**31 - 1, 2**16 - 1)
+# Kernels count tokens, and a few more than there are, in 32 bits.
+_MAX_TOKENS = 2**30
 
 
 def interpreted() -> bool:
@@ -36,6 +41,21 @@ def unavailable() -> str | None:
     return None
 
 
+def launch_reason(length: int, grid: Sequence[int]) -> str | None:
+    """Why a kernel with that grid, for batch (and tokens) and then channels, cannot walk ``length`` tokens, or None."""
+    if length > _MAX_TOKENS:
+        return f"it takes at most {_MAX_TOKENS} tokens, got {length}: use backend='torch'"
+    for what, programs, most in zip(("batch and tokens", "channels"), grid, GRID_LIMITS, strict=False):
+        if programs > most:
+            return f"it takes at most {most} programs for the {what}, and this needs {programs}: use backend='torch'"
+    return None
+
+
+def conv_grid(batch: int, length: int, channels: int) -> tuple[int, int]:
+    """Programs along batch and tokens, in one axis since only the first takes more than 65,535, and channels."""
+    return batch * -(-length // _TILE), -(-channels // (32 * _WARPS))
+
+
 class TritonConv:
     """Runs on CUDA devices. Refuses float64, forward-mode AD and torch.func transforms."""
 
@@ -51,7 +71,7 @@ class TritonConv:
             return "it computes in float32, and an argument is float64: use backend='torch'"
         if call.weight.shape[1] > _MAX_TAPS:
             return f"it takes at most {_MAX_TAPS} taps, got {call.weight.shape[1]}"
-        return transform_reason(call[:3])
+        return launch_reason(call.x.shape[1], conv_grid(*call.x.shape)) or transform_reason(call[:3])
 
     def run(self, call: ConvCall) -> Tensor:
         return triton_conv(*call)
@@ -60,12 +80,9 @@ class TritonConv:
 def _launch(kernel: str, x: Tensor, *tensors: Any, W: int, bias: Any, silu: bool, reverse: bool) -> None:
     from . import triton_kernels
 
-    batch, length, channels = x.shape
-    width = 32 * _WARPS
-    grid = (batch, -(-length // _TILE), -(-channels // width))
-    getattr(triton_kernels, kernel)[grid](
-        *tensors, length, channels, W=W, SILU=silu, HAS_BIAS=bias is not None, REVERSE=reverse,
-        TILE=_TILE, WIDTH=width, num_warps=_WARPS,
+    getattr(triton_kernels, kernel)[conv_grid(*x.shape)](
+        *tensors, *x.shape[1:], W=W, SILU=silu, HAS_BIAS=bias is not None, REVERSE=reverse,
+        TILE=_TILE, WIDTH=32 * _WARPS, num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -87,9 +104,9 @@ def triton_conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, each in its tensor's dtype; the last is empty without a bias."""
-    batch, length, channels = x.shape
+    batch, _, channels = x.shape
     width = weight.shape[1]
-    parts = batch * -(-length // _TILE)
+    parts, _ = conv_grid(*x.shape)
 
     def scratch(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=x.device)

@@ -20,6 +20,14 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _place(L, TILE: tl.constexpr):
+    """The row, for 64-bit offsets, and the tile of tokens of a program: neighbors share the tokens before a tile."""
+    tiles = (L + TILE - 1) // TILE
+    row = tl.program_id(0) // tiles
+    return row.to(tl.int64), tl.program_id(0) - row * tiles
+
+
+@triton.jit
 def _pre_activation(x, taps_WE, bias, row, tokens, cols, inside, L, E,
                     W: tl.constexpr, HAS_BIAS: tl.constexpr, REVERSE: tl.constexpr, TILE: tl.constexpr,
                     WIDTH: tl.constexpr):  # fmt: skip
@@ -42,9 +50,9 @@ def conv_forward(x, taps_WE, bias, out, L, E,
                  W: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, REVERSE: tl.constexpr,
                  TILE: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """``out`` (B,L,E)."""
-    row = tl.program_id(0).to(tl.int64)
-    tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    cols = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    row, tile = _place(L, TILE)
+    tokens = tile * TILE + tl.arange(0, TILE)
+    cols = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = cols < E
     y = _pre_activation(x, taps_WE, bias, row, tokens, cols, inside, L, E, W, HAS_BIAS, REVERSE, TILE, WIDTH)
     if SILU:
@@ -58,9 +66,9 @@ def conv_backward_taps(grad, x, taps_WE, bias, grad_y, grad_taps, grad_bias, L, 
                        W: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, REVERSE: tl.constexpr,
                        TILE: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """``grad_y`` (B,L,E) float32 before the SiLU, and the parts ``grad_taps`` (P,W,E) and ``grad_bias`` (P,E)."""
-    row = tl.program_id(0).to(tl.int64)
-    tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    cols = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    row, tile = _place(L, TILE)
+    tokens = tile * TILE + tl.arange(0, TILE)
+    cols = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = cols < E
     both = (tokens < L)[:, None] & inside[None, :]
     here = (row * L + tokens)[:, None] * E + cols[None, :]
@@ -72,7 +80,7 @@ def conv_backward_taps(grad, x, taps_WE, bias, grad_y, grad_taps, grad_bias, L, 
         open_ = _sigmoid(y)
         g *= open_ * (1.0 + y * (1.0 - open_))
     tl.store(grad_y + here, g, mask=both)
-    part = row * tl.num_programs(1) + tl.program_id(1)
+    part = tl.program_id(0).to(tl.int64)
     for shift in tl.static_range(W):
         seen = tokens + shift if REVERSE else tokens - shift
         there = ((seen >= 0) & (seen < L) & (tokens < L))[:, None] & inside[None, :]

@@ -4,12 +4,13 @@ Shapes: B batch, L tokens, E channels, N states, S chunk boundaries, P programs 
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dis_causal_conv1d.backends.triton_conv import interpreted, unavailable
+from dis_causal_conv1d.backends.triton_conv import GRID_LIMITS, interpreted, launch_reason, unavailable
 from dis_causal_conv1d.dispatch import transform_reason
 
 from .call import ScanCall
@@ -24,6 +25,11 @@ _STATES, _GROUP, _TILE, _VECTORS = 16, 4, 8, 2
 _PROGRAMS = 1024
 _LOG2_E = math.log2(math.e)
 _MAX_STATES = 256
+# The gradients of B and C have two sums per token and state, and the kernel finds them by 32 bits: 64 take registers
+# that it does not have on compute capability 8.
+_MAX_SUMS = 2**30
+# The programs along the channels are the second axis of a grid.
+_MAX_CHANNELS = 32 * GRID_LIMITS[1]
 
 
 class TritonScan:
@@ -41,10 +47,25 @@ class TritonScan:
             return "it computes in float32, and an argument is float64: use backend='torch'"
         if call.A.shape[1] > _MAX_STATES:
             return f"it takes at most {_MAX_STATES} states, got {call.A.shape[1]}"
-        return transform_reason(call[:8])
+        (batch, length, _), states = call.u.shape, call.A.shape[1]
+        if (length + _TILE) * states > _MAX_SUMS:
+            got = f"{length} times {states}"
+            return f"it takes at most {_MAX_SUMS} tokens times states, got {got}: use backend='torch'"
+        return launch_reason(length, (batch,)) or transform_reason(call[:8])
 
     def run(self, call: ScanCall) -> Tensor:
-        return triton_scan(*call)[0]
+        if call.u.shape[2] <= _MAX_CHANNELS:
+            return triton_scan(*call)[0]
+        return torch.cat([triton_scan(*part)[0] for part in _by_channels(call)], dim=2)
+
+
+def _by_channels(call: ScanCall) -> Iterator[ScanCall]:
+    """Calls of as many channels as a grid takes, each a scan of its own: channels share nothing but B and C."""
+    for first in range(0, call.u.shape[2], _MAX_CHANNELS):
+        here = slice(first, first + _MAX_CHANNELS)
+        u, delta, z = (None if t is None else t[:, :, here] for t in (call.u, call.delta, call.z))
+        D, bias = (None if t is None else t[here] for t in (call.D, call.delta_bias))
+        yield call._replace(u=u, delta=delta, A=call.A[here], D=D, z=z, delta_bias=bias)
 
 
 def _launch(name: str, grid: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:

@@ -18,8 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dis_causal_conv1d
 import dis_mamba
+from dis_causal_conv1d.backends import triton_conv
+from dis_causal_conv1d.backends.call import ConvCall
 from dis_mamba import selective_scan
 from dis_mamba.backends import triton_scan
+from dis_mamba.backends.call import ScanCall
 
 from .definitions import scan_arguments, with_gradients
 
@@ -147,6 +150,64 @@ def test_sequences_are_cut_into_whole_chunks_where_programs_are_few(programs, le
         assert segments == 1
     elif chunks >= triton_scan._PROGRAMS:
         assert programs * segments > triton_scan._PROGRAMS / 4
+
+
+def conv_call(batch, length, channels):
+    x = torch.empty(batch, length, channels, device="meta")
+    return ConvCall(x, torch.empty(channels, 4, device="meta"), None, True, False)
+
+
+def scan_call(batch, length, channels):
+    u = torch.empty(batch, length, channels, device="meta")
+    B = torch.empty(batch, length, 16, device="meta")
+    A, D = torch.empty(channels, 16, device="meta"), torch.empty(channels, device="meta")
+    return ScanCall(u, u, A, B, B, D, u, None, True, False)
+
+
+@pytest.mark.parametrize(
+    "batch,length,channels",
+    [(1000, 5_000_000, 1536), (1, 2**26 - 8, 1), (2**31 - 1, 1, 1), (1, 1, 8_000_000)],
+)
+def test_any_shape_is_launched_within_the_limits_of_a_grid(monkeypatch, batch, length, channels):
+    along_tokens, along_channels = triton_conv.conv_grid(batch, length, channels)
+    assert along_tokens <= 2**31 - 1 and along_channels <= 65_535
+    assert along_tokens * triton_conv._TILE >= batch * length
+    for module in (triton_conv, triton_scan):
+        monkeypatch.setattr(module, "interpreted", lambda: True)
+    assert triton_conv.TritonConv().accepts(conv_call(batch, length, channels)) is None
+    call = scan_call(batch, length, channels)
+    assert triton_scan.TritonScan().accepts(call) is None
+    calls = list(triton_scan._by_channels(call))
+    for name, dim in {"u": 2, "delta": 2, "z": 2, "A": 0, "D": 0}.items():
+        widths = [getattr(part, name).shape[dim] for part in calls]
+        assert sum(widths) == channels and max(widths) <= 65_535 * 32
+    assert all(part.B is call.B and part.delta_bias is None for part in calls)
+
+
+@pytest.mark.parametrize(
+    "backend,shape,reason",
+    [
+        ("conv", (1, 2**30 + 1, 1), "1073741824 tokens, got 1073741825"),
+        ("scan", (1, 2**26, 1), "1073741824 tokens times states, got 67108864 times 16"),
+        *(
+            (
+                backend,
+                (2**31, 1, 1),
+                "2147483647 programs for the batch and tokens, and this needs 2147483648",
+            )
+            for backend in ("conv", "scan")
+        ),
+        ("conv", (1, 1, 65_535 * 128 + 1), "65535 programs for the channels, and this needs 65536"),
+    ],
+)
+def test_what_no_grid_takes_is_refused(monkeypatch, backend, shape, reason):
+    for module in (triton_conv, triton_scan):
+        monkeypatch.setattr(module, "interpreted", lambda: True)
+    found = {
+        "conv": lambda: triton_conv.TritonConv().accepts(conv_call(*shape)),
+        "scan": lambda: triton_scan.TritonScan().accepts(scan_call(*shape)),
+    }[backend]()
+    assert found is not None and reason in found and found.endswith("use backend='torch'")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU answers")

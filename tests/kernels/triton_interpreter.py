@@ -156,6 +156,13 @@ def convolutions():
 
 
 @check
+def more_channels_than_a_grid_takes():
+    with sizes({triton_scan: {"_MAX_CHANNELS": 2}}):
+        compare(scan, define_scan, scan_arguments(2, 5, 5, 2))
+        compare(scan, define_scan, scan_arguments(1, 3, 3, 2, options=()), reverse=True)
+
+
+@check
 def the_sizes_of_a_gpu():
     """Two chunks, the second one short, as two segments and as one; two vectors of channels; two blocks of states."""
     production = {module: {name: SIZES[module][name] for name in SMALL[module]} for module in SMALL}
