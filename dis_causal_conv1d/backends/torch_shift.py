@@ -9,10 +9,10 @@ Shapes: B batch, L tokens, E channels, W taps, R rows of the batch in one block.
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dis_causal_conv1d.dispatch import transform_reason
+from dis_causal_conv1d.elementwise import elementwise, room, sum_of_tokens
 
 from .call import ConvCall
 from .gradient import accumulator, register
@@ -45,7 +45,7 @@ def shifted_conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, rev
         taps_WE, bias = _parameters(weight, bias, dtype)
         for rows in _rows(x):
             y_RLE = _convolve(x[rows].to(dtype), taps_WE, bias, reverse)
-            out[rows] = F.silu(y_RLE, inplace=True) if silu else y_RLE
+            out[rows] = elementwise(torch.ops.aten.silu_, y_RLE) if silu else y_RLE
     return out
 
 
@@ -64,13 +64,15 @@ def shifted_conv_backward(
         for rows in _rows(x):
             x_RLE, g_RLE = x[rows].to(dtype), grad[rows].to(dtype)
             if silu:
-                g_RLE = torch.ops.aten.silu_backward(g_RLE, _convolve(x_RLE, taps_WE, bias_E, reverse))
+                g_RLE = elementwise(
+                    torch.ops.aten.silu_backward, g_RLE, _convolve(x_RLE, taps_WE, bias_E, reverse)
+                )
             grad_x[rows] = _convolve(g_RLE, taps_WE, None, not reverse)
             for shift in range(min(width, x.shape[1])):
                 seen, target = _shifted(shift, reverse)
-                grad_taps_WE[width - 1 - shift] += (g_RLE[:, target] * x_RLE[:, seen]).sum((0, 1))
+                grad_taps_WE[width - 1 - shift] += _summed_product(g_RLE[:, target], x_RLE[:, seen])
             if bias is not None:
-                grad_bias += g_RLE.sum((0, 1))
+                grad_bias += sum_of_tokens(g_RLE)
     return (
         grad_x,
         grad_taps_WE.t().to(weight.dtype, memory_format=torch.contiguous_format, copy=True),
@@ -81,13 +83,17 @@ def shifted_conv_backward(
 def _convolve(x_RLE: Tensor, taps_WE: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
     width = taps_WE.shape[0]
     if bias is None:
-        y_RLE = x_RLE * taps_WE[-1]
+        y_RLE = torch.mul(x_RLE, taps_WE[-1], out=room(x_RLE))
     else:
-        y_RLE = torch.addcmul(bias, x_RLE, taps_WE[-1])
+        y_RLE = torch.addcmul(bias, x_RLE, taps_WE[-1], out=room(x_RLE))
     for shift in range(1, min(width, x_RLE.shape[1])):
         seen, target = _shifted(shift, reverse)
         y_RLE[:, target].addcmul_(x_RLE[:, seen], taps_WE[width - 1 - shift])
     return y_RLE
+
+
+def _summed_product(a_RLE: Tensor, b_RLE: Tensor) -> Tensor:
+    return sum_of_tokens(torch.mul(a_RLE, b_RLE, out=room(a_RLE)))
 
 
 def _shifted(shift: int, reverse: bool) -> tuple[slice, slice]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dis_causal_conv1d.dispatch import transform_reason
+from dis_causal_conv1d.elementwise import elementwise, room, spare, sum_of_states, sum_of_tokens
 
 from .call import ScanCall, state_dtype
 from .gradient import CHUNK, chunk_of, empty_outputs, register
@@ -61,7 +62,7 @@ def chunked_scan(
     out, states = empty_outputs(u, A)
     with torch.autocast(u.device.type, enabled=False):
         rate_NE = _base_two_rate(A, dtype)
-        B, C = B.to(dtype), C.to(dtype)
+        B, C = B.to(dtype).contiguous(), C.to(dtype).contiguous()
         blocks = _Blocks(u, A.shape[1], dtype, buffers=2)
         for rows in blocks.rows():
             before = None
@@ -85,7 +86,7 @@ def chunked_scan(
                 if D is not None:
                     y_RTE.addcmul_(u_RTE, D.to(dtype))
                 if z is not None:
-                    y_RTE.mul_(F.silu(z[rows, span].to(dtype)))
+                    y_RTE.mul_(elementwise(F.silu, z[rows, span].to(dtype)))
                 out[rows, span] = y_RTE
     return out, states
 
@@ -119,7 +120,7 @@ def chunked_scan_backward(
     with torch.autocast(device.type, enabled=False):
         rate_NE = _base_two_rate(A, dtype)
         A_NE = A.to(dtype).t().contiguous()
-        Bs, Cs = B.to(dtype), C.to(dtype)
+        Bs, Cs = B.to(dtype).contiguous(), C.to(dtype).contiguous()
         blocks = _Blocks(u, A.shape[1], dtype, buffers=3)
         for rows in blocks.rows():
             carry_RNE = torch.empty((rows.stop - rows.start, *A_NE.shape), dtype=dtype, device=device)
@@ -138,7 +139,7 @@ def chunked_scan_backward(
                 dtu_RTE = dt_RTE * u_RTE
                 g_RTE = grad[rows, span].to(dtype)
                 z_RTE = None if z is None else z[rows, span].to(dtype)
-                gy_RTE = g_RTE if z_RTE is None else g_RTE * F.silu(z_RTE)
+                gy_RTE = g_RTE if z_RTE is None else g_RTE * elementwise(F.silu, z_RTE)
                 y_RTE = None if z_RTE is None else _empty_like(dtu_RTE)
                 gdt_RTE, gdtu_RTE = _empty_like(dtu_RTE), _empty_like(dtu_RTE)
                 for cols in blocks.columns():
@@ -158,22 +159,23 @@ def chunked_scan_backward(
                     grad_B[rows, span] += _contract_channels(dtu, g)
                     _contract_states(B_RTN, g, gdtu_RTE[..., cols])
                     _through_exponential(decay, h, g, before, reverse)
-                    torch.sum(torch.mul(decay, A_NE[:, cols], out=h), dim=2, out=gdt_RTE[..., cols])
-                    grad_A_NE[:, cols] += decay.mul_(dt.unsqueeze(2)).flatten(0, 1).sum(0)
+                    sum_of_states(torch.mul(decay, A_NE[:, cols], out=h), gdt_RTE[..., cols])
+                    grad_A_NE[:, cols] += sum_of_tokens(decay.mul_(dt.unsqueeze(2)))
                 if z_RTE is not None and y_RTE is not None:
                     if D is not None:
                         y_RTE.addcmul_(u_RTE, D.to(dtype))
-                    grad_z[rows, span] = torch.ops.aten.silu_backward(y_RTE.mul_(g_RTE), z_RTE)
+                    y_RTE.mul_(g_RTE)
+                    grad_z[rows, span] = elementwise(torch.ops.aten.silu_backward, y_RTE, z_RTE)
                 gdt_RTE.addcmul_(gdtu_RTE, u_RTE)
                 if delta_softplus:
-                    gdt_RTE.mul_(torch.sigmoid(raw_RTE))
+                    gdt_RTE.mul_(elementwise(torch.sigmoid, raw_RTE))
                 grad_delta[rows, span] = gdt_RTE
                 if delta_bias is not None:
-                    grad_bias += gdt_RTE.flatten(0, 1).sum(0)
+                    grad_bias += sum_of_tokens(gdt_RTE)
                 gdtu_RTE.mul_(dt_RTE)
                 if D is not None:
                     gdtu_RTE.addcmul_(gy_RTE, D.to(dtype))
-                    grad_D += u_RTE.mul(gy_RTE).flatten(0, 1).sum(0)
+                    grad_D += sum_of_tokens(torch.mul(u_RTE, gy_RTE, out=room(u_RTE)))
                 grad_u[rows, span] = gdtu_RTE
     return (
         grad_u,
@@ -199,7 +201,7 @@ class _Blocks:
         self.step_columns = min(self.channels, max(64, 2 * wanted // per_channel // 64 * 64))
         self.step_rows = max(1, min(self.batch, wanted // (per_channel * self.step_columns)))
         size = self.step_rows * per_channel * self.step_columns
-        self.buffers = [torch.empty(size, dtype=dtype, device=u.device) for _ in range(buffers)]
+        self.buffers = [torch.empty(size + spare(size), dtype=dtype, device=u.device) for _ in range(buffers)]
 
     def rows(self) -> Iterator[slice]:
         return _cuts(self.batch, self.step_rows)
@@ -231,7 +233,7 @@ def _base_two_rate(A: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _raw_step(delta: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     raw = delta.to(dtype)
-    return raw if bias is None else raw + bias.to(dtype)
+    return raw if bias is None else torch.add(raw, bias.to(dtype), out=room(raw))
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -239,7 +241,7 @@ def _empty_like(x: Tensor) -> Tensor:
 
 
 def _step_size(raw: Tensor, softplus: bool) -> Tensor:
-    return F.softplus(raw) if softplus else raw
+    return elementwise(F.softplus, raw) if softplus else raw
 
 
 def _states(
@@ -253,7 +255,7 @@ def _states(
     reverse: bool,
 ) -> Tensor:
     """Fill ``decay`` with exp(dt A) and ``h`` with the states of the chunk; return the last visited state (R,N,X)."""
-    torch.mul(dt.unsqueeze(2), rate, out=decay).exp2_()
+    elementwise(torch.exp2_, torch.mul(dt.unsqueeze(2), rate, out=decay))
     torch.mul(dtu.unsqueeze(2), B_RTN.unsqueeze(3), out=h)
     tokens = list(zip(decay.unbind(1), h.unbind(1), strict=True))
     if reverse:

@@ -102,6 +102,39 @@ def test_convolution_cut_into_many_blocks(monkeypatch):
         assert_close(name, grads[name], want_grads[name], of_max=1e-5)
 
 
+def by_threads(function, arguments, threads, **flags):
+    """Output and gradients with each number of threads."""
+    before = torch.get_num_threads()
+    try:
+        for number in threads:
+            torch.set_num_threads(number)
+            out, grads = with_gradients(function, arguments, **flags)
+            yield [out, *grads.values()]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_number_of_threads_changes_no_bit(dtype, reverse):
+    # Odd sizes, above what torch gives one thread; one token is left for the last chunk.
+    arguments = scan_arguments(2, 65, 1027, 7, dtype=dtype)
+    for name in ("B", "C", "z"):
+        values = arguments[name].detach().transpose(1, 2).contiguous().transpose(1, 2)
+        arguments[name] = values.requires_grad_()
+    cases = [
+        (scan, arguments),
+        (scan, scan_arguments(1, 33, 130, 16, dtype=dtype)),
+        (conv, conv_arguments(2, 101, 389, 4, dtype=dtype)),
+        (conv, conv_arguments(3, 40, 640, 3, dtype=dtype, bias=False)),
+        (conv, conv_arguments(1, 40000, 1, 2, dtype=dtype)),
+    ]
+    for function, values in cases:
+        first, *others = by_threads(function, values, (1, 1, 2, 3, 7), reverse=reverse)
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("L", [1, 32, 70])
