@@ -255,6 +255,7 @@ def _states(
     reverse: bool,
 ) -> Tensor:
     """Fill ``decay`` with exp(dt A) and ``h`` with the states of the chunk; return the last visited state (R,N,X)."""
+    # In place: the buffers of blocks have room behind them.
     elementwise(torch.exp2_, torch.mul(dt.unsqueeze(2), rate, out=decay))
     torch.mul(dtu.unsqueeze(2), B_RTN.unsqueeze(3), out=h)
     tokens = list(zip(decay.unbind(1), h.unbind(1), strict=True))
