@@ -33,15 +33,17 @@ def room(like: Tensor) -> Tensor | None:
 
 
 def elementwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """``function(*tensors)`` of tensors that have one shape and dtype; contiguous on the CPU.
+    """``function(*tensors)`` of tensors that have one shape and dtype.
 
     A function that works in place may overwrite what lies behind its tensor, and its tensor may be a copy: use what
     is returned, and let nothing that is needed share the memory.
     """
     first = tensors[0]
     size = first.numel()
+    if size <= _GRAIN or first.device.type != "cpu":
+        return function(*tensors)
     length = _even(size)
-    if first.device.type != "cpu" or (length == size and all(x.is_contiguous() for x in tensors)):
+    if length == size and all(x.is_contiguous() for x in tensors):
         return function(*tensors)
     return function(*(_lengthened(x, length) for x in tensors))[:size].view(first.shape)
 
@@ -76,9 +78,10 @@ def _wide(columns: int, device: torch.device) -> int:
 
 
 def _even(size: int) -> int:
-    """The least length, from ``size`` on, that threads share in whole vectors."""
-    threads = min(torch.get_num_threads(), -(-size // _GRAIN)) if size > _GRAIN else 1
-    return _round_up(size, threads * _VECTORS)
+    """The least length, from ``size`` on, that threads share in whole vectors, or one thread has alone."""
+    if size <= _GRAIN:
+        return size
+    return _round_up(size, min(torch.get_num_threads(), -(-size // _GRAIN)) * _VECTORS)
 
 
 def _round_up(size: int, step: int) -> int:

@@ -138,7 +138,7 @@ def chunked_scan_backward(
                 dt_RTE = _step_size(raw_RTE, delta_softplus)
                 dtu_RTE = dt_RTE * u_RTE
                 g_RTE = grad[rows, span].to(dtype)
-                z_RTE = None if z is None else z[rows, span].to(dtype)
+                z_RTE = None if z is None else z[rows, span].to(dtype).contiguous()
                 gy_RTE = g_RTE if z_RTE is None else g_RTE * elementwise(F.silu, z_RTE)
                 y_RTE = None if z_RTE is None else _empty_like(dtu_RTE)
                 gdt_RTE, gdtu_RTE = _empty_like(dtu_RTE), _empty_like(dtu_RTE)
