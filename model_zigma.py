@@ -482,9 +482,6 @@ class ZigMa(nn.Module):
         check_labels(y, self.num_classes, self.class_dropout_prob > 0)
         return t_emb_BD + self.y_embedder(y, dropped_B), None, None
 
-    def _positions(self, name: str, grid: tuple[int, int, int]) -> Tensor:
-        return interpolate_positions(self.get_parameter(name), self.grid, grid)
-
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """Tokens (B, L, D) with positions, and the grid (T, h, w)."""
         wanted = "(B, T, C, H, W)" if self.video_frames else "(B, C, H, W)"
@@ -500,7 +497,7 @@ class ZigMa(nn.Module):
         x = self.x_embedder(x.flatten(0, -4).to(self.x_embedder.proj.weight.dtype))
         x = x.reshape(-1, math.prod(grid), self.embed_dim)
         if self.use_pe in (1, 2):
-            x = x + self._positions("pos_embed", grid)
+            x = x + interpolate_positions(self.pos_embed, self.grid, grid)
         if self.tpe:
             table = interpolate_positions(self.temporal_pos_embedding, (self.grid[0], 1, 1), (frames, 1, 1))
             x = x + table.repeat_interleave(grid[1] * grid[2], dim=1)
@@ -531,7 +528,7 @@ class ZigMa(nn.Module):
         residual, hidden = hidden.to(stream), torch.zeros_like(hidden)
         features = {}
         for i, (block, walk) in enumerate(zip(self.blocks, self._walks(grid, device), strict=True)):
-            positions = None if self.use_pe != 3 else self._positions(f"blocks.{i}.pos_embed", grid)
+            positions = None if self.use_pe != 3 else interpolate_positions(block.pos_embed, self.grid, grid)
             args = (hidden, residual, c, walk, context, mask, scales[i], positions)
             hidden, residual = block(*args)
             if f"blocks.{i}" in return_features:

@@ -270,6 +270,21 @@ def test_compiled_equals_eager_with_at_most_three_graphs(case):
         assert_close(name, gradients[name], want_gradients[name], of_max=1e-3)
 
 
+@pytest.mark.parametrize("use_pe", [0, 2, 3])
+def test_gradients_of_torch_func_equal_those_of_autograd(use_pe):
+    model = tiny(use_pe=use_pe).eval()
+    x, t = inputs()
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (x, t)).square().sum()
+
+    got = torch.func.grad(loss)(parameters)
+    loss(parameters).backward()
+    for name, parameter in parameters.items():
+        assert_close(name, got[name], parameter.grad, of_max=1e-4)
+
+
 def test_drop_path_and_label_dropout_follow_the_keys_not_the_batch():
     model = tiny(num_classes=3, class_dropout_prob=0.5, drop_path_rate=0.5, depth=4).train()
     x, t = inputs(batch=6)

@@ -1,6 +1,7 @@
 """Time as a vector. Legend: B batch, D width, F frequencies."""
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -48,4 +49,4 @@ class TimestepEmbedder(nn.Module):
         """(B,) times -> (B, D)."""
         t_B = t_B.to(torch.promote_types(t_B.dtype, torch.float32))
         embedding = sinusoidal_embedding(t_B * self.scale, self.frequency_size)
-        return self.mlp(embedding.to(self.mlp.get_parameter("0.weight").dtype))
+        return self.mlp(embedding.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
