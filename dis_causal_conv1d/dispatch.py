@@ -138,10 +138,12 @@ def transform_reason(tensors: Sequence[Tensor | None]) -> str | None:
     Such an operator has no forward-mode rule and yet raises nothing: its tangents come out as zeros.
     """
     if _inside_functorch():
-        return "it runs inside a torch.func transform (grad, vjp, jvp, vmap, ...): use backend='reference'"
+        return (
+            "it runs inside a torch.func transform (grad, vjp, jvp, vmap, ...): use use_backend('reference')"
+        )
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            return "an input carries a forward-mode tangent: use backend='reference'"
+            return "an input carries a forward-mode tangent: use use_backend('reference')"
     return None
 
 

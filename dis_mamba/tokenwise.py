@@ -6,7 +6,7 @@ Shapes: B batch, L tokens, D width.
 import torch
 from torch import Tensor
 
-from dis_causal_conv1d.checks import check_sequence, check_tensor
+from dis_causal_conv1d.checks import FLOAT_DTYPES, check_sequence, check_tensor
 
 from .backends import READ, WRITE
 from .backends.call import state_dtype
@@ -38,7 +38,7 @@ def add_norm_modulate(
         hidden: (B,L,D), what the block before adds to the stream; None for nothing.
         residual: (B,L,D), the stream.
         weight: (D,), the norm's, or None for ones.
-        shift, scale: (B,D), both or neither.
+        shift, scale: (B,D), both or neither; are rounded to ``dtype``.
         order: (L,) int64, the index of the k-th visited token; None for the raster.
         inverse: (L,) int64 with ``inverse[order] = arange(L)``, see ``permute``.
         eps: is added to the mean square.
@@ -73,6 +73,11 @@ def add_norm_modulate(
     if hidden is not None and torch.promote_types(hidden.dtype, residual.dtype) != residual.dtype:
         residual = residual.to(torch.promote_types(hidden.dtype, residual.dtype))
     dtype = dtype or (residual if hidden is None else hidden).dtype
+    if dtype not in FLOAT_DTYPES:
+        allowed = ", ".join(str(each).removeprefix("torch.") for each in FLOAT_DTYPES)
+        raise TypeError(f"{op}: dtype is {dtype}, expected one of {allowed}")
+    # Under autocast a stream may be wider than what linear layers make of the condition.
+    shift, scale = (None if each is None else each.to(dtype) for each in (shift, scale))
     weight = None if weight is None else weight.to(state_dtype(residual.dtype))
     call = ReadCall(
         hidden, residual, weight, shift, scale, order, inverse, float(eps), bool(centered), keep_normed, dtype
@@ -100,7 +105,7 @@ def gated_add(
         backend: "auto", or a name of ``tokenwise_backends()``.
 
     Returns:
-        (B,L,D) in the dtype that ``base`` and ``y`` promote to.
+        (B,L,D) in the dtype that ``base``, ``y`` and ``gate`` promote to.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``add_norm_modulate``.
@@ -112,6 +117,9 @@ def gated_add(
     check_tensor(op, "gate", gate, "BD", sizes, base.device)
     if order is not None or inverse is not None:
         check_order(op, base, order, inverse)
+    # The promotions that the formula would make; kernels know one dtype of the product and a base that holds it.
+    dtype = torch.promote_types(y.dtype, gate.dtype)
+    base, y, gate = base.to(torch.promote_types(base.dtype, dtype)), y.to(dtype), gate.to(dtype)
     return WRITE.run(WriteCall(base, y, gate, order, inverse), backend)
 
 

@@ -1,12 +1,14 @@
 """Add, norm, modulate, and gate, add: every backend against the formulas, and what a registered operator owes."""
 
 import functools
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 import dis_mamba.backends.cpu_tokenwise as cpu
 from dis_causal_conv1d.native import NativeError, NativeLibrary
@@ -209,6 +211,7 @@ def test_an_order_that_is_no_permutation_is_refused(rows):
         ({"weight": torch.ones(3)}, ValueError, r"weight has shape \(3,\), expected \(D\) = \(4,\)"),
         ({"scale": None}, ValueError, "give both shift and scale, or neither"),
         ({"shift": torch.ones(2, 4).long()}, TypeError, "shift has dtype torch.int64"),
+        ({"dtype": torch.int32}, TypeError, "dtype is torch.int32, expected one of float32, bfloat16"),
         ({"order": torch.arange(3)}, TypeError, "inverse must be an int64 tensor"),
         ({"order": torch.arange(2), "inverse": torch.arange(2)}, ValueError, r"expected \(L,\) = \(3,\)"),
         ({"residual": torch.ones(2, 4)}, ValueError, r"residual has shape \(2, 4\), expected \(B,L,D\)"),
@@ -242,13 +245,40 @@ def test_what_the_kernels_do_not_take_runs_on_torch():
         ValueError, match="the stream is torch.float32 beside torch.float16: use backend='torch'"
     ):
         add_norm_modulate(y, x, backend="cpu")
-    with pytest.raises(ValueError, match="gate is torch.float16, y torch.float32"):
-        gated_add(x, x, y[:, 0], backend="cpu")
+    with pytest.raises(ValueError, match="the stream is torch.float32 beside torch.float16"):
+        gated_add(x, y, y[:, 0], backend="cpu")
     assert gated_add(y, x, y[:, 0]).dtype == F32
     # A stream that is narrower than what is added to it widens, as a sum of tensors does.
     assert add_norm_modulate(x, y)[2].dtype == F32
     (tangent,) = torch.func.jvp(lambda v: gated_add(v, v, v[:, 0]), (x,), (x,))[1:]
     assert_close("tangent", tangent, x + 2 * x * x[:, :1], of_max=1e-6)
+
+
+@backends
+@pytest.mark.parametrize("dtypes", [(BF16, F32), (F32, BF16), (F64, F32)])
+def test_a_condition_in_another_dtype(backend, dtypes):
+    condition, dtype = dtypes
+    arguments = read_arguments(2, 9, 6, F32, dtype)
+    for name in ("shift", "scale"):
+        arguments[name] = arguments[name].detach().to(condition).requires_grad_()
+    limits = LIMITS[F32, dtype] if condition == F64 else LIMITS[F32, BF16]
+    agree(
+        functools.partial(read, backend=backend), read_definition, arguments, limits, eps=1e-3, centered=False
+    )
+    assert add_norm_modulate(**arguments, backend=backend)[0].dtype == dtype
+
+
+@backends
+@pytest.mark.parametrize("dtypes", [(F32, F32, BF16), (BF16, BF16, F32), (F32, BF16, F32), (BF16, F32, F32)])
+def test_a_gate_or_a_product_wider_than_its_fellows(backend, dtypes):
+    values = write_arguments(2, 9, 6, F32, F32)
+    arguments = {
+        name: t.detach().to(dtype).requires_grad_()
+        for (name, t), dtype in zip(values.items(), dtypes, strict=True)
+    }
+    function = functools.partial(gated_add, backend=backend)
+    agree(function, write_definition, arguments, (1e-6, LIMITS[F32, BF16][1]))
+    assert function(**arguments).dtype == F32
 
 
 def test_without_a_compiler_torch_runs(monkeypatch):
@@ -340,26 +370,36 @@ def test_compiles_into_one_graph():
         assert_close(name, got_grads[name], want_grads[name], of_max=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["rms", "layer", "affine", "hooked", "other"])
-def test_a_norm_of_any_kind_is_read(kind):
+@pytest.mark.parametrize("kind", ["rms", "layer", "affine", "hooked", "watched", "wrapped", "other"])
+def test_a_norm_of_any_kind_is_read(kind, monkeypatch):
     norm = {
         "rms": RMSNorm(6, eps=1e-3),
         "layer": LayerNorm(6, eps=1e-3, elementwise_affine=False),
         "affine": LayerNorm(6),
         "hooked": RMSNorm(6),
+        "watched": RMSNorm(6),
+        "wrapped": RMSNorm(6),
         "other": torch.nn.Linear(6, 6),
     }[kind]
     seen = SimpleNamespace(calls=0)
+
+    def count(*_):
+        seen.calls += 1
+
     if kind == "hooked":
-        norm.register_forward_hook(lambda *_: setattr(seen, "calls", seen.calls + 1))
+        norm.register_forward_hook(count)
+    elif kind == "wrapped":
+        monkeypatch.setattr(norm, "forward", lambda x, forward=norm.forward: (count(), forward(x))[1])
     for parameter in norm.parameters():
         torch.nn.init.normal_(parameter)
     hidden, residual, walk = torch.randn(2, 5, 6), torch.randn(2, 5, 6), a_walk(5)
     shift, scale = torch.randn(2, 6), torch.randn(2, 6)
-    x, normed, stream = read_stream(
-        norm, hidden, residual, shift, scale, *walk.values(), dtype=F32, keep_normed=True
-    )
-    assert seen.calls == (kind == "hooked")
+    watch = register_module_forward_hook(count) if kind == "watched" else nullcontext()
+    with watch:
+        x, normed, stream = read_stream(
+            norm, hidden, residual, shift, scale, *walk.values(), dtype=F32, keep_normed=True
+        )
+    assert seen.calls == (kind in ("hooked", "watched", "wrapped"))
     want = norm(hidden + residual)
     assert torch.equal(stream, hidden + residual)
     assert_close("norm", normed, want, of_max=1e-6)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook  # hooks on all modules; no public way to ask
 
 from dis_mamba import add_norm_modulate, permute
 
@@ -28,7 +29,7 @@ def read_stream(
     """A block's input: the stream plus ``hidden``, normed, modulated, along an order; see ``add_norm_modulate``.
 
     ``norm`` is an ``RMSNorm`` or a ``LayerNorm`` without a bias, computed in one kernel with the rest; any other
-    module, and one with hooks, is called for what it is.
+    module, and one with hooks or a ``forward`` of its own, is called for what it is.
 
     Returns:
         The mixer's input (B,L,D), the norm before modulation (None unless kept) and the stream.
@@ -49,5 +50,7 @@ def read_stream(
 
 def _joins(norm: RMSNorm | LayerNorm) -> bool:
     if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
+        return False
+    if _has_any_global_hook() or "forward" in vars(norm):
         return False
     return type(norm) is RMSNorm or (type(norm) is LayerNorm and norm.bias is None)
