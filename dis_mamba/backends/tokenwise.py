@@ -28,7 +28,7 @@ Read = tuple[Tensor, Tensor | None, Tensor]
 
 
 class ReadCall(NamedTuple):
-    """hidden, residual (B,L,D); weight (D,) in ``state_dtype``; shift, scale (B,D); order, inverse (L,)."""
+    """hidden, residual (B,L,D); weight (D,) in ``state_dtype``; shift, scale (B,D) in ``dtype``; order, inverse."""
 
     hidden: Tensor | None
     residual: Tensor
@@ -44,7 +44,7 @@ class ReadCall(NamedTuple):
 
 
 class WriteCall(NamedTuple):
-    """base, y (B,L,D); gate (B,D); order, inverse (L,): token l of the base takes ``y[order[l]]``."""
+    """base (B,L,D); y (B,L,D) and gate (B,D) of one dtype, no wider; order, inverse: token l takes ``y[order[l]]``."""
 
     base: Tensor
     y: Tensor

@@ -337,6 +337,14 @@ def test_selective_checkpointing_computes_the_step_projection_again_and_no_other
     assert calls["block"] == calls["none"] + 3
 
 
+def test_selective_checkpointing_of_a_product_that_names_its_dtype():
+    def product(x, weight):
+        return torch.mm(x, weight, out_dtype=F32).sin()
+
+    x, weight = (torch.empty(4, 4, dtype=BF16, device="meta", requires_grad=True) for _ in range(2))
+    assert checkpointed("selective", product, x, weight).dtype == F32
+
+
 @needs_compiler
 @pytest.mark.parametrize("op", ["read", "write"])
 def test_a_second_derivative_is_refused(op):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from zigflow.registry import unknown_name
@@ -29,7 +29,8 @@ def _keep_expensive(context, op, *args, **kwargs) -> CheckpointPolicy:
         return CheckpointPolicy.PREFER_RECOMPUTE
     base = rest.split(".")[0]
     if base in ("mm", "addmm"):
-        left, right = args[-2:]
+        # The dtype of the result may follow the factors.
+        left, right = [arg for arg in args if isinstance(arg, Tensor)][-2:]
         if right.shape[-1] >= _WIDENING * left.shape[-1]:
             return CheckpointPolicy.PREFER_RECOMPUTE
     if namespace == "zigflow" or base.startswith(_MATRIX_PRODUCTS):
