@@ -48,7 +48,8 @@ class Dispatcher(Generic[CallT, ResultT]):
     """The backends of one operation in the order in which ``auto`` tries them.
 
     A name that ``use_backend`` or the environment prefers and that only other operations know stands here for
-    ``otherwise``, the name of one of ``backends``; without it such a name is an error.
+    ``otherwise``, the name of one of ``backends``; without it such a name is an error. So does, in compiled code, that of
+    a backend whose ``eager_only`` is true: torch.compile fuses the operation better than it computes it.
     """
 
     def __init__(self, op: str, backends: Sequence[Backend[CallT, ResultT]], otherwise: str | None = None):
@@ -94,7 +95,8 @@ class Dispatcher(Generic[CallT, ResultT]):
 
     def _own(self, preferred: str) -> str:
         """``preferred``, or what stands for it where only another operation has a backend of that name."""
-        own = [backend.name for backend in self.backends]
+        compiling = torch.compiler.is_compiling()
+        own = [b.name for b in self.backends if not (compiling and getattr(b, "eager_only", False))]
         if self.otherwise is None or preferred in ("auto", *own) or preferred not in _known_names():
             return preferred
         return self.otherwise

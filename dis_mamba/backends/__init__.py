@@ -15,11 +15,14 @@ from .reference import ReferenceScan
 from .tokenwise import PlainRead, PlainWrite, Read, ReadCall, WriteCall
 from .torch_chunked import TorchScan
 from .triton_scan import TritonScan
+from .triton_tokenwise import TritonRead, TritonWrite
 
 SCAN: Dispatcher[ScanCall, Tensor] = Dispatcher(
     "selective_scan", [TritonScan(), CpuScan(), PackageScan(), TorchScan(), ReferenceScan()]
 )
 READ: Dispatcher[ReadCall, Read] = Dispatcher(
-    "add_norm_modulate", [CpuRead(), PlainRead()], otherwise="torch"
+    "add_norm_modulate", [TritonRead(), CpuRead(), PlainRead()], otherwise="torch"
 )
-WRITE: Dispatcher[WriteCall, Tensor] = Dispatcher("gated_add", [CpuWrite(), PlainWrite()], otherwise="torch")
+WRITE: Dispatcher[WriteCall, Tensor] = Dispatcher(
+    "gated_add", [TritonWrite(), CpuWrite(), PlainWrite()], otherwise="torch"
+)
