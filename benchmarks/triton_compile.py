@@ -31,9 +31,16 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from dis_causal_conv1d.backends import triton_conv  # noqa: E402
 from dis_causal_conv1d.backends import triton_kernels as conv_kernels  # noqa: E402
-from dis_mamba.backends import triton_backward, triton_kernels, triton_scan  # noqa: E402
+from dis_mamba.backends import (  # noqa: E402
+    triton_backward,
+    triton_kernels,
+    triton_scan,
+    triton_tokenwise,
+    triton_tokenwise_kernels,
+)
 
 STATES = (1, 4, 16, 17, 64, 256)
+WIDTHS = (64, 256, 768, 2048, 4096)
 MAIN = ("scan_forward", "scan_backward")
 SEQUENCES = ("bf16", "fp16", "fp32")
 _FLOAT32 = {
@@ -41,6 +48,13 @@ _FLOAT32 = {
     "tiles", "carry", "taps_WE", "grad_y", "grad_taps",
 }  # fmt: skip
 _INTEGERS = {"L", "E", "segment_steps", "segment_chunks", "segments"}
+# What the kernels on tokens alone take, beside a float32 stream.
+_TOKENWISE = {"rows": "*i64", "eps": "fp32"}
+_TOKENWISE |= dict.fromkeys(("residual", "stream", "base", "weight", "sums"), "*fp32")
+_TOKENWISE |= dict.fromkeys(("grad_stream", "grad_residual", "grad_out"), "*fp32")
+_TOKENWISE |= dict.fromkeys(
+    ("length", "width", "run", "runs", "shift_step", "scale_step", "gate_step"), "i32"
+)
 _WATCHED = ("SHFL", "LDS", "BAR", "MUFU", "FFMA", "LDL", "STL")
 
 
@@ -76,6 +90,32 @@ def conv_kernels_of(reverse: bool) -> dict[str, tuple]:
     return {name: (getattr(conv_kernels, name), constants, triton_conv._WARPS) for name in names}
 
 
+def tokenwise_kernels(width: int) -> dict[str, tuple]:
+    """Name -> (kernel, constants, warps) of what runs around a mixer, every option on, at tokens of a width."""
+    tile = triton_tokenwise.tile(width)
+    own = {"BLOCK": tile["BLOCK"], "HAS_ROWS": True}
+    read = {**own, **dict.fromkeys(("HAS_WEIGHT", "MODULATED", "CENTERED"), True)}
+    gradients = dict.fromkeys(("HAS_X", "HAS_NORMED", "HAS_STREAM"), True)
+    options = {
+        "read_forward": {**read, "HAS_HIDDEN": True, "KEEP_NORMED": True},
+        "read_backward": {**read, **gradients},
+        "write_forward": own,
+        "write_backward": own,
+    }
+    return {
+        name: (getattr(triton_tokenwise_kernels, name), constants, tile["num_warps"])
+        for name, constants in options.items()
+    }
+
+
+def tokenwise_variants(archs, widths, sequences, kernels=None):
+    """As ``variants``, of what runs around a mixer."""
+    for arch, dtype, width in itertools.product(archs, sequences, widths):
+        for name, made in tokenwise_kernels(width).items():
+            if not kernels or name in kernels:
+                yield {"kernel": name, "arch": f"sm_{arch}", "sequences": dtype, "width": width}, *made
+
+
 def variants(archs, states, sequences, directions, kernels=None):
     """(row head, kernel, constants, warps) of everything asked for."""
     for arch, dtype, reverse in itertools.product(archs, sequences, directions):
@@ -103,7 +143,8 @@ def compiled(kernel, constants: dict, warps: int, arch: int, sequences: str) -> 
             signature[name] = "constexpr"
             continue
         signature[name] = (
-            "i32" if name in _INTEGERS
+            _TOKENWISE[name] if name in _TOKENWISE and "width" in kernel.arg_names
+            else "i32" if name in _INTEGERS
             else "*fp32" if name in _FLOAT32 and not (name == "bias" and "taps_WE" in kernel.arg_names)
             else f"*{sequences}"
         )  # fmt: skip
@@ -142,9 +183,10 @@ def measured(binary: bytes) -> dict[str, int]:
 def sources() -> str:
     """A hash of the kernels and of the sizes they are launched with."""
     digest = hashlib.sha256()
-    for module in (triton_kernels, triton_backward, conv_kernels):
+    for module in (triton_kernels, triton_backward, conv_kernels, triton_tokenwise_kernels):
         digest.update(inspect.getsource(module).encode())
     launches = [list(scan_kernels(n, arch, False).items()) for n in STATES for arch in (80, 90)]
+    launches += [list(tokenwise_kernels(width).items()) for width in WIDTHS]
     for name, (_, constants, warps) in itertools.chain(*launches, conv_kernels_of(False).items()):
         digest.update(repr((name, sorted(constants.items()), warps)).encode())
     return digest.hexdigest()
@@ -158,22 +200,28 @@ def main() -> int:
     parser.add_argument("--states", type=int, nargs="+", default=[16])
     parser.add_argument("--sequences", choices=SEQUENCES, nargs="+", default=["bf16"])
     parser.add_argument("--reverse", action="store_true", help="compile the walk from the last token")
-    names = [*scan_kernels(16, 90, False), *conv_kernels_of(False)]
+    parser.add_argument("--widths", type=int, nargs="+", default=[768], help="of tokens around a mixer")
+    names = [*scan_kernels(16, 90, False), *conv_kernels_of(False), *tokenwise_kernels(768)]
     parser.add_argument("--kernels", nargs="+", choices=names, help="only these")
     parser.add_argument(
         "--all",
         action="store_true",
-        help=f"N of {STATES}, every dtype and direction on sm_90; N=16, bf16 on sm_80",
+        help=f"N of {STATES}, widths of {WIDTHS}, every dtype and direction on sm_90; N=16, bf16 on sm_80",
     )
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)
-    wanted = variants(given.arch, given.states, given.sequences, [given.reverse], given.kernels)
+    wanted = itertools.chain(
+        variants(given.arch, given.states, given.sequences, [given.reverse], given.kernels),
+        tokenwise_variants(given.arch, given.widths, given.sequences, given.kernels),
+    )
     if given.all:
         wanted = itertools.chain(
             variants([90, 80], [16], ["bf16"], [False, True]),
             variants([90], STATES, SEQUENCES, [False, True], given.kernels or MAIN),
+            tokenwise_variants([90], WIDTHS, SEQUENCES, given.kernels),
+            tokenwise_variants([80], WIDTHS, ["bf16"], given.kernels),
         )
     rows = [
         {**head, **measured(compiled(kernel, constants, warps, int(head["arch"][3:]), head["sequences"]))}

@@ -26,11 +26,11 @@ from .tokenwise import (
 )
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Backward holds about six values of every channel, which is all that a multiprocessor's 65,536 registers have room for.
-_MAX_WIDTH = 8192
+# Backward keeps some twelve values of every channel, and a multiprocessor has 65,536 registers: more would spill.
+_MAX_WIDTH = 4096
 _MAX_TOKENS = 2**31 - 1
-# Channels of one warp: two loads of 16 bytes in float32, one in bfloat16. More warps than 16 leave too few registers.
-_CHANNELS, _WARPS = 256, 16
+# Channels of one warp: 16 bytes of float32 to a lane, so that no store wants another layout than the sums.
+_CHANNELS = 128
 # Backward's programs: enough for a large GPU, in runs that keep their sums a small part of all that is written.
 _PROGRAMS, _SHORTEST, _LONGEST = 1024, 4, 64
 
@@ -93,7 +93,7 @@ def _refusal(stream: Tensor, dtype: torch.dtype, tensors: tuple[Tensor | None, .
 def tile(width: int) -> dict[str, int]:
     """The channels that a program holds, a power of two, and its warps."""
     block = 1 << (width - 1).bit_length()
-    return {"BLOCK": block, "num_warps": min(_WARPS, max(1, block // _CHANNELS))}
+    return {"BLOCK": block, "num_warps": max(1, block // _CHANNELS)}
 
 
 def runs_of(batch: int, length: int) -> tuple[int, int]:

@@ -26,11 +26,11 @@ def place_of(rows, token, row, length, width, HAS_ROWS: tl.constexpr):
 
 
 @triton.jit
-def normed_of(value, inside, width, eps, CENTERED: tl.constexpr):
-    """(x - mean) / sqrt(mean square + eps), and the factor 1 / sqrt(...)."""
+def normed_of(value, inside, share, eps, CENTERED: tl.constexpr):
+    """(x - mean) / sqrt(mean square + eps), and the factor 1 / sqrt(...); ``share`` is 1 / D."""
     if CENTERED:
-        value = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
-    factor = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
+        value = tl.where(inside, value - tl.sum(value, axis=0) * share, 0.0)
+    factor = tl.rsqrt(tl.sum(value * value, axis=0) * share + eps)
     return value * factor, factor
 
 
@@ -57,7 +57,7 @@ def read_forward(
         kept = value.to(stream.dtype.element_ty)
         tl.store(stream + here + cols, kept, mask=inside)
         value = kept.to(tl.float32)
-    value, _ = normed_of(value, inside, width, eps, CENTERED)
+    value, _ = normed_of(value, inside, 1.0 / width, eps, CENTERED)
     if HAS_WEIGHT:
         value *= tl.load(weight + cols, mask=inside, other=0.0)
     if KEEP_NORMED:
@@ -88,46 +88,53 @@ def read_backward(
     by_shift = tl.zeros((BLOCK,), dtype=tl.float32)
     by_scale = tl.zeros((BLOCK,), dtype=tl.float32)
     by_weight = tl.zeros((BLOCK,), dtype=tl.float32)
-    slope = tl.full((BLOCK,), 1.0, dtype=tl.float32)
-    if MODULATED:
-        slope += tl.load(scale + row * scale_step + cols, mask=inside, other=0.0).to(tl.float32)
-    factors = tl.full((BLOCK,), 1.0, dtype=tl.float32)
-    if HAS_WEIGHT:
-        factors = tl.load(weight + cols, mask=inside, other=0.0)
+    # Weight and scale are read again for every token, from the cache: they would take the registers of two more sums.
+    slope = scale + row * scale_step + cols if MODULATED else scale
+    share = 1.0 / width
     for token in range(first, last):
         here = (row * length + token) * width
+        # All of a token is on its way before the first sum over it waits.
         value = tl.load(stream + here + cols, mask=inside, other=0.0).to(tl.float32)
-        unit, factor = normed_of(value, inside, width, eps, CENTERED)
-        grad = tl.zeros((BLOCK,), dtype=tl.float32)
         if HAS_X:
             there, size = place_of(rows, token, row, length, width, HAS_ROWS)
-            grad = tl.load(grad_x + there + cols, mask=cols < size, other=0.0).to(tl.float32)
+            of_x = tl.load(grad_x + there + cols, mask=cols < size, other=0.0)
+        if HAS_NORMED:
+            of_normed = tl.load(grad_normed + here + cols, mask=inside, other=0.0)
+        if HAS_STREAM:
+            of_stream = tl.load(grad_stream + here + cols, mask=inside, other=0.0)
+        unit, factor = normed_of(value, inside, share, eps, CENTERED)
+        grad = tl.zeros((BLOCK,), dtype=tl.float32)
+        if HAS_X:
+            grad = of_x.to(tl.float32)
             if MODULATED:
                 by_shift += grad
                 by_scale += grad * unit
-                grad *= slope
+                grad *= 1.0 + tl.load(slope, mask=inside, other=0.0).to(tl.float32)
         if HAS_NORMED:
-            more = tl.load(grad_normed + here + cols, mask=inside, other=0.0).to(tl.float32)
+            more = of_normed.to(tl.float32)
             grad += more
             if MODULATED:
                 by_weight += more * unit
         if not MODULATED:
             by_weight += grad * unit
-        grad *= factors
-        along = tl.sum(grad * unit, axis=0) / width
+        if HAS_WEIGHT:
+            grad *= tl.load(weight + cols, mask=inside, other=0.0)
+        along = tl.sum(grad * unit, axis=0) * share
         if CENTERED:
-            grad -= tl.sum(grad, axis=0) / width
+            grad -= tl.sum(grad, axis=0) * share
         grad = (grad - unit * along) * factor
         if HAS_STREAM:
-            grad += tl.load(grad_stream + here + cols, mask=inside, other=0.0).to(tl.float32)
+            grad += of_stream.to(tl.float32)
         tl.store(grad_residual + here + cols, grad.to(grad_residual.dtype.element_ty), mask=inside)
     kinds: tl.constexpr = 2 * MODULATED + HAS_WEIGHT
     own = sums + tl.program_id(0).to(tl.int64) * kinds * width + cols
     if MODULATED:
         # What x sums for the weight is what it sums for scale, but for factors that are the same for all tokens.
-        by_weight += by_scale * slope
+        by_weight += by_scale * (1.0 + tl.load(slope, mask=inside, other=0.0).to(tl.float32))
+        if HAS_WEIGHT:
+            by_scale *= tl.load(weight + cols, mask=inside, other=0.0)
         tl.store(own, by_shift, mask=inside)
-        tl.store(own + width, by_scale * factors, mask=inside)
+        tl.store(own + width, by_scale, mask=inside)
     if HAS_WEIGHT:
         tl.store(own + (kinds - 1) * width, by_weight, mask=inside)
 
