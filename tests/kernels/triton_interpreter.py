@@ -28,6 +28,7 @@ from tests.kernels.definitions import (
     with_gradients,
 )
 from tests.kernels.operators import CountOperators
+from tests.kernels.triton_tokenwise_checks import CHECKS as TOKENWISE
 from zigflow.nn.checkpointing import checkpointed
 
 ALL = ("D", "z", "delta_bias")
@@ -272,9 +273,10 @@ SIZES = {module: {name: getattr(module, name) for name in SMALL[module]} for mod
 
 def main() -> None:
     warnings.filterwarnings("ignore", message="overflow encountered in exp2")
-    for name in sys.argv[1:] or CHECKS:
+    checks = CHECKS | TOKENWISE
+    for name in sys.argv[1:] or checks:
         with sizes(SMALL):
-            CHECKS[name]()
+            checks[name]()
         sys.stdout.write(f"{name}: passed\n")
         sys.stdout.flush()
 
