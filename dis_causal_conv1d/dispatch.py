@@ -48,8 +48,8 @@ class Dispatcher(Generic[CallT, ResultT]):
     """The backends of one operation in the order in which ``auto`` tries them.
 
     A name that ``use_backend`` or the environment prefers and that only other operations know stands here for
-    ``otherwise``, the name of one of ``backends``; without it such a name is an error. So does, in compiled code, that of
-    a backend whose ``eager_only`` is true: torch.compile fuses the operation better than it computes it.
+    ``otherwise``, the name of one of ``backends``; without it such a name is an error. So does, in compiled code, the
+    name of a backend whose ``eager_only`` is true: torch.compile makes the operation one kernel with its neighbors.
     """
 
     def __init__(self, op: str, backends: Sequence[Backend[CallT, ResultT]], otherwise: str | None = None):

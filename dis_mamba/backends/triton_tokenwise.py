@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dis_causal_conv1d.backends.triton_conv import interpreted, unavailable
+from dis_causal_conv1d.backends.triton_conv import interpreted, launch_reason, unavailable
 from dis_causal_conv1d.dispatch import transform_reason
 from dis_causal_conv1d.native import rows_in_one_piece
 
@@ -28,7 +28,6 @@ from .tokenwise import (
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Backward keeps some twelve values of every channel, and a multiprocessor has 65,536 registers: more would spill.
 _MAX_WIDTH = 4096
-_MAX_TOKENS = 2**31 - 1
 # Channels of one warp: 16 bytes of float32 to a lane, so that no store wants another layout than the sums.
 _CHANNELS = 128
 # Backward's programs: enough for a large GPU, in runs that keep their sums a small part of all that is written.
@@ -50,7 +49,9 @@ class TritonRead:
 
     def run(self, call: ReadCall) -> Read:
         hidden, residual, weight, shift, scale, _, inverse, *options = call
-        x, normed, stream = triton_add_norm_modulate(hidden, residual, weight, shift, scale, inverse, *options)
+        x, normed, stream = triton_add_norm_modulate(
+            hidden, residual, weight, shift, scale, inverse, *options
+        )
         return x, normed if call.keep_normed else None, residual if hidden is None else stream
 
 
@@ -84,10 +85,9 @@ def _refusal(stream: Tensor, dtype: torch.dtype, tensors: tuple[Tensor | None, .
         return f"the stream is {stream.dtype} beside {dtype}: use backend='torch'"
     batch, length, width = stream.shape
     if width > _MAX_WIDTH:
-        return f"a token of more than {_MAX_WIDTH} channels does not fit into registers, got {width}"
-    if batch * length > _MAX_TOKENS:
-        return f"it takes at most {_MAX_TOKENS} tokens, got {batch * length}"
-    return transform_reason(tensors)
+        got = f"{_MAX_WIDTH} channels does not fit into registers, got {width}"
+        return f"a token of more than {got}: use backend='torch'"
+    return launch_reason(length, (batch * length,)) or transform_reason(tensors)
 
 
 def tile(width: int) -> dict[str, int]:

@@ -1,11 +1,11 @@
 """Triton kernels of the work on single tokens around a mixer; imported only where Triton is.
 
 Layout: a program holds the whole width of one token, ``BLOCK`` channels, in registers, so that the norm takes its mean
-and its mean square of what it has read once. Forward has a program per token. Backward has one per run of ``run`` tokens
-of a row of the batch: it walks them and adds up, in registers, what is summed over tokens; its sums go to a place of
-their own, and are added up outside in a fixed order, so that results are the same from run to run.
+and its mean square of what it has read once. Forward has a program per token. Backward has one per run of ``run``
+tokens of a row of the batch: it walks them and adds up, in registers, what is summed over tokens; its sums go to a
+place of their own, and are added up outside in a fixed order, so that results are the same from run to run.
 
-``rows[l]`` is the place of token l in the mixer's sequence. A place that is none of the ``length`` tokens' is not touched.
+``rows[l]`` is the place of token l in the mixer's sequence. One that is no token's is neither written nor read.
 
 Shapes: B batch, L tokens, D width, P programs, K sums.
 """

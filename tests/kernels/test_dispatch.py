@@ -103,6 +103,19 @@ def test_use_backend_nests_and_yields_to_an_explicit_name(make):
     assert op.run(Call(1)) == "first"
 
 
+def test_compiled_code_takes_another_for_a_preferred_backend_that_runs_eagerly_alone(make, monkeypatch):
+    make(FakeBackend("eager"), FakeBackend("plain"))
+    eager = FakeBackend("eager", limit=3)
+    eager.eager_only = True
+    op = Dispatcher("another_op", [eager, FakeBackend("plain")], otherwise="plain")
+    with use_backend("eager"):
+        assert op.run(Call(1)) == "eager"
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert op.run(Call(1)) == "plain"
+        with pytest.raises(ValueError, match="another_op: backend 'eager' does not take this call"):
+            op.run(Call(4), "eager")
+
+
 def test_use_backend_refuses_an_unknown_name():
     with pytest.raises(ValueError, match="Did you mean 'reference'"), use_backend("refrence"):
         pass

@@ -1,5 +1,6 @@
 """The Triton kernels without a GPU: interpreted against the definitions, and compiled for GPUs that are not here."""
 
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -20,11 +21,13 @@ import dis_causal_conv1d
 import dis_mamba
 from dis_causal_conv1d.backends import triton_conv
 from dis_causal_conv1d.backends.call import ConvCall
-from dis_mamba import selective_scan
-from dis_mamba.backends import triton_scan
+from dis_mamba import add_norm_modulate, gated_add, selective_scan
+from dis_mamba.backends import triton_scan, triton_tokenwise
 from dis_mamba.backends.call import ScanCall
+from dis_mamba.backends.tokenwise import ReadCall, WriteCall
 
 from .definitions import scan_arguments, with_gradients
+from .tokenwise_definitions import a_walk, read_arguments, write_arguments
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -32,6 +35,7 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TABLE = ROOT / "benchmarks/results/triton_compile.json"
 REFRESH = f"python benchmarks/triton_compile.py --all --output {TABLE.relative_to(ROOT)}"
 MAIN = ("scan_forward", "scan_backward")
+TOKENWISE = ("read_forward", "read_backward", "write_forward", "write_backward")
 
 has_triton = importlib.util.find_spec("triton") is not None
 
@@ -50,16 +54,16 @@ needs_triton = pytest.mark.skipif(not has_triton, reason="triton has no package 
 def test_interpreted_kernels_agree_with_the_definitions():
     done = run("-m", "tests.kernels.triton_interpreter", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    checks = re.findall(
-        r"^@check\ndef (\w+)", (ROOT / "tests/kernels/triton_interpreter.py").read_text(), re.M
-    )
+    files = ("triton_interpreter.py", "triton_tokenwise_checks.py")
+    text = "".join((ROOT / "tests/kernels" / name).read_text() for name in files)
+    checks = re.findall(r"^@check\ndef (\w+)", text, re.M)
     assert [line for line in done.stdout.splitlines() if line.endswith(": passed")] == [
         f"{name}: passed" for name in checks
     ]
 
 
 def kernel_id(row):
-    return tuple(row.get(name) for name in ("kernel", "arch", "sequences", "reverse", "N"))
+    return tuple(row.get(name) for name in ("kernel", "arch", "sequences", "reverse", "N", "width"))
 
 
 @pytest.mark.slow
@@ -67,9 +71,10 @@ def kernel_id(row):
 @pytest.mark.parametrize(
     "options,count",
     [
-        (["--arch", "90"], 8),
+        (["--arch", "90"], 12),
         (["--sequences", "fp32", "--states", "64", "--reverse", "--kernels", "scan_forward"], 1),
         (["--arch", "80", "--reverse", "--kernels", "scan_backward"], 1),
+        (["--arch", "80", "--sequences", "fp32", "--widths", "64", "4096", "--kernels", *TOKENWISE], 4),
     ],
 )
 def test_compiled_kernels_spill_nothing(options, count, tmp_path):
@@ -97,14 +102,22 @@ def test_the_stored_table_of_registers_is_that_of_these_kernels(monkeypatch):
     rows = {kernel_id(row): row for row in table["kernels"]}
     assert len(rows) == len(table["kernels"])
     everything = itertools.product(
-        MAIN, ["sm_90"], ("bf16", "fp16", "fp32"), (False, True), (1, 4, 16, 17, 64, 256)
+        MAIN, ["sm_90"], ("bf16", "fp16", "fp32"), (False, True), (1, 4, 16, 17, 64, 256), [None]
     )
     assert set(everything) <= set(rows)
     usual = list(triton_compile.scan_kernels(16, 90, False))
-    assert {(name, "sm_80", "bf16", reverse, 16) for name in usual for reverse in (False, True)} <= set(rows)
+    directions = (False, True)
+    assert {(name, "sm_80", "bf16", reverse, 16, None) for name in usual for reverse in directions} <= set(
+        rows
+    )
+    widths = triton_compile.WIDTHS
+    tokens = itertools.product(TOKENWISE, ["sm_90"], ("bf16", "fp16", "fp32"), [None], [None], widths)
+    assert {*tokens, *itertools.product(TOKENWISE, ["sm_80"], ["bf16"], [None], [None], widths)} <= set(rows)
     for row in rows.values():
         assert row["spilled_bytes"] == row["LDL"] == row["STL"] == 0, row
         assert 16 <= row["registers"] <= 255
+        if row["kernel"] in TOKENWISE:
+            continue  # a sum over a token's channels is one over lanes and warps
         assert row["LDS"] == row["shared_bytes"] == 0, row
         if row["kernel"] == "scan_backward":
             assert row["SHFL"] == 16, "what sums over channels takes: 16 exchanges for 8 steps of B and C"
@@ -116,7 +129,8 @@ def test_the_stored_table_of_registers_is_that_of_these_kernels(monkeypatch):
 def test_a_table_makes_its_folder_and_knows_its_kernels(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     triton_compile = importlib.import_module("triton_compile")
-    monkeypatch.setattr(triton_compile, "variants", lambda *_: [])
+    for name in ("variants", "tokenwise_variants"):
+        monkeypatch.setattr(triton_compile, name, lambda *_: [])
     target = tmp_path / "new" / "table.json"
     monkeypatch.setattr(sys, "argv", ["triton_compile.py", "--output", str(target)])
     assert triton_compile.main() == 0
@@ -150,6 +164,16 @@ def test_sequences_are_cut_into_whole_chunks_where_programs_are_few(programs, le
         assert segments == 1
     elif chunks >= triton_scan._PROGRAMS:
         assert programs * segments > triton_scan._PROGRAMS / 4
+
+
+@hypothesis.given(batch=st.integers(1, 5000), length=st.integers(1, 20000), width=st.integers(1, 4096))
+def test_runs_of_tokens_cover_a_row_of_the_batch(batch, length, width):
+    runs, tokens = triton_tokenwise.runs_of(batch, length)
+    assert (runs - 1) * tokens < length <= runs * tokens
+    assert min(length, 4) <= tokens <= 64
+    tile = triton_tokenwise.tile(width)
+    assert width <= tile["BLOCK"] < 2 * width
+    assert tile["BLOCK"] <= 128 * tile["num_warps"] <= max(128, tile["BLOCK"]) <= 32 * 128
 
 
 def conv_call(batch, length, channels):
@@ -210,6 +234,41 @@ def test_what_no_grid_takes_is_refused(monkeypatch, backend, shape, reason):
     assert found is not None and reason in found and found.endswith("use backend='torch'")
 
 
+@pytest.mark.parametrize(
+    "shape,dtype,reason",
+    [
+        ((1000, 2_000_000, 1536), torch.bfloat16, None),
+        ((1, 2, 4096), torch.float32, None),
+        ((1, 2, 4097), torch.float32, "more than 4096 channels does not fit into registers, got 4097"),
+        (
+            (2**31, 1, 1),
+            torch.float16,
+            "2147483647 programs for the batch and tokens, and this needs 2147483648",
+        ),
+        ((1, 2**30 + 1, 1), torch.float32, "1073741824 tokens, got 1073741825"),
+        ((1, 2, 3), torch.float64, "it computes in float32, and an argument is float64"),
+    ],
+)
+def test_what_is_read_and_written_by_tokens(monkeypatch, shape, dtype, reason):
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    read = ReadCall(x, x, None, x[:, 0], x[:, 0], None, None, 1e-5, False, True, dtype)
+    write = WriteCall(x, x, x[:, 0], None, None)
+    backends = ((triton_tokenwise.TritonRead(), read), (triton_tokenwise.TritonWrite(), write))
+    for backend, call in backends:
+        assert backend.accepts(call) == "it takes CUDA tensors, got meta"
+    monkeypatch.setattr(triton_tokenwise, "interpreted", lambda: True)
+    for backend, call in backends:
+        found = backend.accepts(call)
+        assert (
+            (found or "") == ""
+            if reason is None
+            else reason in found and found.endswith("use backend='torch'")
+        )
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for backend, call in backends:
+        assert backend.accepts(call).startswith("torch.compile makes one kernel")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU answers")
 def test_without_a_gpu_it_says_so():
     for listing in (dis_mamba.available_backends(), dis_causal_conv1d.available_backends()):
@@ -240,3 +299,37 @@ def test_matches_the_torch_backend_on_a_gpu(shape, dtype, reverse):
     again = with_gradients(selective_scan, arguments, weight, backend="triton", **flags)
     assert torch.equal(out, again[0])
     assert all(torch.equal(grads[name], again[1][name]) for name in grads)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("dtypes", list(itertools.product((torch.float32, torch.bfloat16), repeat=2)))
+@pytest.mark.parametrize("shape", [(2, 1, 3), (3, 65, 33), (2, 200, 768), (600, 33, 64), (1, 130, 4096)])
+def test_tokens_match_the_torch_backend_on_a_gpu(shape, dtypes, centered):
+    walk = {name: rows.cuda() for name, rows in a_walk(shape[1]).items()}
+    # A sum is in the wider of its dtypes.
+    options = ("weight", "shift", "scale", *(["hidden"] if dtypes != (torch.bfloat16, torch.float32) else []))
+    read, write = read_arguments(*shape, *dtypes, options), write_arguments(*shape, *dtypes)
+    flags = {"keep_normed": True, "centered": centered, "dtype": dtypes[1], "eps": 1e-3, **walk}
+
+    def reads(backend, hidden=None, **given):
+        x, normed, stream = add_norm_modulate(hidden, **given, backend=backend, **flags)
+        return torch.cat([x.float(), normed.float(), stream.float()], -1)
+
+    def writes(backend, **given):
+        return gated_add(**given, **walk, backend=backend)
+
+    for function, arguments in ((reads, read), (writes, write)):
+        if function is writes and "hidden" not in options:
+            continue
+        values = {k: v.detach().cuda().requires_grad_() for k, v in arguments.items()}
+        weight = torch.randn(function("torch", **values).shape, dtype=torch.float64, device="cuda")
+        out, grads = with_gradients(functools.partial(function, "triton"), values, weight)
+        want, want_grads = with_gradients(functools.partial(function, "torch"), values, weight)
+        limit = 1e-5 if dtypes == (torch.float32, torch.float32) else 2e-2
+        assert (out - want).abs().max() <= limit * want.abs().max()
+        for name, grad in grads.items():
+            assert (grad - want_grads[name]).abs().max() <= 10 * limit * want_grads[name].abs().max() + 1e-6
+        again = with_gradients(functools.partial(function, "triton"), values, weight)
+        assert torch.equal(out, again[0])
+        assert all(torch.equal(grads[name], again[1][name]) for name in grads)
