@@ -115,6 +115,7 @@ def tokens_in_memory_that_was_not_written():
     runs = [block("triton", a_walk(9), sizes=(2, 9, 5), centered=True) for _ in range(2)]
     for got, again in zip(*runs, strict=True):
         assert got.isfinite().all() and torch.equal(got, again)
+    found = []
     wide, chunks = torch.randn(2, 7, 10), torch.randn(2, 15).chunk(3, dim=1)
     hidden, residual = wide[..., ::2], wide.transpose(0, 1)[:7, :2, :5].transpose(0, 1)
     arguments = (hidden, residual, torch.randn(10)[::2], chunks[0], chunks[1][:1].expand(2, 5))
@@ -123,7 +124,20 @@ def tokens_in_memory_that_was_not_written():
         ("sum", lambda backend: gated_add(hidden, residual, chunks[2], backend=backend)),
     ):
         assert_close(name, function("triton"), function("torch"), of_max=1e-6)
+    by_column = torch.randn(5, 2).t()
+    for backend in ("triton", "torch"):
+        x = add_norm_modulate(hidden, residual, None, by_column, by_column, backend=backend)[0]
+        found.append((x, gated_add(hidden, residual, by_column, backend=backend)))
+    for got, want in zip(*found, strict=True):
+        assert_close("rows in pieces", got, want, of_max=1e-6)
     torch.use_deterministic_algorithms(False)
+
+
+@check
+def the_norm_is_that_of_the_rounded_stream():
+    hidden, residual = torch.randn(2, 2, 9, 33).to(BF16)
+    x, _, stream = add_norm_modulate(hidden, residual, backend="triton")
+    assert torch.equal(x, add_norm_modulate(None, stream, backend="triton")[0])
 
 
 @check
@@ -167,7 +181,9 @@ def opcheck_of_tokens():
 
 @check
 def no_tokens():
-    out, *grads = block("triton", a_walk(5), sizes=(0, 5, 4))
+    """A GPU takes no grid without programs."""
+    with mock.patch.object(triton_tokenwise, "_launch", side_effect=AssertionError):
+        out, *grads = block("triton", a_walk(5), sizes=(0, 5, 4))
     assert out.shape == (0, 5, 8)
     assert all(grad.eq(0).all() for grad in grads)
 
