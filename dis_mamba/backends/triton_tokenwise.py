@@ -65,10 +65,7 @@ class TritonWrite:
         return unavailable()
 
     def accepts(self, call: WriteCall) -> str | None:
-        reason = _refusal(call.base, call.y.dtype, call[:3]) or write_mismatch(call)
-        if reason is None and torch.promote_types(call.base.dtype, call.y.dtype) != call.base.dtype:
-            return f"the base is {call.base.dtype} beside {call.y.dtype}: use backend='torch'"
-        return reason
+        return _refusal(call.base, call.y.dtype, call[:3]) or write_mismatch(call)
 
     def run(self, call: WriteCall) -> Tensor:
         return triton_gated_add(call.base, call.y, call.gate, call.order)

@@ -219,6 +219,15 @@ def compiled_code_leaves_tokens_to_the_compiler():
 
 
 @check
+def tokens_beside_conditions_of_another_dtype():
+    x, y = torch.randn(1, 2, 3), torch.randn(1, 2, 3).half()
+    for values in ((x, y, x[:, 0]), (x, x, y[:, 0]), (y, x, x[:, 0]), (y, y.bfloat16(), y[:, 0])):
+        got, want = (gated_add(*values, backend=backend) for backend in ("triton", "torch"))
+        assert got.dtype == want.dtype == F32
+        assert_close("sum", got, want, of_max=1e-6)
+
+
+@check
 def refusals_of_tokens():
     x = torch.randn(1, 2, 3, requires_grad=True)
     for y in (
@@ -231,16 +240,14 @@ def refusals_of_tokens():
     wide = torch.ones(1, 1, 4097)
     for arguments, message in (
         ((x.double(), x.double(), x[:, 0].double()), "float64: use backend='torch'"),
-        ((x, x, x[:, 0].half()), "gate is torch.float16, y torch.float32"),
-        ((x.half(), x, x[:, 0]), "the base is torch.float16 beside torch.float32"),
         ((wide, wide, wide[:, 0]), "more than 4096 channels does not fit into registers, got 4097"),
     ):
         with pytest.raises(
             ValueError, match=f"gated_add: backend 'triton' does not take this call: .*{message}"
         ):
             gated_add(*arguments, backend="triton")
-    with pytest.raises(ValueError, match="shift is torch.float16, the tokens to read are torch.float32"):
-        add_norm_modulate(None, x, None, x[:, 0].half(), x[:, 0], backend="triton")
+    with pytest.raises(ValueError, match="hidden is torch.float16, the tokens to read are torch.float32"):
+        add_norm_modulate(x.half(), x, dtype=F32, backend="triton")
     many = torch.ones(1, 1, 1).expand(2**16, 2**15, 1)
     with pytest.raises(ValueError, match="at most 2147483647 programs .* needs 2147483648"):
         gated_add(many, many, many[:, 0], backend="triton")
