@@ -1,24 +1,19 @@
 """Add, norm, modulate, and gate, add: every backend against the formulas, and what a registered operator owes."""
 
 import functools
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from torch.nn.modules.module import register_module_forward_hook
 
 import dis_mamba.backends.cpu_tokenwise as cpu
 from dis_causal_conv1d.native import NativeError, NativeLibrary
-from dis_mamba import MambaMixer, add_norm_modulate, gated_add, tokenwise_backends, use_backend
+from dis_mamba import add_norm_modulate, gated_add, tokenwise_backends, use_backend
 from tests.assertions import assert_close
-from zigflow.nn import LayerNorm, RMSNorm, modulate, permute, read_stream
-from zigflow.nn.checkpointing import checkpointed
 
 from .definitions import with_gradients
-from .operators import CountOperators, needs_compiler, saved_bytes
+from .operators import needs_compiler, saved_bytes
 from .tokenwise_definitions import (
     READ_NAMES,
     a_walk,
@@ -31,8 +26,8 @@ from .tokenwise_definitions import (
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 # Stream and mixer; of the largest value, output and gradients: bfloat16 is rounded a few times, each by 2^-9.
 LIMITS = {
-    (F32, F32): (1e-6, 1e-5),
-    (F64, F64): (1e-13, 1e-12),
+    (F32, F32): (1e-5, 1e-4),
+    (F64, F64): (1e-12, 1e-11),
     (F32, BF16): (3e-2, 3e-2),
     (BF16, BF16): (3e-2, 3e-2),
 }
@@ -314,38 +309,6 @@ def test_a_block_keeps_its_stream_and_no_more():
 
 
 @needs_compiler
-def test_selective_checkpointing_computes_them_again():
-    values = list(read_arguments(2, 9, 6, F32, F32).values())
-    with CountOperators() as counter:
-        checkpointed(
-            "selective", lambda *a: add_norm_modulate(*a, backend="cpu")[0], *values
-        ).sum().backward()
-    assert counter.calls["zigflow::cpu_add_norm_modulate"] == 2
-    assert counter.calls["zigflow::cpu_add_norm_modulate_backward"] == 1
-
-
-def test_selective_checkpointing_computes_the_step_projection_again_and_no_other_product():
-    mixer = MambaMixer(32, dt_rank=2, d_state=3, backend="torch")
-    calls = {}
-    for policy in ("none", "selective", "block"):
-        x = torch.randn(2, 9, 32, requires_grad=True)
-        with CountOperators() as counter:
-            checkpointed(policy, mixer, x).sum().backward()
-        calls[policy] = counter.calls["aten::mm"]
-    assert calls["selective"] == calls["none"] + 1
-    # Of four products the last one is needed by no gradient.
-    assert calls["block"] == calls["none"] + 3
-
-
-def test_selective_checkpointing_of_a_product_that_names_its_dtype():
-    def product(x, weight):
-        return torch.mm(x, weight, out_dtype=F32).sin()
-
-    x, weight = (torch.empty(4, 4, dtype=BF16, device="meta", requires_grad=True) for _ in range(2))
-    assert checkpointed("selective", product, x, weight).dtype == F32
-
-
-@needs_compiler
 @pytest.mark.parametrize("op", ["read", "write"])
 def test_a_second_derivative_is_refused(op):
     x = torch.randn(1, 2, 3, requires_grad=True)
@@ -376,46 +339,6 @@ def test_compiles_into_one_graph():
     assert torch.equal(got, want)
     for name in READ_NAMES:
         assert_close(name, got_grads[name], want_grads[name], of_max=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["rms", "layer", "affine", "hooked", "watched", "wrapped", "other"])
-def test_a_norm_of_any_kind_is_read(kind, monkeypatch):
-    norm = {
-        "rms": RMSNorm(6, eps=1e-3),
-        "layer": LayerNorm(6, eps=1e-3, elementwise_affine=False),
-        "affine": LayerNorm(6),
-        "hooked": RMSNorm(6),
-        "watched": RMSNorm(6),
-        "wrapped": RMSNorm(6),
-        "other": torch.nn.Linear(6, 6),
-    }[kind]
-    seen = SimpleNamespace(calls=0)
-
-    def count(*_):
-        seen.calls += 1
-
-    if kind == "hooked":
-        norm.register_forward_hook(count)
-    elif kind == "wrapped":
-        monkeypatch.setattr(norm, "forward", lambda x, forward=norm.forward: (count(), forward(x))[1])
-    for parameter in norm.parameters():
-        torch.nn.init.normal_(parameter)
-    hidden, residual, walk = torch.randn(2, 5, 6), torch.randn(2, 5, 6), a_walk(5)
-    shift, scale = torch.randn(2, 6), torch.randn(2, 6)
-    watch = register_module_forward_hook(count) if kind == "watched" else nullcontext()
-    with watch:
-        x, normed, stream = read_stream(
-            norm, hidden, residual, shift, scale, *walk.values(), dtype=F32, keep_normed=True
-        )
-    assert seen.calls == (kind in ("hooked", "watched", "wrapped"))
-    want = norm(hidden + residual)
-    assert torch.equal(stream, hidden + residual)
-    assert_close("norm", normed, want, of_max=1e-6)
-    assert_close("x", x, permute(modulate(want, shift, scale), *walk.values()), of_max=1e-6)
-    x, normed, stream = read_stream(norm, None, residual, dtype=BF16)
-    assert normed is None
-    assert stream is residual
-    assert x.dtype == BF16
 
 
 @needs_compiler
