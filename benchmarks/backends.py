@@ -2,6 +2,7 @@
 
 Outputs and gradients of every backend are compared with those of the definition (`reference`) first, and a difference
 stops the run. A backend that cannot run here is named with its reason and left out. All take turns; medians count.
+The backends are those of scan and convolution; the work on single tokens around a mixer runs alike in all.
 
     python benchmarks/backends.py --output benchmarks/results/backends_cpu.json
     python benchmarks/backends.py --width 768 --depth 24 --side 32 --batch 16 --precision bf16 \

@@ -142,11 +142,17 @@ def profiles(setting, options):
     return {**setting._asdict(), "tokens": setting.tokens, "profiles": found}
 
 
+OF_MIXERS = ("selective_scan", "causal_conv1d")
+
+
 def backends(options):
-    """The backends that take the model's calls here."""
+    """The backends that take the model's calls here: ``--backend`` is a keyword of mixers, other operations choose."""
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     calls = model_calls(options.device, dtype)
-    return {op: dispatcher.select(call, options.backend).name for op, (dispatcher, call) in calls.items()}
+    return {
+        op: dispatcher.select(call, options.backend if op in OF_MIXERS else "auto").name
+        for op, (dispatcher, call) in calls.items()
+    }
 
 
 def arguments():
