@@ -101,17 +101,8 @@ class PlainWrite:
 
 def read_mismatch(call: ReadCall) -> str | None:
     """Why kernels that read and write two dtypes, the stream's and ``call.dtype``, do not take a call, or None."""
-    for name in ("hidden", "shift", "scale"):
-        value = getattr(call, name)
-        if value is not None and value.dtype != call.dtype:
-            return f"{name} is {value.dtype}, the tokens to read are {call.dtype}"
-    return None
-
-
-def write_mismatch(call: WriteCall) -> str | None:
-    """Why kernels that read and write two dtypes, the base's and that of y, do not take a call, or None."""
-    if call.gate.dtype != call.y.dtype:
-        return f"gate is {call.gate.dtype}, y {call.y.dtype}"
+    if call.hidden is not None and call.hidden.dtype != call.dtype:
+        return f"hidden is {call.hidden.dtype}, the tokens to read are {call.dtype}"
     return None
 
 
