@@ -26,7 +26,8 @@ def check_model(fixture: Fixture, case: str) -> None:
     meta, t = fixture.meta, fixture.tensors
     model = load_official("dim", meta["kwargs"].plain(), fixture.under("param.")).to(getattr(torch, case))
     x = t["in.x"].to(getattr(torch, case), copy=True).requires_grad_()
-    out = model(x, t["in.t"], t.get("in.y", None))
+    times = t["in.t"].to(x.dtype) if t["in.t"].is_floating_point() else t["in.t"]
+    out = model(x, times, t.get("in.y", None))
     if case == "float64":
         assert_close("out_f64", out, t["out_f64"], of_max=1e-9)
         return
