@@ -26,7 +26,7 @@ from zigflow.engine.elastic import Split, split_for
 from zigflow.engine.ema import EmaProfile
 from zigflow.engine.launch import check_same, launched_precision, make_accelerator
 from zigflow.engine.log import read_metrics
-from zigflow.engine.optim import Schedule, build_optimizer
+from zigflow.engine.optim import ClassFactory, OptimizerFactory, Schedule, build_optimizer, optimizer_named
 from zigflow.engine.options import TrainOptions
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.skips import SkipBudget
@@ -146,6 +146,49 @@ def make(key: str, node: Mapping[str, Any]) -> Any:
         raise
 
 
+def check_optimizer(settings: Settings) -> OptimizerFactory:
+    """What makes the optimizer of a configuration, its settings not yet checked.
+
+    Raises:
+        SettingsError: no optimizer has that name, or the class cannot be imported; one line with near matches.
+    """
+    optim = settings.optim
+    try:
+        if optim._target_ is None:
+            return optimizer_named(optim.name)
+        found = get_object(optim._target_)
+    except Exception as error:
+        key = "optim.name" if optim._target_ is None else "optim._target_"
+        raise SettingsError(f"{key}: {' '.join(str(error).split())}") from error
+    if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
+        return ClassFactory(found)
+    if not callable(found):
+        raise SettingsError(
+            f"optim._target_={optim._target_} is neither an optimizer's class nor a function of a model"
+        )
+    return found
+
+
+def make_optimizer(settings: Settings, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters of ``model``.
+
+    Raises:
+        SettingsError: a setting that it does not have, or one out of range.
+    """
+    optim = settings.optim
+    common = {
+        "lr": optim.lr,
+        "weight_decay": optim.wd,
+        "betas": optim.betas,
+        "eps": optim.eps,
+        "exclude_tagged": optim.exclude_tagged_from_decay,
+    }
+    try:
+        return build_optimizer(check_optimizer(settings), model, common=common, **optim.args)
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"optim: {error}") from error
+
+
 def _ema_profiles(settings: Settings) -> tuple[EmaProfile, ...]:
     if settings.ema_rate is not None:
         return (EmaProfile("rate", rate=settings.ema_rate),)
@@ -231,6 +274,7 @@ def train_from_config(
     check_training(settings)
     plugin_names = plugins.load_plugins()
     check_evaluation(settings)
+    check_optimizer(settings)
     accelerator = make_accelerator(cpu=settings.loop.device == "cpu")
     # After accelerate, which counts the threads of several CPU processes itself.
     if settings.loop.threads is not None:
@@ -289,19 +333,13 @@ def train_from_config(
 
     optim = settings.optim
 
-    def optimizer(placed: torch.nn.Module):
-        return build_optimizer(
-            optim.name, placed, lr=optim.lr, betas=optim.betas, weight_decay=optim.wd, eps=optim.eps,
-            exclude_tagged=optim.exclude_tagged_from_decay,
-        )  # fmt: skip
-
     watched = watch(settings, model, accelerator) if watch is not None else Watched()
     trainer = Trainer(
         model=model,
         process=make("process", settings.process),
         codec=codec,
         loader_factory=loader,
-        optimizer=optimizer,
+        optimizer=lambda placed: make_optimizer(settings, placed),
         options=TrainOptions(
             train_steps=settings.data.train_steps,
             batch_size=split.batch_size,

@@ -14,7 +14,6 @@ from zigflow.typed import SettingsError, at_least, not_negative, one_of, parse, 
 
 PATH_TYPES = ("Linear", "GVP", "VP")
 PREDICTIONS = ("velocity", "score", "noise", "data")
-OPTIMIZERS = ("adamw",)
 WANDB_KEY = (
     "a key of wandb (wandb.key) does not belong in a configuration, which logs and checkpoints repeat: remove it (and "
     "revoke the key if it was shared), then run wandb login, or export WANDB_API_KEY"
@@ -39,9 +38,10 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings:
-    """Group ``optim``."""
+    """Group ``optim``; ``args`` are the optimizer's own settings, ``_target_`` a class in place of a name."""
 
     name: str = "adamw"
+    _target_: str | None = None
     lr: float = 1e-4
     wd: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -50,9 +50,9 @@ class OptimSettings:
     warmup_steps: int = 0
     min_lr: float = 0.0
     exclude_tagged_from_decay: bool = False
+    args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        one_of("optim.name", self.name, OPTIMIZERS)
         positive("optim.lr", self.lr)
         positive("optim.eps", self.eps)
         if not all(0 <= beta < 1 for beta in self.betas):

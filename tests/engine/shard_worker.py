@@ -13,6 +13,7 @@ from tests.engine.test_real_model import dis, zigma
 from tests.engine.toys import PROFILES, assert_same_bits, batch_at, make_trainer, snapshot
 from zigflow.engine import checkpoint
 from zigflow.engine.launch import LaunchError, check_same, make_accelerator
+from zigflow.engine.optim import build_optimizer
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.run_state import load_weights
 from zigflow.engine.sharding import shard
@@ -119,6 +120,19 @@ def main():
         dis_runs.append(state)
     close(*dis_runs[:2])
     assert_same_bits(*dis_runs[1:])
+
+    # Two optimizers as one: matrices inside the blocks by Muon, as copies, in shards, and resumed.
+    muon_runs = []
+    for name, sharded, stops in (("whole", False, (4,)), ("shards", True, (4,)), ("cut", True, (2, 4))):
+        for seed, steps in enumerate(stops):
+            _, state = trained(
+                folder / f"muon_{name}", ranks, accelerator, steps, sharded=sharded, model=zigma(seed),
+                optimizer=lambda m: build_optimizer("muon", m, lr=0.01, weight_decay=0.1),
+            )  # fmt: skip
+        muon_runs.append(state)
+    assert any(key.startswith("optimizer/momentum_buffer/") for key in muon_runs[0])
+    close(*muon_runs[:2])
+    assert_same_bits(*muon_runs[1:])
 
     model = zigma(7)
     shard(model, 2)
