@@ -5,9 +5,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-__all__ = ["Combined", "hidden_matrices"]
+from .tensors import assign
+
+__all__ = ["Combined", "WholeMatrixMuon", "hidden_matrices"]
 
 
 class Combined(Optimizer):
@@ -41,6 +44,50 @@ class Combined(Optimizer):
         for part in self.parts:
             part.step()
         return loss
+
+
+class WholeMatrixMuon(torch.optim.Muon):
+    """torch's Muon, which orthogonalizes a sharded matrix as a whole.
+
+    Its iteration runs in bfloat16. Over shards each product would be rounded in parts, and the update would differ by
+    some percent from that of one process. Here every process makes the whole update, one matrix at a time, and keeps
+    its own part of the result and of the momentum.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; sharded matrices are gathered, so all processes call it together."""
+        if not any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            settings = {key: value for key, value in group.items() if key != "params"}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_whole(parameter, settings)
+        return loss
+
+    def _step_whole(self, parameter: Tensor, settings: dict) -> None:
+        whole, state = nn.Parameter(_gathered(parameter)), self.state[parameter]
+        whole.grad = _gathered(parameter.grad)
+        alone = torch.optim.Muon([whole], **settings)
+        if state:
+            alone.state[whole] = {key: _gathered(value) for key, value in state.items()}
+        alone.step()
+        assign(parameter, whole.detach())
+        for key, value in alone.state[whole].items():
+            if key not in state:
+                state[key] = torch.zeros_like(parameter, dtype=value.dtype)
+            assign(state[key], value)
+
+
+def _gathered(tensor: Tensor | None) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"Muon keeps matrices, got a {type(tensor).__name__}")
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from zigflow.registry import Registry, unknown_name
 
 from .checkpoint import CheckpointError
-from .combined import Combined, hidden_matrices
+from .combined import Combined, WholeMatrixMuon, hidden_matrices
 from .tensors import assign, clean_name, full
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def muon(
     rest = [p for p in model.parameters() if p.requires_grad and p not in inside]
     own: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
     parts: list[Optimizer] = [
-        torch.optim.Muon(
+        WholeMatrixMuon(
             decay_groups(matrices, weight_decay, exclude_tagged), lr=lr, adjust_lr_fn=adjust_lr_fn, **own
         )
     ]
