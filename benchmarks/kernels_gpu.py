@@ -305,7 +305,7 @@ class _PackageConv(torch.autograd.Function):
         return dx.transpose(1, 2), dweight, dbias
 
 
-def measure_convolutions(shape, dtype, device, turns) -> dict:
+def measure_convolutions(shape, dtype, device, turns, leave_out=()) -> dict:
     """Milliseconds of the convolution with SiLU, W = 4, forward and backward, for every way that is right here.
 
     ``missing`` says why a way does not run here, ``wrong`` by how much one that ran was off: it is not timed.
@@ -325,6 +325,8 @@ def measure_convolutions(shape, dtype, device, turns) -> dict:
         *leaves[1:],
     ]
     for name, convolve in convolutions().items():
+        if name in leave_out:
+            continue
         inputs = channel_first if name == PACKAGE_CONV else leaves
         try:
             out = convolve(*inputs)
