@@ -33,7 +33,7 @@ from zigflow.engine.skips import SkipBudget
 from zigflow.engine.trackers import Trackers
 from zigflow.engine.trainer import Trainer
 from zigflow.metrics.pictures import save_loss_curve
-from zigflow.preflight import check_training
+from zigflow.preflight import check_training, scaled_codec
 from zigflow.real_sets import check_evaluation
 from zigflow.samplers import ChainSampler, DpmSolver, OdeSampler, SdeSampler
 from zigflow.settings import Settings, SettingsError
@@ -270,8 +270,10 @@ def train_from_config(
         if node and node.get("root"):
             # The checkpoint is sampled and judged from other working directories.
             node["root"] = _absolute(node["root"])
+    check_training(Settings.from_mapping(plain))
+    # Stated in the checkpoint, wherever the autoencoder may lie later.
+    plain["codec"] = scaled_codec(plain["codec"])
     settings = Settings.from_mapping(plain)
-    check_training(settings)
     plugin_names = plugins.load_plugins()
     check_evaluation(settings)
     check_optimizer(settings)

@@ -44,7 +44,7 @@ from zigflow.metrics.base import SampleIds
 from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
 from zigflow.metrics.results import write_results
 from zigflow.official import OFFICIAL_SUFFIXES, family_of, load_official, process_of, read_official
-from zigflow.preflight import check_decoding
+from zigflow.preflight import check_decoding, scaled_codec
 from zigflow.samplers.chain import chain_of
 from zigflow.settings import Settings, SettingsError
 from zigflow.stored_config import complete_from_checkpoint, complete_from_defaults
@@ -77,20 +77,24 @@ def _open_trained(given: dict[str, Any], ckpt: str, wanted: str | None) -> _Trai
         except ValueError as error:
             raise SettingsError(f"ckpt: {error}") from error
         process = _published_process(given, family)
-        settings = Settings.from_mapping(complete_from_defaults(given, ckpt, file.ctor_kwargs, process))
+        settings = _settings(complete_from_defaults(given, ckpt, file.ctor_kwargs, process))
         _check_before_building(settings)
         arguments = {k: v for k, v in model_arguments(settings).items() if k != "_target_"}
         seed = {k: arguments.pop(k) for k in ("scan_seed",) if k in arguments}
         model = load_official(family, arguments, file.state_dict, **seed)
         return _Trained(settings, model, "official", file.step, Path("samples") / Path(ckpt).stem)
     stored = checkpoints.open_checkpoint(ckpt)
-    settings = Settings.from_mapping(complete_from_checkpoint(given, stored.config, ckpt))
+    settings = _settings(complete_from_checkpoint(given, stored.config, ckpt))
     _check_before_building(settings)
     model = build_model(settings)
     weights = load_weights(model, stored, wanted)
     path = Path(stored.path)
     root = path.parent.parent if path.parent.name == "checkpoints" else path
     return _Trained(settings, model, weights, stored.step, root / "samples")
+
+
+def _settings(completed: dict[str, Any]) -> Settings:
+    return Settings.from_mapping({**completed, "codec": scaled_codec(completed["codec"])})
 
 
 def _published_process(given: Mapping[str, Any], family: str) -> str:

@@ -6,12 +6,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from zigflow import plugins
-from zigflow.engine.run_dir import flat
+from zigflow.engine.run_dir import flat, with_later_keys
 from zigflow.settings import SettingsError
 
 _FROM_STORED = ("model", "train", "process", "codec", "scan")
 # What may differ between training and sampling: numerical margins, and where a file lies on this machine.
-_MAY_CHANGE = ("train.sample_eps", "process.sample_eps", "codec.path", "codec.chunk")
+_MAY_CHANGE = ("train.sample_eps", "process.sample_eps", "codec.path", "codec.chunk", "codec.own_scale")
 
 
 def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], ckpt: str) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], c
     for key in ("is_latent", "use_latent", "max_grad_norm", "ema_rate"):
         merged[key] = stored.get(key) if given.get(key) is None else given[key]
     for group in _FROM_STORED:
-        own, asked = dict(stored[group]), dict(given[group] or {})
+        own, asked = with_later_keys(group, stored[group]), dict(given[group] or {})
         chosen = asked.get("name") not in ("from_checkpoint", "from_model")
         for key, value in flat(asked, f"{group}.").items():
             if value is None or (key == f"{group}.name" and not chosen):

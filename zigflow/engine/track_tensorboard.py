@@ -29,9 +29,9 @@ class TensorBoardTracker:
     """Writes events; what a run that is continued had written past its checkpoint is hidden."""
 
     def __init__(self, run: TrackedRun):
-        # TensorBoard drops the events of steps from purge_step on that were written before.
-        purge = run.step + 1 if run.step else None
-        self._writer = import_writer()(str(run.folder / "tensorboard"), purge_step=purge)
+        # TensorBoard drops the events of steps from purge_step on that were written before, those of a run that was cut
+        # before its first checkpoint included.
+        self._writer = import_writer()(str(run.folder / "tensorboard"), purge_step=run.step + 1)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
