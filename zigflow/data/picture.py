@@ -318,7 +318,9 @@ def _sixteen_bits(image: Any, data: bytes) -> tuple[Any, np.ndarray | None]:
             raw = f"{again.mode};16L"
             # Plain tuples in older versions of pillow, named ones since.
             tiles: Any = [(*tile[:3], raw) for tile in again.tile]
-            again.tile = tiles if type(again.tile[0]) is tuple else [type(again.tile[0])(*tile) for tile in tiles]
+            again.tile = (
+                tiles if type(again.tile[0]) is tuple else [type(again.tile[0])(*tile) for tile in tiles]
+            )
             values = high << 8 | np.asarray(again)
     alpha = None
     if color_type in (4, 6):
