@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from zigflow.codec import to_uint8
+from zigflow.data.limits import DecodeError
+from zigflow.data.picture import read_image
 from zigflow.keyed import KeyedDraws
 
 from . import durable
@@ -378,9 +380,8 @@ class SamplingRun:
         if not path.is_file():
             return None
         try:
-            with Image.open(path) as image:
-                array = np.asarray(image)
-        except (OSError, SyntaxError) as error:
+            array = read_image(path)[1]
+        except (OSError, DecodeError) as error:
             log.warning("%s cannot be read (%s) and is computed again", path, error)
             return None
         return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
