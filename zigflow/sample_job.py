@@ -182,7 +182,7 @@ def sample_from_config(cfg: DictConfig) -> Path:
             return folder
         grid = _pictures(run, folder, model, options)
         facts |= {
-            "weights_sha256": run.identity["weights_sha256"],
+            **{k: run.identity[k] for k in ("weights_sha256", "scan") if k in run.identity},
             "function_evaluations": run.function_evaluations,
         }
         results = write_results(
@@ -322,7 +322,7 @@ def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: 
                 "bits_per_dim": float(values.mean()),
                 "bits_per_dim_std": float(values.std(correction=0)),
             }
-        facts["weights_sha256"] = run.identity["weights_sha256"]
+        facts |= {k: run.identity[k] for k in ("weights_sha256", "scan", "data") if k in run.identity}
         results = write_results(
             folder / "results.json", metrics, results_protocol(settings, facts) | _counted(ids)
         )

@@ -11,7 +11,7 @@ from zigflow.keyed import keyed_permutation
 
 _VERSION = 1
 _CACHED_WINDOWS = 4
-# Samples that mix by default: ImageNet three times. A window of them takes 34 MB and 1.5 seconds in each process that reads.
+# Samples that mix by default: ImageNet three times. A window takes 34 MB and 1.5 s in each process that reads.
 WINDOW = 1 << 22
 
 

@@ -102,7 +102,7 @@ def check_name(name: str) -> str:
         raise ValueError(f"a name of {len(name)} characters")
     if not name.isascii() and _SURROGATES.search(name):
         raise ValueError("a name that is not UTF-8")
-    if not name or name.startswith("/") or name[1:2] == ":" and name[0].isascii() and name[0].isalpha():
+    if not name or name.startswith("/") or (name[1:2] == ":" and name[0].isascii() and name[0].isalpha()):
         raise ValueError("an empty or absolute name")
     if _UNWANTED.search(name):
         raise ValueError("a name with a backslash or control characters")

@@ -20,8 +20,9 @@ from zigflow.keyed import KeyedDraws
 
 from . import durable
 from .batches import condition
+from .claims import MEASURED, SamplingFolderError, claim_folder
 from .ranks import Ranks
-from .sampling_run import MEASURED, SamplingFolderError, claim_folder, weights_hash
+from .sampling_run import walked, weights_hash
 from .tensors import load_tensors, save_tensors
 
 __all__ = ["QUANTITIES", "MeasuringRun"]
@@ -93,6 +94,7 @@ class MeasuringRun:
             "available": self.available,
             "data": str(getattr(source, "fingerprint", "")),
             "weights_sha256": weights_hash(model),
+            **walked(model),
             **(identity or {}),
         }
 

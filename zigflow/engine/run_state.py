@@ -16,6 +16,7 @@ from .ema import EmaProfiles, check_names
 from .optim import load_optimizer_state, optimizer_state
 from .precision import LossScaler
 from .run_dir import flat
+from .scan_order import check_scan, scan_facts
 from .tensors import assign, clean_name, full
 
 __all__ = ["Counters", "RunState", "load_weights", "model_state", "versions"]
@@ -95,8 +96,10 @@ class RunState:
             files["paths.safetensors"] = paths
         seen = self.counters.batches * (self.data["global_batch"] or 0)
         size = self.data.get("epoch_size")
+        scan = scan_facts(self.model)
         files["trainer.json"] = {
             "format_version": FORMAT_VERSION,
+            **({} if scan is None else {"scan": scan}),
             "counters": asdict(self.counters),
             "data": {**self.data, "g": seen, "epoch": seen // size if size else None},
             "optimizer_groups": groups,
@@ -225,6 +228,7 @@ def check_scan_state(model: nn.Module, checkpoint: Checkpoint) -> None:
                 f"scan order {name!r} of the model differs from the one that {checkpoint.path} was trained with; "
                 "use the same scan, its seed and the same resolution"
             )
+    check_scan(model, checkpoint)
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: str | None = None) -> str:
