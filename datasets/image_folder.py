@@ -1,10 +1,10 @@
 """Images in a folder, one sub-folder per class."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zigflow.data.contents import folder_contents
 from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, Limits, decode, to_pixels
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -42,10 +42,8 @@ class ImageFolderSource:
         self.image_shape = (channels, *self.image_size)
         self.num_classes = len(self.class_names)
         self.shard_sizes = (len(self.files),)
-        digest = hashlib.sha256(f"{self.image_shape}".encode())
-        for path in self.files:
-            digest.update(f"\n{path.as_posix()} {(self.root / path).stat().st_size}".encode())
-        self.fingerprint = digest.hexdigest()[:32]
+        self.contents = folder_contents(self.root, self.files, self.image_shape)
+        self.fingerprint = self.contents.fingerprint
 
     def __len__(self) -> int:
         return len(self.files)

@@ -14,6 +14,7 @@ from hydra.utils import get_class, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from zigflow import plugins
+from zigflow.data.contents import contents_of
 from zigflow.data.global_batch import GlobalBatch
 from zigflow.data.loader import training_loader
 from zigflow.data.order import DataOrder
@@ -335,7 +336,7 @@ def train_from_config(
         ),
         config=plain,
         epoch_size=epoch_size,
-        data_identity={"fingerprint": source.fingerprint, "order": identity},
+        data_identity={**contents_of(source).identity(), "order": identity},
         accelerator=accelerator,
         hooks=(
             *watched.hooks,

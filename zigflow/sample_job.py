@@ -22,6 +22,7 @@ from zigflow.build import (
     model_arguments,
 )
 from zigflow.codec import IdentityCodec
+from zigflow.data.contents import exact_fingerprint
 from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine.evaluation import Judge
 from zigflow.engine.launch import make_accelerator
@@ -223,7 +224,7 @@ def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple
         split = "heldout" if streamed else "source"
         source = build_source(settings, split) if options.labels == "data" else None
         if source is not None:
-            facts["labels_of"] = source.fingerprint
+            facts["labels_of"] = exact_fingerprint(source)
         return class_plan(options, model.num_classes, source, settings.global_seed), facts
     if options.labels != "balanced":
         raise SettingsError(

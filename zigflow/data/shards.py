@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from .contents import Contents
 from .files import read_at
-from .indexing import foreign_index
+from .indexing import foreign_contents, foreign_index
 from .shard_index import (
     INDEX_NAME,
     MEMBER_SUFFIX,
@@ -152,7 +153,13 @@ class ShardReader:
 
     @property
     def fingerprint(self) -> str:
-        return self.index.fingerprint
+        return self.contents.fingerprint
+
+    @property
+    def contents(self) -> Contents:
+        """What tells these tars from others; those that we wrote have a checksum of every member."""
+        foreign = self.index.meta.get("origin") == "foreign"
+        return foreign_contents(self.index) if foreign else Contents(self.index.fingerprint)
 
     def split_index(self, index: int) -> tuple[int, int]:
         """(shard, member) of a sample number.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from zigflow.data.batch import collate
+from zigflow.data.contents import exact_fingerprint
 from zigflow.data.loader import PositionDataset
 from zigflow.keyed import KeyedDraws
 
@@ -92,7 +93,7 @@ class MeasuringRun:
             "seed": seed,
             "batch_size": batch_size,
             "available": self.available,
-            "data": str(getattr(source, "fingerprint", "")),
+            "data": exact_fingerprint(source),
             "weights_sha256": weights_hash(model),
             **walked(model),
             **(identity or {}),

@@ -1,5 +1,6 @@
 """Everything that a training run is at one moment, to and from the files of a checkpoint."""
 
+import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,8 @@ from .scan_order import check_scan, scan_facts
 from .tensors import assign, clean_name, full
 
 __all__ = ["Counters", "RunState", "load_weights", "model_state", "versions"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -160,7 +163,16 @@ def check_data_identity(checkpoint: Checkpoint, now: Mapping[str, Any] | None) -
     before = checkpoint.trainer["data"].get("identity")
     if before is None:
         return
-    old, new = flat(before), flat(now or {})
+    before, now = dict(before), dict(now or {})
+    former, times, were = now.pop("former", None), now.pop("times", None), before.pop("times", None)
+    if former is not None and "former" not in before and before.get("fingerprint") == former:
+        log.info(
+            "%s was written when data was told apart by names and sizes alone: those are compared",
+            checkpoint.path,
+        )
+        before["fingerprint"] = now["fingerprint"]
+    before.pop("former", None)
+    old, new = flat(before), flat(now)
     different = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     if different:
         changes = (
@@ -170,6 +182,12 @@ def check_data_identity(checkpoint: Checkpoint, now: Mapping[str, Any] | None) -
             f"{checkpoint.path} was trained on other data or in another order: {'; '.join(changes)}; resume with the "
             "data as it was (its folder may move), or start a new run_dir"
         )
+    if times and were and times != were:
+        log.warning(
+            "the training data was written or copied since %s: %s of %s were compared by contents and are equal, so "
+            "the run goes on",
+            checkpoint.path, times["hashed"], times["files"],
+        )  # fmt: skip
 
 
 def versions() -> dict[str, str]:
