@@ -1,12 +1,12 @@
 """Images in a folder, one sub-folder per class."""
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from zigflow.data.contents import folder_contents
 from zigflow.data.decode import DEFAULT_LIMITS, Limits, to_pixels
 from zigflow.data.picture import WHITE, Background, background_color, read_image
 from zigflow.data.picture_files import KNOWN, LeftOut, find_images, scan_folder
@@ -55,10 +55,8 @@ class ImageFolderSource:
         self.num_classes = len(self.class_names)
         self.shard_sizes = (len(self.files),)
         shown = "" if self.background == WHITE else f" {self.background}"
-        digest = hashlib.sha256(f"{self.image_shape}{shown}".encode())
-        for path in self.files:
-            digest.update(f"\n{path.as_posix()} {(self.root / path).stat().st_size}".encode())
-        self.fingerprint = digest.hexdigest()[:32]
+        self.contents = folder_contents(self.root, self.files, self.image_shape, shown)
+        self.fingerprint = self.contents.fingerprint
 
     def __len__(self) -> int:
         return len(self.files)

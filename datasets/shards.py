@@ -73,9 +73,10 @@ class ShardSource:
         self.shard_sizes = self.reader.sizes
         if "labels" not in self.suffixes or self.num_classes < 0:
             self.num_classes = 0
-        self.fingerprint = hashlib.sha256(
-            f"{self.reader.fingerprint} {self.decoder.identity}".encode()
-        ).hexdigest()[:32]
+        self.contents = self.reader.contents.each(
+            lambda tars: hashlib.sha256(f"{tars} {self.decoder.identity}".encode()).hexdigest()[:32]
+        )
+        self.fingerprint = self.contents.fingerprint
         self.first = self._first(max_skipped)
         self.image_shape = self.decoder.fix_shapes(self.first)
 

@@ -14,6 +14,7 @@ from hydra.utils import get_class, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from zigflow import plugins
+from zigflow.data.contents import contents_of
 from zigflow.data.global_batch import GlobalBatch
 from zigflow.data.loader import training_loader
 from zigflow.data.order import DataOrder
@@ -22,7 +23,7 @@ from zigflow.data.streaming import StreamSource, check_readers, streaming_loader
 from zigflow.data.subset import Subset
 from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine import signals
-from zigflow.engine.elastic import Split, split_for
+from zigflow.engine.elastic import Split, shards_at_once_for, split_for
 from zigflow.engine.ema import EmaProfile
 from zigflow.engine.launch import check_same, launched_precision, make_accelerator
 from zigflow.engine.log import read_metrics
@@ -248,6 +249,15 @@ def _split(settings: Settings, processes: int) -> Split:
         raise SettingsError(str(error)) from error
 
 
+def _order(settings: Settings, source: Any) -> DataOrder:
+    asked, shards = settings.data.shards_at_once, len(source.shard_sizes)
+    try:
+        at_once = shards_at_once_for(Path(settings.run_dir), asked, shards)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    return DataOrder(source.shard_sizes, settings.global_seed, shards_at_once=at_once)
+
+
 @dataclass(frozen=True)
 class Watched:
     """What looks on while a run trains, as keywords of the trainer: trackers, evaluation, what utilization needs."""
@@ -322,7 +332,7 @@ def train_from_config(
             batches = streaming_loader(source, batch, seed, start_step=start, num_workers=workers)
             return skipped.watch(batches)
     else:
-        order = DataOrder(source.shard_sizes, seed)
+        order = _order(settings, source)
         epoch_size, identity = len(source), order.identity()
 
         def loader(start: int):
@@ -366,7 +376,7 @@ def train_from_config(
         ),
         config=plain,
         epoch_size=epoch_size,
-        data_identity={"fingerprint": source.fingerprint, "order": identity},
+        data_identity={**contents_of(source).identity(), "order": identity},
         accelerator=accelerator,
         hooks=(
             *watched.hooks,

@@ -22,6 +22,7 @@ from zigflow.build import (
     model_arguments,
 )
 from zigflow.codec import IdentityCodec
+from zigflow.data.contents import exact_fingerprint
 from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine.evaluation import Judge
 from zigflow.engine.launch import make_accelerator
@@ -186,7 +187,7 @@ def sample_from_config(cfg: DictConfig) -> Path:
             return folder
         grid = _pictures(run, folder, model, options)
         facts |= {
-            "weights_sha256": run.identity["weights_sha256"],
+            **{k: run.identity[k] for k in ("weights_sha256", "scan") if k in run.identity},
             "function_evaluations": run.function_evaluations,
         }
         results = write_results(
@@ -227,7 +228,7 @@ def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple
         split = "heldout" if streamed else "source"
         source = build_source(settings, split) if options.labels == "data" else None
         if source is not None:
-            facts["labels_of"] = source.fingerprint
+            facts["labels_of"] = exact_fingerprint(source)
         return class_plan(options, model.num_classes, source, settings.global_seed), facts
     if options.labels != "balanced":
         raise SettingsError(
@@ -326,7 +327,7 @@ def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: 
                 "bits_per_dim": float(values.mean()),
                 "bits_per_dim_std": float(values.std(correction=0)),
             }
-        facts["weights_sha256"] = run.identity["weights_sha256"]
+        facts |= {k: run.identity[k] for k in ("weights_sha256", "scan", "data") if k in run.identity}
         results = write_results(
             folder / "results.json", metrics, results_protocol(settings, facts) | _counted(ids)
         )

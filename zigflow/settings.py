@@ -93,6 +93,7 @@ class DataSettings:
     prepare: str = ""
     limit: int | None = None
     order: str = "indexed"
+    shards_at_once: int | None = None
     max_skipped: int = 0
     random_flip: bool = False
     source: Mapping[str, Any] | None = None
@@ -104,6 +105,13 @@ class DataSettings:
         for key in ("num_workers", "video_frames", "sample_fid_every", "sample_vis_n", "max_skipped"):
             not_negative(f"data.{key}", getattr(self, key))
         one_of("data.order", self.order, ("indexed", "streaming"))
+        if self.shards_at_once is not None:
+            at_least("data.shards_at_once", self.shards_at_once, 1)
+            if self.order == "streaming":
+                raise SettingsError(
+                    f"data.shards_at_once={self.shards_at_once} is of data.order=indexed; a stream mixes in "
+                    "data.source.stream.shuffle_buffer: drop data.shards_at_once"
+                )
         if self.limit is not None:
             at_least("data.limit", self.limit, 1)
             if self.order == "streaming":

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from zigflow.data.batch import collate
+from zigflow.data.contents import exact_fingerprint
 from zigflow.data.loader import PositionDataset
 from zigflow.keyed import KeyedDraws
 
 from . import durable
 from .batches import condition
+from .claims import MEASURED, SamplingFolderError, claim_folder
 from .ranks import Ranks
-from .sampling_run import MEASURED, SamplingFolderError, claim_folder, weights_hash
+from .sampling_run import walked, weights_hash
 from .tensors import load_tensors, save_tensors
 
 __all__ = ["QUANTITIES", "MeasuringRun"]
@@ -91,8 +93,9 @@ class MeasuringRun:
             "seed": seed,
             "batch_size": batch_size,
             "available": self.available,
-            "data": str(getattr(source, "fingerprint", "")),
+            "data": exact_fingerprint(source),
             "weights_sha256": weights_hash(model),
+            **walked(model),
             **(identity or {}),
         }
 

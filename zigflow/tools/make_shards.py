@@ -1,6 +1,7 @@
 """``make-shards``: write indexed shards from the digits, images, idx files (MNIST and its kin), or published features.
 
-Training and held-out parts go to OUTPUT/train and OUTPUT/heldout; without a split everything goes to OUTPUT.
+Training and held-out parts go to OUTPUT/train and OUTPUT/heldout; without a split everything goes to OUTPUT. Samples
+are written in mixed order, the same for the same seed: whoever reads a few shards at a time sees all classes.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from zigflow.data.picture import WHITE, background_color, read_image
 from zigflow.data.published_crops import CROPS
 from zigflow.data.shard_index import INDEX_NAME, load_folder_index
 from zigflow.data.split import stratified_split
-from zigflow.data.writer import ShardWriter, encode_npy, encode_png
+from zigflow.data.writer import ORDERS, ShardWriter, encode_npy, encode_png, writing_order
 
 _IDX_KINDS = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _MAX_IDX = 1 << 31
@@ -142,6 +143,8 @@ def _write(
     with publishing_folder(args.output, marker) as folder:
         for split, part in parts.items():
             meta = {"name": split or args.kind, "num_classes": len(classes), "class_names": classes}
+            part, mixing = writing_order(part, args.order, args.seed, split)
+            meta |= mixing
             with ShardWriter(folder / split, args.shard_size, args.kind, meta) as writer:
                 for index in part:
                     writer.add(f"{args.kind}-{index:08d}", members(int(index)))
@@ -152,7 +155,8 @@ def _run_digits(args: argparse.Namespace) -> None:
 
     if args.seed:
         raise ValueError("the digits have one split, --seed does not apply")
-    write_digits(args.output, 0.5 if args.split_fraction is None else args.split_fraction, args.shard_size)
+    fraction = 0.5 if args.split_fraction is None else args.split_fraction
+    write_digits(args.output, fraction, args.shard_size, args.order)
 
 
 def _run_folder(args: argparse.Namespace) -> None:
@@ -228,10 +232,8 @@ def _run_latent_features(args: argparse.Namespace) -> None:
 def _run_coco_features(args: argparse.Namespace) -> None:
     from zigflow.datasets.coco_features import EMPTY, SPLITS, CocoFeaturesSource
 
-    if args.split_fraction is not None or args.seed:
-        raise ValueError(
-            "the COCO features come in two parts, train and val: leave out --split-fraction and --seed"
-        )
+    if args.split_fraction is not None:
+        raise ValueError("the COCO features come in two parts, train and val: leave out --split-fraction")
     parts = {name: split for name, split in zip(("train", "heldout"), SPLITS, strict=True)
              if (args.input / split).is_dir()}  # fmt: skip
     if not parts:
@@ -239,8 +241,10 @@ def _run_coco_features(args: argparse.Namespace) -> None:
     with publishing_folder(args.output, f"{list(parts)[-1]}/{INDEX_NAME}") as folder:
         for name, split in parts.items():
             source = CocoFeaturesSource(args.input, split)
-            with ShardWriter(folder / name, args.shard_size, "coco", {"name": f"coco/{split}"}) as writer:
-                for index in range(len(source)):
+            part, mixing = writing_order(np.arange(len(source)), args.order, args.seed, name)
+            meta = {"name": f"coco/{split}", **mixing}
+            with ShardWriter(folder / name, args.shard_size, "coco", meta) as writer:
+                for index in map(int, part):
                     sample = source[index]
                     fields = {"moments.npy": sample["moments"], "caption_feature.npy": sample["tokens"]}
                     writer.add(f"{split}-{index:08d}", {k: encode_npy(v.numpy()) for k, v in fields.items()})
@@ -256,7 +260,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--output", type=Path, required=True, help="an empty or new folder")
         sub.add_argument("--shard-size", type=int, default=1000, help="samples per shard (1000)")
         sub.add_argument("--split-fraction", type=float, help="part of every class for training")
-        sub.add_argument("--seed", type=int, default=0, help="seed of the split (0)")
+        sub.add_argument("--seed", type=int, default=0, help="seed of the split and of the order (0)")
+        order = "given" if name == "digits" else "mixed"
+        sub.add_argument(
+            "--order", choices=ORDERS, default=order,
+            help=f"mixed, keyed by --seed, or as given: that of the input, folders sorted by path ({order})",
+        )  # fmt: skip
         if name != "digits":
             sub.add_argument("--input", type=Path, required=True, help=_INPUTS[name])
         if name == "folder":
