@@ -39,7 +39,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import scans
 from zigflow import paths
-from zigflow.engine import launch
+from zigflow.engine import launch, launcher_settings
 from zigflow.preflight import check_training
 from zigflow.registry import UnknownNameError
 from zigflow.settings import WANDB_KEY, Settings, SettingsError
@@ -131,12 +131,19 @@ def is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def _launched(key: str, default: Any) -> Any:
+    """What the launcher was told for a key of ours, or the key's default."""
+    told = launcher_settings.launched(key)
+    return default if told is None else told
+
+
 def prepare() -> None:
     """Make ``scan=NAME``, the resolvers and the plug-ins' YAML known to Hydra; may be called twice."""
     for name, resolver in (
         ("run_id", run_id),
         ("job_suffix", job_suffix),
         ("main_only", lambda value: value if os.environ.get("RANK", "0") == "0" else None),
+        ("launched", _launched),
         ("rank_suffix", lambda: "" if os.environ.get("RANK", "0") == "0" else f"-{os.environ['RANK']}"),
     ):
         if not OmegaConf.has_resolver(name):
@@ -213,6 +220,7 @@ def check_command_line(arguments: list[str], config_name: str) -> None:
         # Before Hydra writes the command line into the run directory.
         raise SettingsError(WANDB_KEY)
     processes = launch.check_environment()
+    launcher_settings.check_settings()
     typed = get_args_parser().parse_args(arguments)
     overrides = typed.overrides
     sweep = typed.multirun or "hydra.mode=MULTIRUN" in overrides

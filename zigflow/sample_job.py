@@ -24,7 +24,7 @@ from zigflow.build import (
 from zigflow.codec import IdentityCodec
 from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine.evaluation import Judge
-from zigflow.engine.launch import make_accelerator
+from zigflow.engine.launch import launched_precision, make_accelerator
 from zigflow.engine.lock import sole_writer
 from zigflow.engine.measure import MeasuringRun
 from zigflow.engine.npz import npz_name, write_npz
@@ -140,6 +140,13 @@ def sample_from_config(cfg: DictConfig) -> Path:
         raise SettingsError(
             f"ckpt={ckpt} does not exist: give ckpt=RUN_DIR, a checkpoint in it, or an official .pt file"
         )
+    if given["loop"].get("compile"):
+        raise SettingsError(
+            "loop.compile=true compiles training, and samples are computed uncompiled: drop it (a launcher's "
+            "--dynamo_backend inductor asks for it too)"
+        )
+    if given["mixed_precision"] is None and launched_precision() != "no":
+        given["mixed_precision"] = launched_precision()
     plugins.load_plugins()
     trained = _open_trained(given, str(ckpt), wanted)
     settings = trained.settings
