@@ -7,7 +7,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from zigflow import paths, plugins
+from zigflow import hydra_folders, paths, plugins
 
 
 def train() -> int:
@@ -43,6 +43,7 @@ class _Job:
         exits.note.release()
         trains = self.config_name == "default"
         try:
+            hydra_folders.one_folder(cfg)
             if trains:
                 from zigflow.build import train_from_config
                 from zigflow.evaluation_job import watch
@@ -84,8 +85,9 @@ def _run(config_name: str) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     ended: list[tuple[Exception, int]] = []
     trains = config_name == "default"
-    named = _run_dir_of(sys.argv[1:]) if trains else None
+    named = None
     try:
+        named = _run_dir_of(sys.argv[1:]) if trains else None
         plugins.prepare()
         job = _Job(config_name, ended)
         main = hydra.main(version_base="1.3", config_path=str(paths.config_dir()), config_name=config_name)(
@@ -149,8 +151,8 @@ def _leave_traces(error: BaseException, run_dir: Path | None) -> int:
 
 def _run_dir_of(arguments: list[str]) -> Path | None:
     """The run directory that the command line names."""
-    named = [a.removeprefix("run_dir=") for a in arguments if a.startswith("run_dir=")]
-    return Path(named[-1]) if named else None
+    named = hydra_folders.typed_run_dir(arguments)
+    return None if named is None else Path(named)
 
 
 def _refuse_second_writer(run_dir: Path | None) -> None:

@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import platform
 import re
 import time
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 import scans
-from zigflow import paths
+from zigflow import hydra_folders, paths
 from zigflow.engine import launch, launcher_settings
 from zigflow.preflight import check_training
 from zigflow.registry import UnknownNameError
@@ -122,7 +123,7 @@ def run_id() -> str:
 
 
 def job_suffix() -> str:
-    """What tells the jobs of a multirun apart: "/0", "/1", ...; empty for a single run."""
+    """What tells the jobs of a multirun apart in configurations of 0.1: "/0", "/1", ...; empty for a single run."""
     return f"/{HydraConfig.get().job.num}" if is_sweep() else ""
 
 
@@ -144,6 +145,7 @@ def prepare() -> None:
         ("job_suffix", job_suffix),
         ("main_only", lambda value: value if os.environ.get("RANK", "0") == "0" else None),
         ("launched", _launched),
+        ("default_run_dir", lambda: hydra_folders.default_run_dir(run_id)),
         ("rank_suffix", lambda: "" if os.environ.get("RANK", "0") == "0" else f"-{os.environ['RANK']}"),
     ):
         if not OmegaConf.has_resolver(name):
@@ -221,19 +223,20 @@ def check_command_line(arguments: list[str], config_name: str) -> None:
         raise SettingsError(WANDB_KEY)
     processes = launch.check_environment()
     launcher_settings.check_settings()
-    typed = get_args_parser().parse_args(arguments)
+    typed = _parser().parse_args(arguments)
     overrides = typed.overrides
     sweep = typed.multirun or "hydra.mode=MULTIRUN" in overrides
-    named = any(a.startswith("run_dir=") for a in overrides)
+    named = hydra_folders.typed_run_dir(overrides) is not None
     if sweep:
         if processes > 1 or "RANK" in os.environ:
             raise SettingsError(
                 "--multirun inside a launched process would run the whole sweep in each of them: start the sweep with "
                 "plain `python`, which runs one process per job, or launch one run per choice from a shell loop"
             )
-        if named:
+        if any(a.startswith("run_dir=") for a in overrides):
             raise SettingsError(
-                "run_dir= with --multirun would put every job into one directory: drop run_dir="
+                "run_dir= with --multirun would put every job into one directory: give hydra.sweep.dir=FOLDER, whose "
+                "sub-folders are the runs"
             )
         # The launcher's own processes, which resolve it again, must agree on the sweep's name.
         os.environ["RUN_ID"] = run_id()
@@ -243,12 +246,31 @@ def check_command_line(arguments: list[str], config_name: str) -> None:
     shows = (typed.help, typed.hydra_help, typed.cfg, typed.info, typed.shell_completion)
     if any(shows) or typed.experimental_rerun:
         return
-    for job, whole in _jobs(overrides) if sweep else [(overrides, True)]:
+    jobs = _jobs(overrides) if sweep else [(overrides, True)]
+    for job, whole in jobs:
         cfg = _composed_as_typed(typed, [f"run_dir={os.devnull}", *job], config_name)
         with flag_override(cfg, "struct", False):
-            _refuse_key(cfg, cfg.pop("hydra"))
+            hydra = cfg.pop("hydra")
+            _refuse_key(cfg, hydra)
+        if sweep:
+            hydra_folders.check_folders(hydra, len(jobs) if whole else 2)
         if config_name == "default" and whole:
             check_training(validated(cfg))
+
+
+def _parser() -> Any:
+    """Hydra's own parser of command lines.
+
+    Raises:
+        SettingsError: this Hydra cannot make one on this Python; argparse checks help texts from 3.14 on.
+    """
+    try:
+        return get_args_parser()
+    except ValueError as error:
+        raise SettingsError(
+            f"Python {platform.python_version()}: hydra-core {importlib.metadata.version('hydra-core')} cannot read a "
+            f"command line on it ({error}; hydra issue 3121): use Python 3.11 to 3.13, or a newer hydra-core"
+        ) from error
 
 
 def _composed_as_typed(typed: Any, overrides: list[str], config_name: str) -> DictConfig:
