@@ -10,6 +10,7 @@ from typing import Any
 
 from zigflow.engine.launcher_settings import check_agreement
 from zigflow.latents import LatentSize
+from zigflow.objective import check_objective
 from zigflow.settings import Settings, SettingsError
 
 
@@ -27,6 +28,7 @@ def check_training(settings: Settings) -> None:
     _check_conditions(settings)
     _check_variance(settings)
     check_roots(settings)
+    check_objective(settings)
     check_agreement(
         {
             "loop.compile": settings.loop.compile,

@@ -42,6 +42,7 @@ from zigflow.evaluation_job import (
 )
 from zigflow.metrics.base import SampleIds
 from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
+from zigflow.metrics.report import table
 from zigflow.metrics.results import write_results
 from zigflow.official import OFFICIAL_SUFFIXES, family_of, load_official, process_of, read_official
 from zigflow.preflight import check_decoding
@@ -192,9 +193,10 @@ def sample_from_config(cfg: DictConfig) -> Path:
             "weights_sha256": run.identity["weights_sha256"],
             "function_evaluations": run.function_evaluations,
         }
-        results = write_results(
-            folder / "results.json", judgement.metrics, results_protocol(settings, facts) | judgement.protocol
-        )
+        protocol = results_protocol(settings, facts) | judgement.protocol
+        results = write_results(folder / "results.json", judgement.metrics, protocol)
+        for line in table(judgement.metrics, protocol):
+            log.info("%s", line)
         log.info("sampled %d images: %s, grid %s, results %s", run.num_samples, folder, grid, results)
         return folder
 
@@ -330,6 +332,7 @@ def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: 
                 "bits_per_dim_std": float(values.std(correction=0)),
             }
         facts["weights_sha256"] = run.identity["weights_sha256"]
+        facts["best_by"] = None if encodes else ["bits_per_dim", "min"]
         results = write_results(
             folder / "results.json", metrics, results_protocol(settings, facts) | _counted(ids)
         )
