@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from zigflow.codec import to_uint8
 from zigflow.data.limits import DecodeError
@@ -29,6 +28,7 @@ from zigflow.keyed import KeyedDraws
 
 from . import durable
 from .claims import IDENTITY, SamplingFolderError, claim_folder
+from .log import tracked
 from .precision import autocast
 from .ranks import Ranks
 from .run_state import model_state
@@ -193,11 +193,8 @@ class SamplingRun:
 
     def _rounds(self) -> Iterator[dict[int, np.ndarray]]:
         self.open()
-        hidden = None if self.progress is None else not self.progress
         with self.ranks.together("sampling"):
-            for number in tqdm(
-                range(self.num_rounds), unit="batch", disable=hidden if self.ranks.is_main else True
-            ):
+            for number in tracked(range(self.num_rounds), self.progress if self.ranks.is_main else False):
                 yield self._round(number)
 
     @property
