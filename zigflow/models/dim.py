@@ -399,6 +399,16 @@ class DiM(Backbone):
                 self._plans.popitem(last=False)
         return self._plans[key]
 
+    @property
+    def scan_name(self) -> str:
+        """What the configuration calls the scan."""
+        return self.scan
+
+    def scan_walks(self) -> list[tuple[Tensor | None, ...]]:
+        """The gathers over the built grid: on entering, before each block, on leaving; None where tokens stay."""
+        plan = self._plan(self.grid, self.enter.device)
+        return [(plan.enter,), *plan.moves, (plan.leave,)]
+
     def scan_state(self) -> dict[str, Tensor]:
         """The orders that a checkpoint must carry: those of random scans, by layer; else nothing."""
         if "seed" not in get_scan(self.scan).options:

@@ -271,6 +271,15 @@ class DiS(Backbone):
             return [(None, None)] * (2 * (self.depth // 2) + 1)
         return [(both[0], both[1]) for both in orders.unbind()]
 
+    @property
+    def scan_name(self) -> str:
+        """What the configuration calls the scan."""
+        return "from_model" if self.scan_spec is None else self.scan_spec.scan
+
+    def scan_walks(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Each block's order of all tokens of the built grid and its inverse; None where it takes the raster."""
+        return self._walks(self.grid, self.pos_embed.device)
+
     def scan_state(self) -> dict[str, Tensor]:
         """The orders that a checkpoint must carry: those of random scans, by block; else nothing."""
         if self.scan_spec is None or not self.scan_spec.is_seeded or self.scan_orders is None:
