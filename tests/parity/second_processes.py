@@ -1,5 +1,6 @@
 """Second fixtures of processes and samplers, by their formulas in float64; see make_second_fixtures.py."""
 
+import itertools
 import json
 import math
 import zlib
@@ -239,4 +240,41 @@ def schedules(maker: Maker) -> None:
     })  # fmt: skip
 
 
-PROCESSES = (tables, ancestral, backwards, euler_maruyama, losses, schedules)
+def first_order(maker: Maker) -> None:
+    """DPM-Solver of order 1 on an even grid of times, which is DDIM: in continuous time and on the table."""
+    bars = torch.cat([torch.ones(1).double(), sd_bars()])
+
+    def continuous(t: float) -> float:
+        return math.exp(-(0.1 * t + 9.95 * t**2))
+
+    def table(t: float) -> float:
+        return bars[round(1000 * t)].item()
+
+    plain = {"order": 1, "skip_type": "time_uniform"}
+    for name, bar_of, scale, steps, eps, more, meta in (
+        ("continuous", continuous, 999, 5, 0.05, {"adaptive_step_size": False, "fast_version": False}, {}),
+        ("discrete", table, 1000, 9, 0.1, {"method": "singlestep", "T": 1.0}, {"predict_x0": True}),
+    ):
+        torch.manual_seed(maker.seed(name))
+        sd, mu, start = 0.8, torch.randn(1, 1, 2, 2), torch.randn(2, 1, 2, 2)
+        grid = [1 - (1 - eps) * i / steps for i in range(steps + 1)]
+        x, times, states = start.double(), [], []
+        for t, s in itertools.pairwise(grid):
+            bar, after = bar_of(t), bar_of(s)
+            net = noise_of(x, math.sqrt(bar), math.sqrt(1 - bar), mu.double(), sd)
+            times, states = [*times, [scale * t] * 2], [*states, x.float()]
+            x = (
+                math.sqrt(after) * (x - math.sqrt(1 - bar) * net) / math.sqrt(bar)
+                + math.sqrt(1 - after) * net
+            )
+        kwargs = {"steps": steps, "eps": eps, **plain, **more}
+        maker.write(f"dpm_{name}", {
+            "fixture_kind": f"uvit.dpm_{name}", "sd": sd, "sample_kwargs": kwargs, "nfe": steps, "f32_minus_f64": 1e-6,
+            **meta,
+        }, {
+            "toy.mu": mu, "x_init": start, "calls.net_time": torch.tensor(times), "calls.x": torch.stack(states),
+            "final": x.float(), "final_f64": x,
+        })  # fmt: skip
+
+
+PROCESSES = (tables, ancestral, backwards, euler_maruyama, losses, schedules, first_order)

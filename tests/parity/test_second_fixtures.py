@@ -24,3 +24,15 @@ def test_other_settings(tmp_path, part):
         except Exception as error:
             wrong.append(f"{fixture.path.stem}: {error!r}"[:300])
     assert not wrong, "\n".join(wrong)
+
+
+# Kinds whose settings are read (test_parity.py), and whose numbers have no short formula of their own.
+ALONE = {
+    "dim.dpm_solver", "dim.init_stats", "dim.sample", "dim.upsample_tau", "dim.vpsde", "dis.init_stats",
+    "dit.diffusion_core", "transport.check_interval", "transport.transport", "uvit.end_to_end", "uvit.init_stats",
+    "zigma.checkpoint", "zigma.drop_path", "zigma.init_stats", "zigma.train_steps",
+}  # fmt: skip
+
+
+def test_a_new_kind_comes_with_a_second_fixture(tmp_path):
+    assert make(tmp_path) == set(KINDS) - ALONE
