@@ -39,6 +39,7 @@ from zigflow.real_sets import check_evaluation
 from zigflow.samplers import ChainSampler, DpmSolver, OdeSampler, SdeSampler
 from zigflow.settings import Settings, SettingsError
 from zigflow.start_job import start_from
+from zigflow.stored_config import fix_roots
 
 log = logging.getLogger(__name__)
 
@@ -193,12 +194,6 @@ def _check_fit(settings: Settings, model: Any, source: Any, codec: Any) -> None:
         )
 
 
-def _absolute(root: Any) -> Any:
-    """A folder or pattern of files as an absolute path; URLs and lists stay."""
-    local = isinstance(root, (str, Path)) and "://" not in str(root) and not str(root).startswith("pipe:")
-    return str(Path(root).resolve()) if local else root
-
-
 def _split(settings: Settings, processes: int) -> Split:
     try:
         return split_for(Path(settings.run_dir), settings.data.batch_size, settings.grad_accum, processes)
@@ -232,11 +227,8 @@ def train_from_config(
     plain = OmegaConf.to_container(cfg, resolve=True)
     # As it was given: machines may keep their data in different places.
     configuration = json.dumps({**plain, "run_dir": None}, sort_keys=True, default=str)
-    for split in ("source", "heldout"):
-        node = plain["data"].get(split)
-        if node and node.get("root"):
-            # The checkpoint is sampled and judged from other working directories.
-            node["root"] = _absolute(node["root"])
+    # The checkpoint is sampled and judged from other working directories, and may be moved with its data.
+    roots = fix_roots(plain)
     settings = Settings.from_mapping(plain)
     check_training(settings)
     plugin_names = plugins.load_plugins()
@@ -343,6 +335,7 @@ def train_from_config(
             *([SkipBudget(skipped)] if settings.data.max_skipped else []),
         ),
         plugins=plugin_names,
+        facts={"roots": roots},
         trackers=watched.trackers,
         training_flops=watched.training_flops,
         peak_flops=watched.peak_flops,
