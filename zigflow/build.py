@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from zigflow import plugins
 from zigflow.data.contents import contents_of
 from zigflow.data.global_batch import GlobalBatch
 from zigflow.data.loader import training_loader
+from zigflow.data.mixing import tell_sorted_shards
 from zigflow.data.order import DataOrder
 from zigflow.data.skipped import SkippedSamples
 from zigflow.data.streaming import StreamSource, check_readers, streaming_loader
 from zigflow.data.subset import Subset
+from zigflow.data.tar import ShardError
 from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine import signals
 from zigflow.engine.elastic import Split, shards_at_once_for, split_for
@@ -207,7 +210,10 @@ def _order(settings: Settings, source: Any) -> DataOrder:
         at_once = shards_at_once_for(Path(settings.run_dir), asked, shards)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    return DataOrder(source.shard_sizes, settings.global_seed, shards_at_once=at_once)
+    order = DataOrder(source.shard_sizes, settings.global_seed, shards_at_once=at_once)
+    with suppress(ShardError):  # A damaged label is told, or passed over, when its sample is read.
+        tell_sorted_shards(source, order.shards_at_once, f"data={settings.data.name}")
+    return order
 
 
 @dataclass(frozen=True)
