@@ -131,6 +131,9 @@ def build_judge(
     )
 
 
+_OPTIONAL_CODEC_KEYS = ("shift", "latents_mean", "latents_std", "own_scale")
+
+
 def sampling_facts(settings: Settings, weights: str, step: int | None) -> dict[str, Any]:
     """What samples follow from, beside the weights themselves."""
     chosen = {"SDE": settings.sde, "diffusion": settings.diffusion}.get(
@@ -145,7 +148,8 @@ def sampling_facts(settings: Settings, weights: str, step: int | None) -> dict[s
         "sampler": asdict(chosen),
         "guidance": {"scale": settings.cfg_scale, "interval": list(settings.cfg_interval)},
         "process": dict(settings.process),
-        "codec": dict(settings.codec),
+        # Of its keys only those that do something: samples of 0.1 keep their names.
+        "codec": {k: v for k, v in settings.codec.items() if k not in _OPTIONAL_CODEC_KEYS or v},
         "precision": settings.mixed_precision or "no",
     }
 

@@ -20,13 +20,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from zigflow.codec import to_uint8
+from zigflow.data.limits import DecodeError
+from zigflow.data.picture import read_image
 from zigflow.keyed import KeyedDraws
 
 from . import durable
 from .claims import IDENTITY, SamplingFolderError, claim_folder
+from .log import tracked
 from .precision import autocast
 from .ranks import Ranks
 from .run_state import model_state
@@ -191,11 +193,8 @@ class SamplingRun:
 
     def _rounds(self) -> Iterator[dict[int, np.ndarray]]:
         self.open()
-        hidden = None if self.progress is None else not self.progress
         with self.ranks.together("sampling"):
-            for number in tqdm(
-                range(self.num_rounds), unit="batch", disable=hidden if self.ranks.is_main else True
-            ):
+            for number in tracked(range(self.num_rounds), self.progress if self.ranks.is_main else False):
                 yield self._round(number)
 
     @property
@@ -353,9 +352,8 @@ class SamplingRun:
         if not path.is_file():
             return None
         try:
-            with Image.open(path) as image:
-                array = np.asarray(image)
-        except (OSError, SyntaxError) as error:
+            array = read_image(path)[1]
+        except (OSError, DecodeError) as error:
             log.warning("%s cannot be read (%s) and is computed again", path, error)
             return None
         return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))

@@ -165,14 +165,15 @@ class DiS(Backbone):
             num_classes=num_classes, class_dropout_prob=class_dropout_prob, has_text=False, d_context=0,
             n_context_token=0,
         )  # fmt: skip
-        if guided_channels is not None and not 1 <= guided_channels <= in_channels:
-            raise ValueError(
-                f"guided_channels is 1..{in_channels} (in_channels), or None for all, got {guided_channels}"
-            )
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate lies in [0, 1), got {drop_path_rate}")
         factory = {"device": device, "dtype": dtype}
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        if guided_channels is not None and not 1 <= guided_channels <= self.out_channels:
+            raise ValueError(
+                f"guided_channels is 1..{self.out_channels} (output channels), or None for the prediction, "
+                f"got {guided_channels}"
+            )
         self.guided_channels = in_channels if guided_channels is None else guided_channels
         self.residual_in_fp32 = residual_in_fp32
         self.skip = skip

@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
         read_official,
         target_of,
     )
+    from zigflow.preflight import scaled_codec
 
     experiment = any(o.startswith("+experiment=") for o in args.overrides)
     named = experiment or any(o.startswith("model=") for o in args.overrides)
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> int:
         config["model"] = {**names, **kwargs, **seed}
         frames = config["model"].get("video_frames", 0)
         config["data"] |= {"video_frames": frames, "num_classes": config["model"].get("num_classes", -1)}
+        config["codec"] = scaled_codec(config["codec"])
         plugins.Settings.from_mapping(config)
     except Exception as error:
         line = plugins.explain(error, "default")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, decode_image
 from zigflow.data.files import publishing_folder
+from zigflow.data.picture import WHITE, background_color, read_image
 from zigflow.data.published_crops import CROPS
 from zigflow.data.shard_index import INDEX_NAME, load_folder_index
 from zigflow.data.split import stratified_split
@@ -21,6 +21,7 @@ from zigflow.data.writer import ORDERS, ShardWriter, encode_npy, encode_png, wri
 
 _IDX_KINDS = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _MAX_IDX = 1 << 31
+_MEMBERS = {"jpeg": "jpg", "tif": "tiff"}
 _INPUTS = {
     "folder": "the folder of images",
     "idx": "the idx file of the images",
@@ -163,25 +164,25 @@ def _run_folder(args: argparse.Namespace) -> None:
 
     from zigflow.datasets.image_folder import list_images
 
-    files, labels, classes = list_images(args.input)
+    background = WHITE if args.background is None else background_color(args.background)
+    if args.background is not None and not args.resize:
+        raise ValueError(
+            "--background needs --resize: without it files are kept as they are, and data.source.background of a run "
+            "counts"
+        )
+    files, labels, classes, _ = list_images(args.input)
     args.count = len(files)
     args.sizes = set()
 
     def members(index: int) -> dict[str, bytes]:
         path = args.input / files[index]
-        if path.stat().st_size > DEFAULT_LIMITS.max_bytes:
-            raise ValueError(f"{path} is larger than {DEFAULT_LIMITS.max_bytes} bytes")
-        data = path.read_bytes()
-        try:
-            image = decode_image(data)
-        except DecodeError as error:
-            raise DecodeError(f"{path}: {error}") from error
+        data, image = read_image(path, background=background)
         if args.resize:
             image = np.array(CROPS[args.crop](Image.fromarray(image), args.resize))
             out = {"image.png": encode_png(image)}
         else:
             args.sizes.add(image.shape[:2])
-            out = {"image.png" if path.suffix.lower() == ".png" else "image.jpg": data}
+            out = {f"image.{_MEMBERS.get(suffix := path.suffix.lower()[1:], suffix)}": data}
         return {**out, "cls_id.cls": str(labels[index]).encode()} if classes else out
 
     _write(args, np.asarray(labels) if classes else None, list(classes), members)
@@ -273,6 +274,11 @@ def _parser() -> argparse.ArgumentParser:
                 "--crop", choices=list(CROPS), default="cover", help="how --resize crops; adm: ADM and DiT's ImageNet, "
                 "lanczos: U-ViT's COCO (cover)",
             )  # fmt: skip
+            sub.add_argument(
+                "--background",
+                type=int,
+                help="grey level that shows through transparent images, with --resize (255)",
+            )
         if name == "latent-features":
             sub.add_argument(
                 "--num-classes", type=int, default=1000, help="number of labels (1000), 0 to leave them out"
@@ -284,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _kinds() -> Iterator[tuple[str, Callable[[argparse.Namespace], None], str]]:
     yield "digits", _run_digits, "scikit-learn's digits, half of every class for training"
-    yield "folder", _run_folder, "PNG and JPEG files, one sub-folder per class"
+    yield "folder", _run_folder, "PNG, JPEG, WebP, BMP, TIFF and AVIF files, one sub-folder per class"
     yield "idx", _run_idx, "idx files as MNIST and Fashion-MNIST come in, gzipped or not"
     yield (
         "latent-features",
