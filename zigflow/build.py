@@ -17,13 +17,12 @@ from zigflow import plugins
 from zigflow.data.contents import contents_of
 from zigflow.data.global_batch import GlobalBatch
 from zigflow.data.loader import training_loader
-from zigflow.data.order import DataOrder
 from zigflow.data.skipped import SkippedSamples
 from zigflow.data.streaming import StreamSource, check_readers, streaming_loader
 from zigflow.data.subset import Subset
 from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine import signals
-from zigflow.engine.elastic import Split, shards_at_once_for, split_for
+from zigflow.engine.elastic import Split, split_for
 from zigflow.engine.ema import EmaProfile
 from zigflow.engine.launch import check_same, launched_precision, make_accelerator
 from zigflow.engine.log import read_metrics
@@ -38,7 +37,8 @@ from zigflow.preflight import check_training, scaled_codec
 from zigflow.real_sets import check_evaluation
 from zigflow.samplers import ChainSampler, DpmSolver, OdeSampler, SdeSampler
 from zigflow.settings import Settings, SettingsError
-from zigflow.start_job import start_from
+from zigflow.start_job import build_order, start_from
+from zigflow.stored_config import fix_roots
 
 log = logging.getLogger(__name__)
 
@@ -236,26 +236,11 @@ def _check_fit(settings: Settings, model: Any, source: Any, codec: Any) -> None:
         )
 
 
-def _absolute(root: Any) -> Any:
-    """A folder or pattern of files as an absolute path; URLs and lists stay."""
-    local = isinstance(root, (str, Path)) and "://" not in str(root) and not str(root).startswith("pipe:")
-    return str(Path(root).resolve()) if local else root
-
-
 def _split(settings: Settings, processes: int) -> Split:
     try:
         return split_for(Path(settings.run_dir), settings.data.batch_size, settings.grad_accum, processes)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-
-
-def _order(settings: Settings, source: Any) -> DataOrder:
-    asked, shards = settings.data.shards_at_once, len(source.shard_sizes)
-    try:
-        at_once = shards_at_once_for(Path(settings.run_dir), asked, shards)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
-    return DataOrder(source.shard_sizes, settings.global_seed, shards_at_once=at_once)
 
 
 @dataclass(frozen=True)
@@ -275,11 +260,8 @@ def train_from_config(
     plain = OmegaConf.to_container(cfg, resolve=True)
     # As it was given: machines may keep their data in different places.
     configuration = json.dumps({**plain, "run_dir": None}, sort_keys=True, default=str)
-    for split in ("source", "heldout"):
-        node = plain["data"].get(split)
-        if node and node.get("root"):
-            # The checkpoint is sampled and judged from other working directories.
-            node["root"] = _absolute(node["root"])
+    # The checkpoint is sampled and judged from other working directories, and may be moved with its data.
+    roots = fix_roots(plain)
     check_training(Settings.from_mapping(plain))
     # Stated in the checkpoint, wherever the autoencoder may lie later.
     plain["codec"] = scaled_codec(plain["codec"])
@@ -332,7 +314,7 @@ def train_from_config(
             batches = streaming_loader(source, batch, seed, start_step=start, num_workers=workers)
             return skipped.watch(batches)
     else:
-        order = _order(settings, source)
+        order = build_order(settings, source)
         epoch_size, identity = len(source), order.identity()
 
         def loader(start: int):
@@ -383,6 +365,7 @@ def train_from_config(
             *([SkipBudget(skipped)] if settings.data.max_skipped else []),
         ),
         plugins=plugin_names,
+        facts={"roots": roots},
         trackers=watched.trackers,
         training_flops=watched.training_flops,
         peak_flops=watched.peak_flops,
