@@ -1,30 +1,41 @@
 """Images in a folder, one sub-folder per class."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from zigflow.data.class_names import folder_order
 from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, Limits, decode, to_pixels
+from zigflow.data.sizes import check_sizes, enlarging, image_size_of
+from zigflow.registry import unknown_name
 
+CLASS_ORDERS: dict[str, Callable[[list[str]], list[str]]] = {"numbers": folder_order, "text": sorted}
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class ImageFolderSource:
-    """PNG and JPEG files, center-cropped and resized; labels follow the sorted names of the sub-folders.
+    """PNG and JPEG files, center-cropped and resized; labels follow the names of the sub-folders.
 
+    Names that all are whole numbers are sorted by value, others as text (``zigflow.data.class_names.folder_order``).
     A folder whose images lie in it directly has no classes. For large sets make shards: they are read faster.
 
     Args:
         root: the folder.
         image_size: pixels of both sides, or (height, width).
         channels: 1 or 3.
+        enlarge: smaller images than ``image_size`` are made larger instead of refused.
+        class_order: "numbers", or "text" to sort numbers as text, too.
         limits: budgets of one file.
 
     Raises:
         NotADirectoryError: ``root`` is no folder.
-        ValueError: it holds no images, or both images and sub-folders with images.
+        ValueError: it holds no images, or both images and sub-folders with images; images are smaller than
+            ``image_size``.
     """
+
+    # What release 0.1 did where a key did not exist yet.
+    before_0_2: ClassVar[Mapping[str, Any]] = {"enlarge": True, "class_order": "text"}
 
     def __init__(
         self,
@@ -32,10 +43,14 @@ class ImageFolderSource:
         image_size: int | Sequence[int],
         *,
         channels: int = 3,
+        enlarge: bool = False,
+        class_order: str = "numbers",
         limits: Limits = DEFAULT_LIMITS,
     ):
-        self.root = Path(root)
-        self.files, labels, self.class_names = list_images(self.root)
+        if class_order not in CLASS_ORDERS:
+            raise unknown_name("class_order", class_order, list(CLASS_ORDERS))
+        self.root, self.enlarge = Path(root), enlarge
+        self.files, labels, self.class_names = list_images(self.root, class_order)
         self.labels = labels if self.class_names else None
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_size, self.channels, self.limits = (int(height), int(width)), channels, limits
@@ -46,6 +61,12 @@ class ImageFolderSource:
         for path in self.files:
             digest.update(f"\n{path.as_posix()} {(self.root / path).stat().st_size}".encode())
         self.fingerprint = digest.hexdigest()[:32]
+        if not enlarge:
+            check_sizes(len(self), self._size_at, self.image_size)
+
+    def _size_at(self, index: int) -> tuple[str, tuple[int, int] | None]:
+        path = self.root / self.files[index]
+        return str(path), image_size_of(path.read_bytes())
 
     def __len__(self) -> int:
         return len(self.files)
@@ -62,6 +83,9 @@ class ImageFolderSource:
         path = self.files[index]
         try:
             image = decode(path.suffix, (self.root / path).read_bytes(), self.limits)
+            problem = "" if self.enlarge else enlarging(image.shape[:2], self.image_size)
+            if problem:
+                raise DecodeError(problem)
         except DecodeError as error:
             raise DecodeError(f"{self.root / path}: {error}") from error
         sample: dict[str, Any] = {
@@ -73,8 +97,8 @@ class ImageFolderSource:
         return sample
 
 
-def list_images(root: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
-    """Sorted image paths relative to ``root``, their labels, and the names of the classes.
+def list_images(root: Path, class_order: str = "numbers") -> tuple[list[Path], list[int], tuple[str, ...]]:
+    """Image paths relative to ``root``, class by class, their labels, and the names of the classes.
 
     Raises:
         NotADirectoryError: ``root`` is no folder.
@@ -86,7 +110,9 @@ def list_images(root: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
     files: list[Path] = []
     labels: list[int] = []
     classes: list[str] = []
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    names = [path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    for name in CLASS_ORDERS[class_order](names):
+        folder = root / name
         found = [path for path in sorted(folder.rglob("*")) if _is_image(path)]
         if found:
             files += [path.relative_to(root) for path in found]

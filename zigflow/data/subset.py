@@ -22,6 +22,7 @@ class Subset:
         self.source, self.limit = source, limit
         self.image_shape = source.image_shape
         self.num_classes = source.num_classes
+        self.class_names = tuple(getattr(source, "class_names", ()))
         self.shard_sizes = (limit,)
         self.fingerprint = hashlib.sha256(f"{source.fingerprint}[:{limit}]".encode()).hexdigest()
 

@@ -72,7 +72,8 @@ class InLoopEvaluation:
         with averaged_weights(trainer.model, trainer.ema, trainer.device) as weights:
             run = self._make_run(trainer.model, weights)
             labels = run.class_labels()
-            self.judge.check(run.num_samples, None if labels is None else torch.as_tensor(labels))
+            labels = None if labels is None else torch.as_tensor(labels)
+            self.judge.check(run.num_samples, labels, run.image_size)
 
     def __call__(self, trainer: Trainer, record: StepRecord) -> None:
         if self._is_due(trainer):
