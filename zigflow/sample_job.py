@@ -21,7 +21,7 @@ from zigflow.build import (
 )
 from zigflow.codec import IdentityCodec
 from zigflow.engine import checkpoint as checkpoints
-from zigflow.engine.evaluation import Judge
+from zigflow.engine.evaluation import Judge, sample_size
 from zigflow.engine.launch import make_accelerator
 from zigflow.engine.lock import sole_writer
 from zigflow.engine.measure import MeasuringRun
@@ -252,7 +252,7 @@ def _ready_judge(
         judge = build_judge(settings, **given)
         labels = run.class_labels()
         labels = None if labels is None else torch.as_tensor(labels)
-        judge.check(run.num_samples, labels, run.image_size)
+        judge.check(run.num_samples, labels, sample_size(run))
     except (SettingsError, ValueError) as error:
         if settings.sample_debug:
             log.warning("not judged: %s", error)

@@ -109,7 +109,9 @@ def test_latents_are_extracted_as_shown(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for index, name in enumerate(("bee", "ant", "bee")):
         os.makedirs(f"photos/{name}", exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (256, 300, 3), dtype=np.uint8)).save(f"photos/{name}/{index}.png")
+        Image.fromarray(rng.integers(0, 256, (256, 300, 3), dtype=np.uint8)).save(
+            f"photos/{name}/{index}.png"
+        )
     exec(compile(SNIPPETS[0], "migration.md", "exec"), {})
     source = ShardSource("data/churches256", {"img_feature256.npy": "latents"})
     assert (len(source), source.image_shape) == (3, (4, 32, 32))

@@ -26,7 +26,7 @@ from .ranks import Ranks
 from .run_state import random_state, set_random_state
 from .tensors import named_floating
 
-__all__ = ["Judge", "Judgement", "Rounds", "averaged_weights"]
+__all__ = ["Judge", "Judgement", "Rounds", "averaged_weights", "sample_size"]
 
 log = logging.getLogger(__name__)
 
@@ -237,6 +237,14 @@ class Judge:
         images, labels = zip(*self._pixels(source), strict=True)
         self._sizes[name] = (images[0].shape[-2], images[0].shape[-1])
         return torch.cat(images), None if labels[0] is None else torch.cat(labels)
+
+
+def sample_size(run: Any) -> tuple[int, int] | None:
+    """(height, width) of a sampling run's images, frames of a video side by side; None where a codec decides it."""
+    if not isinstance(run.codec, IdentityCodec):
+        return None
+    frames = run.shape[0] if len(run.shape) == 4 else 1
+    return run.shape[-2], frames * run.shape[-1]
 
 
 def beside(images: Tensor) -> Tensor:

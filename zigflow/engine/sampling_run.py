@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from zigflow.codec import IdentityCodec, to_uint8
+from zigflow.codec import to_uint8
 from zigflow.keyed import KeyedDraws
 
 from . import durable
@@ -222,14 +222,6 @@ class SamplingRun:
                 range(self.num_rounds), unit="batch", disable=hidden if self.ranks.is_main else True
             ):
                 yield self._round(number)
-
-    @property
-    def image_size(self) -> tuple[int, int] | None:
-        """(height, width) of a sample's file, the frames of a video side by side; None where the codec decides it."""
-        if not isinstance(self.codec, IdentityCodec):
-            return None
-        frames = self.shape[0] if len(self.shape) == 4 else 1
-        return self.shape[-2], frames * self.shape[-1]
 
     @property
     def num_rounds(self) -> int:
