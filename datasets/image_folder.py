@@ -1,21 +1,27 @@
 """Images in a folder, one sub-folder per class."""
 
-import hashlib
+import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from zigflow.data.class_names import folder_order
-from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, Limits, decode, to_pixels
-from zigflow.data.sizes import check_sizes, enlarging, image_size_of
+from zigflow.data.contents import folder_contents
+from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, Limits, to_pixels
+from zigflow.data.picture import WHITE, Background, background_color, image_size_of, read_image
+from zigflow.data.picture_files import KNOWN, LeftOut, find_images, scan_folder
+from zigflow.data.sizes import check_sizes, enlarging
 from zigflow.registry import unknown_name
 
+log = logging.getLogger(__name__)
+
 CLASS_ORDERS: dict[str, Callable[[list[str]], list[str]]] = {"numbers": folder_order, "text": sorted}
-SUFFIXES = (".png", ".jpg", ".jpeg")
+_FORMATS = {"jpeg": "jpg", "tif": "tiff"}
 
 
 class ImageFolderSource:
-    """PNG and JPEG files, center-cropped and resized; labels follow the names of the sub-folders.
+    """Images as a viewer shows them, center-cropped and resized; labels follow the names of the sub-folders.
 
     Names that all are whole numbers are sorted by value, others as text (``zigflow.data.class_names.folder_order``).
     A folder whose images lie in it directly has no classes. For large sets make shards: they are read faster.
@@ -27,11 +33,15 @@ class ImageFolderSource:
         enlarge: smaller images than ``image_size`` are made larger instead of refused.
         class_order: "numbers", or "text" to sort numbers as text, too.
         limits: budgets of one file.
+        background: what shows through transparent images: a grey level, or red, green and blue, 0 to 255.
+
+    Attributes:
+        left_out: what lies in the folder and is not read, in words; empty where everything is.
 
     Raises:
         NotADirectoryError: ``root`` is no folder.
-        ValueError: it holds no images, or both images and sub-folders with images; images are smaller than
-            ``image_size``.
+        ValueError: it holds no images, both images and sub-folders with images, or a class without any; images are
+            smaller than ``image_size``.
     """
 
     # What release 0.1 did where a key did not exist yet.
@@ -46,21 +56,22 @@ class ImageFolderSource:
         enlarge: bool = False,
         class_order: str = "numbers",
         limits: Limits = DEFAULT_LIMITS,
+        background: Background = WHITE,
     ):
         if class_order not in CLASS_ORDERS:
             raise unknown_name("class_order", class_order, list(CLASS_ORDERS))
         self.root, self.enlarge = Path(root), enlarge
-        self.files, labels, self.class_names = list_images(self.root, class_order)
+        self.background = background_color(background)
+        self.files, labels, self.class_names, self.left_out = list_images(self.root, class_order)
         self.labels = labels if self.class_names else None
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_size, self.channels, self.limits = (int(height), int(width)), channels, limits
         self.image_shape = (channels, *self.image_size)
         self.num_classes = len(self.class_names)
         self.shard_sizes = (len(self.files),)
-        digest = hashlib.sha256(f"{self.image_shape}".encode())
-        for path in self.files:
-            digest.update(f"\n{path.as_posix()} {(self.root / path).stat().st_size}".encode())
-        self.fingerprint = digest.hexdigest()[:32]
+        shown = "" if self.background == WHITE else f" {self.background}"
+        self.contents = folder_contents(self.root, self.files, self.image_shape, shown)
+        self.fingerprint = self.contents.fingerprint
         if not enlarge:
             check_sizes(len(self), self._size_at, self.image_size)
 
@@ -81,13 +92,10 @@ class ImageFolderSource:
         if not 0 <= index < len(self):
             raise IndexError(f"no image {index} among {len(self)}")
         path = self.files[index]
-        try:
-            image = decode(path.suffix, (self.root / path).read_bytes(), self.limits)
-            problem = "" if self.enlarge else enlarging(image.shape[:2], self.image_size)
-            if problem:
-                raise DecodeError(problem)
-        except DecodeError as error:
-            raise DecodeError(f"{self.root / path}: {error}") from error
+        image = read_image(self.root / path, self.limits, self.background)[1]
+        problem = "" if self.enlarge else enlarging(image.shape[:2], self.image_size)
+        if problem:
+            raise DecodeError(f"{self.root / path}: {problem}")
         sample: dict[str, Any] = {
             "key": path.as_posix(),
             "pixels": to_pixels(image, self.channels, self.image_size),
@@ -97,42 +105,75 @@ class ImageFolderSource:
         return sample
 
 
-def list_images(root: Path, class_order: str = "numbers") -> tuple[list[Path], list[int], tuple[str, ...]]:
-    """Image paths relative to ``root``, class by class, their labels, and the names of the classes.
+class ImageList(NamedTuple):
+    """Image paths relative to a folder, their labels, the names of the classes, and what was left out, in words."""
+
+    files: list[Path]
+    labels: list[int]
+    class_names: tuple[str, ...]
+    left_out: str
+
+
+def list_images(root: Path, class_order: str = "numbers") -> ImageList:
+    """The images of a folder, class after class, sorted; what is left out is logged in one line.
 
     Raises:
         NotADirectoryError: ``root`` is no folder.
-        ValueError: no images, or images beside sub-folders with images.
+        ValueError: no images, images beside sub-folders with images, or a sub-folder without any beside others.
     """
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is no folder")
-    flat = _images(root, root)
+    left = LeftOut()
+    flat, folders = scan_folder(root, root, left)
     files: list[Path] = []
     labels: list[int] = []
     classes: list[str] = []
-    names = [path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    for name in CLASS_ORDERS[class_order](names):
-        folder = root / name
-        found = [path for path in sorted(folder.rglob("*")) if _is_image(path)]
+    empty: list[tuple[Path, LeftOut]] = []
+    named = {folder.name: folder for folder in folders}
+    for name in CLASS_ORDERS[class_order](list(named)):
+        folder, inside = named[name], LeftOut()
+        found = find_images(root / folder, root, inside)
+        left.update(inside)
         if found:
-            files += [path.relative_to(root) for path in found]
+            files += found
             labels += [len(classes)] * len(found)
             classes.append(folder.name)
+        else:
+            empty.append((folder, inside))
     if flat and classes:
         raise ValueError(
             f"{root} holds images ({flat[0]}) beside folders of images ({classes[0]}): which is it?"
         )
     if not flat and not classes:
-        raise ValueError(f"{root} holds no images ({', '.join(SUFFIXES)})")
-    return (flat, [0] * len(flat), ()) if flat else (files, labels, tuple(classes))
+        raise ValueError(f"{root} holds no images ({KNOWN}){f'; it holds {left}' if left else ''}")
+    if flat:
+        for folder, _ in empty:
+            left.add("folders without images", folder)
+    elif empty:
+        more = f" (and {len(empty) - 1} further classes)" if len(empty) > 1 else ""
+        raise ValueError(
+            f"the class folder {root / empty[0][0]}{more} holds no image ({KNOWN}) but {empty[0][1] or 'nothing'}: "
+            "convert what it holds, or move the folder elsewhere"
+        )
+    _say(root, flat or files, len(classes), left)
+    return ImageList(flat or files, [0] * len(flat) if flat else labels, tuple(classes), str(left))
 
 
-def _images(folder: Path, root: Path) -> list[Path]:
-    return [path.relative_to(root) for path in sorted(folder.iterdir()) if _is_image(path)]
+def _say(root: Path, files: list[Path], classes: int, left: LeftOut) -> None:
+    """One line on what is read; a warning where something is left out, or where formats mix.
 
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    A class that is stored in another format than the others is told apart by what its compression leaves.
+    """
+    formats = Counter(_FORMATS.get(name := path.suffix.lower()[1:], name) for path in files)
+    log.log(
+        logging.WARNING if left or len(formats) > 1 else logging.INFO,
+        "%s: %d images%s are read (%s)%s",
+        root,
+        len(files),
+        f" in {classes} classes" if classes else "",
+        ", ".join(f"{count} {name}" for name, count in formats.most_common()),
+        f"; left out are {left}" if left else "",
+    )
 
 
 def example(folder: Path) -> ImageFolderSource:

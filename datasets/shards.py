@@ -11,8 +11,9 @@ from zigflow.data.class_names import check_names
 from zigflow.data.decode import DEFAULT_LIMITS, Limits
 from zigflow.data.fields import DEFAULT_RENAME, FIELDS, FieldDecoder
 from zigflow.data.json_fields import label_hint
+from zigflow.data.picture import WHITE, Background, image_size_of
 from zigflow.data.shards import ShardReader
-from zigflow.data.sizes import check_sizes, image_size_of
+from zigflow.data.sizes import check_sizes
 from zigflow.data.streaming import StreamSource
 from zigflow.data.tar import BudgetError, ShardError
 
@@ -34,6 +35,7 @@ class ShardSource:
         class_names: names of the classes by number, of a set whose index has none; labels may be stored as names.
         cache_dir: where the index of a folder that is not ours is kept; None keeps it beside the tars.
         limits: budgets of one member.
+        background: what shows through transparent images: a grey level, or red, green and blue, 0 to 255.
         max_skipped: problems of the tars that may be passed over when they are indexed; and how many samples may be
             unreadable before the one that fixes the shapes.
         stream: keywords of ``data.order=streaming``, which this class does not use.
@@ -65,6 +67,7 @@ class ShardSource:
         class_names: Sequence[str] | None = None,
         cache_dir: str | Path | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        background: Background = WHITE,
         max_skipped: int = 0,
         stream: Mapping[str, Any] | None = None,
     ):
@@ -85,6 +88,7 @@ class ShardSource:
             num_classes=self.num_classes,
             class_names=self.class_names,
             limits=limits,
+            background=background,
         )
         self.suffixes, self.limits, self.ignored = self.decoder.suffixes, limits, self.decoder.ignored
         self.shard_sizes = self.reader.sizes
@@ -94,9 +98,10 @@ class ShardSource:
             check_sizes(len(self), self._size_at, self.decoder.image_size)
         self.first = self._first(max_skipped)
         self.image_shape = self.decoder.fix_shapes(self.first)
-        self.fingerprint = hashlib.sha256(
-            f"{self.reader.fingerprint} {self.decoder.identity}".encode()
-        ).hexdigest()[:32]
+        self.contents = self.reader.contents.each(
+            lambda tars: hashlib.sha256(f"{tars} {self.decoder.identity}".encode()).hexdigest()[:32]
+        )
+        self.fingerprint = self.contents.fingerprint
 
     @classmethod
     def stream(cls, root: str | Path | Sequence[str], rename=None, **options: Any) -> StreamSource:

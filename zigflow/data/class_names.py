@@ -6,6 +6,7 @@ from typing import Any
 
 from zigflow.registry import UnknownNameError, unknown_name
 
+from .contents import contents_of
 from .source import DataSource
 
 _SHOWN = 12
@@ -86,8 +87,10 @@ class NamedClasses:
         self.image_shape, self.shard_sizes = source.image_shape, source.shard_sizes
         self.num_classes = len(self.class_names)
         self.first: Mapping[str, Any] = self._named(getattr(source, "first", None) or source[0])
-        text = f"{source.fingerprint} {self.numbers}"
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:32]
+        self.contents = contents_of(source).each(
+            lambda whole: hashlib.sha256(f"{whole} {self.numbers}".encode()).hexdigest()[:32]
+        )
+        self.fingerprint = self.contents.fingerprint
 
     def __len__(self) -> int:
         return len(self.source)

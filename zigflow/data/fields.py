@@ -10,19 +10,16 @@ from zigflow.registry import unknown_name
 
 from .decode import DEFAULT_LIMITS, DecodeError, Limits, decode, to_pixels
 from .json_fields import pick, split_suffix
+from .picture import SUFFIXES, WHITE, Background, background_color
 from .shard_index import Sample
 from .sizes import enlarging
 from .source import image_shape
 from .tar import ShardError
 
 FIELDS = ("pixels", "latents", "moments", "labels", "tokens", "captions")
+_PICTURES = (*(f"image.{suffix}" for suffix in SUFFIXES), *SUFFIXES)
 DEFAULT_RENAME = {
-    "image.png": "pixels",
-    "image.jpg": "pixels",
-    "image.jpeg": "pixels",
-    "png": "pixels",
-    "jpg": "pixels",
-    "jpeg": "pixels",
+    **dict.fromkeys(_PICTURES, "pixels"),
     "frames.npy": "pixels",
     "img_feature256.npy": "latents",
     "img_feature512.npy": "latents",
@@ -70,6 +67,7 @@ class FieldDecoder:
         num_classes: number of labels; 0 does not check.
         class_names: names of the classes by number, for labels that are stored as names.
         limits: budgets of one member.
+        background: what shows through transparent images: a grey level, or red, green and blue, 0 to 255.
 
     Attributes:
         suffixes: field -> suffixes that may deliver it.
@@ -92,6 +90,7 @@ class FieldDecoder:
         num_classes: int = 0,
         class_names: Sequence[str] = (),
         limits: Limits = DEFAULT_LIMITS,
+        background: Background = WHITE,
     ):
         self.suffixes = _choose(normal_rename(rename), _known_fields(fields), list(first))
         # Where each is found: a member, and for a field of a JSON document the way to it.
@@ -103,6 +102,9 @@ class FieldDecoder:
         self.channels, self.limits, self.num_classes = channels, limits, num_classes
         self.class_names = tuple(class_names)
         self.image_size, self.enlarge = _pair(image_size), enlarge
+        self.background = background_color(background)
+        # The usual names cover sets whose images are of several formats.
+        self._usual = not set((normal_rename(rename) or {}).values()) & set(_POINTS)
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     @property
@@ -110,7 +112,8 @@ class FieldDecoder:
         """What the decoded values depend on, besides the bytes."""
         stored_as_names = any(not suffix.endswith("cls") for suffix in self.suffixes.get("labels", ()))
         names = f" {self.class_names}" if stored_as_names and self.class_names else ""
-        return f"{sorted(self.suffixes.items())} {self.channels} {self.image_size}{names}"
+        shown = "" if self.background == WHITE else f" {self.background}"
+        return f"{sorted(self.suffixes.items())} {self.channels} {self.image_size}{shown}{names}"
 
     def fix_shapes(self, sample: Mapping[str, Any]) -> tuple[int, ...]:
         """Take the shapes of this sample as those of all; returns the shape of its pixels, or of its latents."""
@@ -138,18 +141,25 @@ class FieldDecoder:
         chosen: dict[str, str] = {}
         for field, suffixes in self.suffixes.items():
             found = [suffix for suffix in suffixes if self._places[suffix][0] in present]
+            if not found and self._usual and suffixes[0] in _PICTURES:
+                found = [suffix for suffix in _PICTURES if suffix in present]
             if not found:
                 raise error(" or ".join(suffixes), f"missing ({field}); there are {sorted(present)[:16]}")
             chosen[field] = found[0]
-        data = read({self._places[suffix][0] for suffix in chosen.values()})
+        data = read({self._place(suffix)[0] for suffix in chosen.values()})
         out: dict[str, Any] = {"key": sample.key}
         for field, suffix in chosen.items():
-            member, path = self._places[suffix]
+            member, path = self._place(suffix)
             try:
-                out[field] = self._field(field, pick(decode(member, data[member], self.limits), path))
+                value = pick(decode(member, data[member], self.limits, self.background), path)
+                out[field] = self._field(field, value)
             except (DecodeError, TypeError, ValueError) as problem:
                 raise error(member, _about(suffix, member, problem)) from problem
         return out
+
+    def _place(self, suffix: str) -> tuple[str, tuple[str, ...]]:
+        """The member that holds ``suffix`` and the way in it; an image of another format is a member itself."""
+        return self._places.get(suffix, (suffix, ()))
 
     def _field(self, field: str, value: Any) -> Any:
         if field == "labels":

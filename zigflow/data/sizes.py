@@ -1,23 +1,8 @@
 """Images are made smaller without asking, larger only where ``enlarge`` says so."""
 
-import io
 from collections.abc import Callable
 
-_QUARTER_TURNS = (5, 6, 7, 8)
 _LOOKED_AT = 32
-
-
-def image_size_of(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of an encoded image as it is shown, from its header; None for what is no image."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            turned = image.getexif().get(0x0112, 1) in _QUARTER_TURNS
-            return (image.width, image.height) if turned else (image.height, image.width)
-    # Damage is told where the image is decoded.
-    except Exception:
-        return None
 
 
 def enlarging(size: tuple[int, int], wanted: tuple[int, int] | None) -> str:

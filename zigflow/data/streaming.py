@@ -25,6 +25,7 @@ from .decode import DEFAULT_LIMITS, Limits
 from .fields import FieldDecoder
 from .global_batch import GlobalBatch
 from .loader import DEFAULT_TIMEOUT, make_loader, pick_caption
+from .picture import WHITE, Background
 from .remote import shown, unsigned
 from .shard_index import Sample, scan_open
 from .shard_urls import import_webdataset, shard_urls
@@ -49,7 +50,7 @@ class StreamSource:
     Args:
         root: a pattern such as ``https://host/train-{000000..000124}.tar``, several joined by ``::``, a list of
             URLs, the name of a ``.txt`` file with one URL per line, a local folder, or local files by a pattern.
-        rename, fields, channels, image_size, enlarge, num_classes, class_names, limits: see
+        rename, fields, channels, image_size, enlarge, num_classes, class_names, limits, background: see
             ``zigflow.datasets.shards.ShardSource``.
         max_skipped: unreadable samples and shards that may follow each other.
         shuffle_buffer: samples that mix; 0 keeps the order of the shards' contents.
@@ -80,6 +81,7 @@ class StreamSource:
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        background: Background = WHITE,
         max_skipped: int = 0,
         shuffle_buffer: int = 1000,
         cache_dir: str | Path = "data/stream_cache",
@@ -111,6 +113,7 @@ class StreamSource:
             num_classes=classes,
             class_names=self.class_names,
             limits=limits,
+            background=background,
         )
         self.num_classes = classes if "labels" in self.decoder.suffixes else 0
         self.ignored = self.decoder.ignored

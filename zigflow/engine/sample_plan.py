@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from zigflow.data.class_names import number_of
+from zigflow.data.contents import exact_fingerprint
 from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, decode
 from zigflow.data.feature_files import (
     FEATURE_LIMITS,
@@ -326,7 +327,7 @@ class _PromptRows:
 class _ShardRows:
     def __init__(self, folder: Path):
         self._reader = ShardReader(folder)
-        self.fingerprint = self._reader.fingerprint
+        self.fingerprint = exact_fingerprint(self._reader)
         suffixes = sorted(entry.suffix for entry in self._reader.sample(0, 0).entries)
         if _CAPTION_SUFFIX not in suffixes:
             raise ValueError(
@@ -350,7 +351,7 @@ class SourceRows:
 
     def __init__(self, source: Any):
         self._source = source
-        self.fingerprint = str(getattr(source, "fingerprint", ""))
+        self.fingerprint = exact_fingerprint(source)
 
     def __len__(self) -> int:
         return len(self._source)
