@@ -12,6 +12,7 @@ from zigflow import plugins
 from zigflow.engine.run_dir import flat, with_later_keys
 from zigflow.overrides import takes_keyword
 from zigflow.settings import SettingsError
+from zigflow.sources import with_old_defaults
 from zigflow.typed import unknown_key
 
 log = logging.getLogger(__name__)
@@ -55,23 +56,43 @@ def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], c
     if margin is not None and "sample_eps" in merged["process"]:
         merged["process"]["sample_eps"] = margin
     data = dict(given["data"])
+    trained = with_old_defaults(stored["data"], stored["data"])
     if data.get("name") == "from_checkpoint":
         kept = {k: v for k, v in data.items() if v is not None and k not in ("name", "source", "heldout")}
-        merged["data"] = {**stored["data"], **kept}
+        merged["data"] = {**trained, **kept}
         for split in ("source", "heldout"):
             moved = {k: v for k, v in (data[split] or {}).items() if v is not None}
             if split == "source" and data.get("tar_base") is not None:
                 moved.setdefault("root", data["tar_base"])
-            if moved and stored["data"].get(split):
-                merged["data"][split] = {**stored["data"][split], **moved}
+            if moved and trained.get(split):
+                merged["data"][split] = {**trained[split], **moved}
     elif not data.get("source"):
         # data=none: the samples have the form that the model was trained on.
         merged["data"] = data | {
             "video_frames": merged["model"].get("video_frames", 0) or 0,
             "num_classes": merged["model"].get("num_classes", -1),
         }
+    merged["data"] = _same_classes(merged["data"], merged["model"], stored["data"], ckpt)
     merged["metrics"] = _metric(given.get("metrics"), stored.get("metrics"))
     return merged
+
+
+def _same_classes(
+    data: Mapping[str, Any], model: Mapping[str, Any], stored: Mapping[str, Any], ckpt: str
+) -> dict[str, Any]:
+    """The group ``data`` with the classes of the checkpoint, by number and name; other names are a contradiction."""
+    asked, before = data.get("class_names"), stored.get("class_names")
+    if asked and before and list(asked) != list(before):
+        raise SettingsError(
+            f"data.class_names={list(asked)} contradicts the checkpoint {ckpt}, whose classes are {list(before)}: drop "
+            "the override"
+        )
+    classes = data.get("num_classes")
+    return {
+        **data,
+        "class_names": asked or before,
+        "num_classes": model.get("num_classes", -1) if classes is None else classes,
+    }
 
 
 def _metric(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -> dict[str, Any] | None:

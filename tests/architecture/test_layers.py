@@ -17,6 +17,7 @@ LAYERS = {
     4: ["zigflow.engine", "zigflow.official"],
     5: ["zigflow.build", "zigflow.evaluation_job", "zigflow.sample_job", "zigflow.stored_config", "zigflow.plugins",
         "zigflow.tools", "zigflow.preflight", "zigflow.start_job", "zigflow.real_sets",
+        "zigflow.sources", "zigflow.nodes",
         "zigflow.hydra_folders", "zigflow.objective", "zigflow.overrides", "zigflow.wandb_key"],
     6: ["train_acc", "sample_acc", "zigflow.cli"],
 }  # fmt: skip
