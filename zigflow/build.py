@@ -33,6 +33,7 @@ from zigflow.engine.skips import SkipBudget
 from zigflow.engine.trackers import Trackers
 from zigflow.engine.trainer import Trainer
 from zigflow.metrics.pictures import save_loss_curve
+from zigflow.paths import expanded
 from zigflow.preflight import check_training, scaled_codec
 from zigflow.real_sets import check_evaluation
 from zigflow.samplers import ChainSampler, DpmSolver, OdeSampler, SdeSampler
@@ -135,7 +136,7 @@ def build_sampler(settings: Settings):
 def make(key: str, node: Mapping[str, Any]) -> Any:
     """Instantiate a node; a mistake in its keywords becomes one line that names the key."""
     try:
-        return instantiate(dict(node), _convert_="all")
+        return instantiate(_with_annotated_paths(key, node), _convert_="all")
     except Exception as error:
         cause = error.__cause__ if error.__cause__ is not None else error
         mistakes = (ValueError, TypeError, KeyError, ImportError, FileNotFoundError, NotADirectoryError)
@@ -144,6 +145,18 @@ def make(key: str, node: Mapping[str, Any]) -> Any:
         if not plugins.is_foreign(cause):
             raise cause from error
         raise
+
+
+def _with_annotated_paths(key: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    """The node, those keywords expanded that its class annotates as paths, whatever it calls them."""
+    try:
+        keywords = inspect.signature(get_object(str(node["_target_"]))).parameters
+    except Exception:
+        # What is wrong with it is told where it is built.
+        return dict(node)
+    annotated = [name for name, keyword in keywords.items() if "Path" in str(keyword.annotation)]
+    given = {name: node[name] for name in annotated if isinstance(node.get(name), str)}
+    return {**node, **{name: expanded(f"{key}.{name}", value) for name, value in given.items()}}
 
 
 def _ema_profiles(settings: Settings) -> tuple[EmaProfile, ...]:
@@ -219,9 +232,10 @@ def train_from_config(
     cfg: DictConfig, watch: Callable[[Settings, Any, Accelerator], Watched] | None = None
 ) -> Path:
     """Train as configured; returns the run directory. ``watch`` says what looks on, given model and accelerator."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
     # As it was given: machines may keep their data in different places.
-    configuration = json.dumps({**plain, "run_dir": None}, sort_keys=True, default=str)
+    given: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    configuration = json.dumps({**given, "run_dir": None}, sort_keys=True, default=str)
+    plain = plugins.plain(cfg)
     for split in ("source", "heldout"):
         node = plain["data"].get(split)
         if node and node.get("root"):

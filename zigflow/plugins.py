@@ -40,6 +40,7 @@ from omegaconf.errors import OmegaConfBaseException
 import scans
 from zigflow import paths
 from zigflow.engine import launch
+from zigflow.overrides import as_meant, check_grammar, check_hydra_folders, name_no_job
 from zigflow.preflight import check_training
 from zigflow.registry import UnknownNameError
 from zigflow.settings import WANDB_KEY, Settings, SettingsError
@@ -136,6 +137,7 @@ def prepare() -> None:
     for name, resolver in (
         ("run_id", run_id),
         ("job_suffix", job_suffix),
+        ("expanded", lambda value: paths.expanded("run_dir", str(value))),
         ("main_only", lambda value: value if os.environ.get("RANK", "0") == "0" else None),
         ("rank_suffix", lambda: "" if os.environ.get("RANK", "0") == "0" else f"-{os.environ['RANK']}"),
     ):
@@ -151,9 +153,11 @@ def prepare() -> None:
 def compose_config(overrides: list[str] | None = None, config_name: str = "default") -> DictConfig:
     """Compose as the commands do, for tools, tests and notebooks."""
     prepare()
-    check_choices(list(overrides or []))
+    typed = as_meant(list(overrides or []))
+    check_grammar(typed)
+    check_choices(typed)
     with _hydra():
-        return compose(config_name=config_name, overrides=list(overrides or []))
+        return compose(config_name=config_name, overrides=typed)
 
 
 @contextlib.contextmanager
@@ -192,13 +196,22 @@ def _no_such_choice(group: str, choice: str, known: list[str]) -> str:
     return f"{group}={choice} does not exist: {hint}known: {', '.join(sorted(known))}"
 
 
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The composed configuration as plain values: interpolations resolved, paths expanded.
+
+    Raises:
+        SettingsError: a path that cannot be expanded, in one line.
+    """
+    return paths.with_expanded_paths(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+
+
 def validated(cfg: DictConfig) -> Settings:
     """The composed configuration as frozen settings.
 
     Raises:
         SettingsError: it cannot run, in one line.
     """
-    return Settings.from_mapping(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    return Settings.from_mapping(plain(cfg))
 
 
 def check_command_line(arguments: list[str], config_name: str) -> None:
@@ -216,6 +229,7 @@ def check_command_line(arguments: list[str], config_name: str) -> None:
     typed = get_args_parser().parse_args(arguments)
     overrides = typed.overrides
     sweep = typed.multirun or "hydra.mode=MULTIRUN" in overrides
+    check_grammar(overrides, sweep)
     named = any(a.startswith("run_dir=") for a in overrides)
     if sweep:
         if processes > 1 or "RANK" in os.environ:
@@ -236,9 +250,13 @@ def check_command_line(arguments: list[str], config_name: str) -> None:
     if any(shows) or typed.experimental_rerun:
         return
     for job, whole in _jobs(overrides) if sweep else [(overrides, True)]:
-        cfg = _composed_as_typed(typed, [f"run_dir={os.devnull}", *job], config_name)
+        cfg = _composed_as_typed(typed, job, config_name)
         with flag_override(cfg, "struct", False):
-            _refuse_key(cfg, cfg.pop("hydra"))
+            name_no_job(cfg)
+            hydra = cfg.pop("hydra")
+            _refuse_key(cfg, hydra)
+        check_hydra_folders(hydra)
+        plain(cfg)
         if config_name == "default" and whole:
             check_training(validated(cfg))
 
