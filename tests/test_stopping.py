@@ -192,8 +192,8 @@ def test_ctrl_c_while_sampling_keeps_what_is_sampled(tmp_path):
     trained = start(tmp_path, *quick, presets=[*TINY[:2], "metrics=none"])
     assert trained.wait(240) == 0, trained.communicate()[1][-3000:]
     asked = [
-        "ckpt=run", "sample_dir=samples", "metrics=none", "loop.progress=false", "loop.device=cpu", "num_fid_samples=40",
-        "offline_sample_local_bs=2", "ode.sampling_method=euler", "ode.num_steps=20",
+        "ckpt=run", "sample_dir=samples", "metrics=none", "loop.progress=false", "loop.device=cpu",
+        "num_fid_samples=40", "offline_sample_local_bs=2", "ode.sampling_method=euler", "ode.num_steps=20",
     ]  # fmt: skip
     cut = start(tmp_path, *asked, command="sample_acc.py", presets=[])
     wait_for(tmp_path / "samples" / "000003.png", cut)

@@ -11,9 +11,9 @@ holding    from then on: a flag is set, which all ranks read together after each
            hook that asks; they save and leave. A save in progress ends first
 =========  =======================================================================================================
 
-Only the first signal counts: a second one does not disturb what the first one started. A second Ctrl-C is a person who
-does not want to wait: the process leaves at once, whatever it does. Nothing heavy is imported here, so that the handlers
-stand before torch is loaded.
+Only the first signal counts: a second one does not disturb what the first one started. A second Ctrl-C is a person
+who does not want to wait: the process leaves at once, whatever it does. Nothing heavy is imported here, so that the
+handlers stand before torch is loaded.
 """
 
 import logging
