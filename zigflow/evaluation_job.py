@@ -224,9 +224,9 @@ def _in_loop_evaluation(settings: Settings, ranks: Ranks, device: torch.device) 
         )  # fmt: skip
 
     def protocol(run: SamplingRun, weights: str, step: int) -> dict[str, Any]:
-        facts = sampling_facts(settings, weights, step) | {
-            "weights_sha256": run.identity["weights_sha256"], "function_evaluations": run.function_evaluations
-        }  # fmt: skip
+        kept = {k: run.identity[k] for k in ("weights_sha256", "scan") if k in run.identity}
+        facts = sampling_facts(settings, weights, step) | kept
+        facts["function_evaluations"] = run.function_evaluations
         return results_protocol(settings, facts)
 
     return _Evaluation(every=data.sample_fid_every, judge=judge, make_run=make_run, protocol=protocol)

@@ -1,128 +1,110 @@
-"""What is typed as KEY=VALUE, before Hydra reads it: paths as they are meant, mistakes with the quoting that works.
+"""One way to set a key: with ``+``, with ``++`` or with neither, if what reads the node takes it.
 
-Hydra's grammar gives ``=``, brackets, commas and many other characters a meaning of their own, and reads 2024_05_01 as
-a number. A shell takes one pair of quotes away, so that a value needs two.
+Hydra wants ``KEY=VALUE`` for a key that the chosen YAML lists and ``+KEY=VALUE`` for one that it does not, so the same
+keyword of the same class is typed differently from file to file. Here the YAML does not matter: what is composed is
+refused by Hydra, looked at, and composed again with ``++`` where the class named by ``_target_``, or a field of the
+settings, has that name. Classes are imported for a key that no YAML lists, and not before.
 """
 
-import functools
-import os
-import shlex
-from pathlib import Path
-from typing import Any
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import ConfigCompositionException
+from hydra.utils import get_object
+from omegaconf.errors import OmegaConfBaseException
 
-from zigflow.paths import expanded, is_path_key
-from zigflow.settings import SettingsError
+from zigflow.settings import Settings
+from zigflow.typed import has_field
 
-# Paths of which there is one.
-_SINGLE = ("run_dir", "sample_dir", "ckpt", "captions")
+__all__ = ["compose_leniently", "takes_keyword"]
 
-
-@functools.cache
-def _parser() -> OverridesParser:
-    return OverridesParser.create()
+# Nodes whose other keys are keywords of the class that they name.
+_NODES = ("model", "process", "codec", "metrics", "data.source", "data.heldout")
+_KEY = re.compile(r"\+{0,2}(?P<key>[\w.]+)=(?P<value>.*)", re.DOTALL)
+_ComposedT = TypeVar("_ComposedT")
 
 
-def _parsed(argument: str) -> Override:
-    return _parser().parse_override(argument)
+def compose_leniently(
+    compose: Callable[[list[str]], _ComposedT], overrides: list[str]
+) -> tuple[_ComposedT, list[str]]:
+    """Compose, with ``++`` before the keys that their reader takes and no YAML lists.
 
+    Args:
+        compose: what composes; called again for each key that Hydra refuses.
+        overrides: as typed; they stay as they are.
 
-def _quoted(argument: str) -> str:
-    """The same with its whole value as one text of Hydra's grammar."""
-    key, _, value = argument.partition("=")
-    return '{}="{}"'.format(key, value.replace('"', '\\"'))
-
-
-def _shell_quoting(argument: str) -> str:
-    """What to type in a shell for the value as it stands; empty where no quoting helps."""
-    quoted = _quoted(argument)
-    try:
-        if _parsed(quoted).value() == argument.partition("=")[2]:
-            return shlex.quote(quoted)
-    except HydraException:
-        pass
-    return ""
-
-
-def as_meant(arguments: list[str]) -> list[str]:
-    """The arguments, those quoted whose paths Hydra would not read, or read as numbers: ``~/x``, ``2024_05_01``."""
-    return [_quoted(a) if _is_misread(a) else a for a in arguments]
-
-
-def _is_misread(argument: str) -> bool:
-    key, equals, value = argument.partition("=")
-    if not equals or argument.startswith(("-", "~")):
-        return False
-    if value.startswith("~"):
-        return not set(value) & set("\"',[]{}()")
-    if not is_path_key(key.lstrip("+")):
-        return False
-    try:
-        return isinstance(_parsed(argument).value(), (bool, int, float))
-    except HydraException:
-        return False
-
-
-def check_grammar(overrides: list[str], multirun: bool = False) -> None:
-    """Refuse an override that Hydra does not read as one value.
+    Returns:
+        What ``compose`` made, and the overrides that it was made from.
 
     Raises:
-        SettingsError: the argument, and the quoting for a shell, in one line.
+        HydraException: ``compose`` refused a key that nothing reads, or something else.
     """
-    for argument in overrides:
-        key, equals, _ = argument.partition("=")
+    while True:
         try:
-            override = _parsed(argument)
-        except HydraException as error:
-            if not equals:
-                raise SettingsError(f"{argument}: a value is missing: give {argument}=VALUE") from error
-            reason = " ".join(str(error).split()) or "it cannot be read"
-            hint = _shell_quoting(argument)
-            remedy = (
-                f"for the text as it stands type {hint}" if hint else "quote it for Hydra and for the shell"
-            )
-            raise SettingsError(
-                f"{argument}: Hydra's grammar does not take this value ({reason}): {remedy}"
-            ) from error
-        if override.is_sweep_override() and not multirun and not key.startswith("hydra"):
-            raise SettingsError(
-                f"{argument} is several values, one run for each of them, which needs --multirun; for the text as it "
-                f"stands type {_shell_quoting(argument)}"
-            )
-        given: Any = None if override.is_sweep_override() else override.value()
-        if key.lstrip("+") in _SINGLE and isinstance(given, (list, dict)):
-            kind, hint = type(given).__name__, _shell_quoting(argument)
-            raise SettingsError(f"{argument} is a {kind} to Hydra: for the text as it stands type {hint}")
+            return compose(list(overrides)), overrides
+        except ConfigCompositionException as error:
+            changed = _forced(overrides, *_refused(error))
+            if changed == overrides:
+                raise
+            overrides = changed
 
 
-def typed_run_dir(arguments: list[str]) -> Path | None:
-    """The run directory that a command line names, as it is meant; None without one, or where it cannot be read."""
-    named = [a for a in as_meant(arguments) if a.startswith("run_dir=")]
+def _refused(error: ConfigCompositionException) -> tuple[str | None, Any]:
+    """The key that is not listed, or is although it was typed with ``+``; and the node that it would stand in."""
+    already = re.search(r"An item is already at '([\w.]+)'", str(error))
+    if already:
+        return already[1], None
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OmegaConfBaseException) and "not in struct" in str(cause):
+            typed = re.search(r"Could not override '([\w.]+)'", str(error))
+            return typed[1] if typed else cause.full_key, cause.parent_node
+        cause = cause.__cause__
+    return None, None
+
+
+def _forced(overrides: list[str], key: str | None, parent: Any) -> list[str]:
+    found = [_KEY.fullmatch(text) for text in overrides]
+    if key is None or not (parent is None or _is_read(key, parent, [f for f in found if f])):
+        return overrides
+    return [
+        f"++{match['key']}={match['value']}" if match and match["key"] == key else text
+        for match, text in zip(found, overrides, strict=True)
+    ]
+
+
+def _is_read(key: str, parent: Any, typed: list[re.Match[str]]) -> bool:
+    if has_field(Settings, key):
+        return True
+    for node in _NODES:
+        name, _, _ = key.removeprefix(f"{node}.").partition(".")
+        if not key.startswith(f"{node}."):
+            continue
+        if name == "_target_":
+            return True
+        chosen = [match["value"] for match in typed if match["key"] == f"{node}._target_"]
+        target = chosen[-1] if chosen else _node_value(parent, node, "_target_")
+        if target is None:
+            # The class is that of the checkpoint, which answers when it is opened.
+            return _node_value(parent, node, "name") == "from_checkpoint"
+        return takes_keyword(str(target), name)
+    return False
+
+
+def _node_value(parent: Any, node: str, name: str) -> Any:
+    """A value of ``node``, found from a node at or below it."""
+    root = parent._get_root()
+    for part in node.split("."):
+        root = None if root is None else root.get(part)
+    return None if root is None else root.get(name)
+
+
+def takes_keyword(target: str, name: str) -> bool:
+    """Whether the class or function at this dotted path has a keyword ``name``; no when it cannot be imported."""
     try:
-        return Path(expanded("run_dir", str(_parsed(named[-1]).value()))) if named else None
-    except (HydraException, SettingsError):
-        return None
-
-
-def name_no_job(cfg: DictConfig) -> None:
-    """Hydra knows the job's name when it runs: a run directory that is named after it is none before."""
-    raw: Any = OmegaConf.to_container(cfg, resolve=False)
-    if "${hydra:" in str(raw["run_dir"]):
-        cfg.run_dir = os.devnull
-
-
-def check_hydra_folders(hydra: DictConfig) -> None:
-    """Refuse ``~`` in the folders of Hydra's own keys, which Hydra takes as a name.
-
-    Raises:
-        SettingsError: the key, its value and what to write, in one line.
-    """
-    raw: Any = OmegaConf.to_container(hydra, resolve=False)
-    for group in ("run", "sweep"):
-        key, value = f"hydra.{group}.dir", str(raw[group]["dir"])
-        if value.startswith("~"):
-            raise SettingsError(f"{key}={value}: Hydra takes ~ as a name: write {key}={expanded(key, value)}")
+        keywords = inspect.signature(get_object(target)).parameters.values()
+    except Exception:
+        return False
+    return any(k.name == name or k.kind is k.VAR_KEYWORD for k in keywords)

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zigflow.engine.launcher_settings import check_agreement
 from zigflow.latents import LatentScale, LatentSize
+from zigflow.objective import check_objective
 from zigflow.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,14 @@ def check_training(settings: Settings) -> None:
     _check_conditions(settings)
     _check_variance(settings)
     check_roots(settings)
+    check_objective(settings)
+    check_agreement(
+        {
+            "loop.compile": settings.loop.compile,
+            "grad_accum": settings.grad_accum,
+            "max_grad_norm": settings.max_grad_norm,
+        }
+    )
 
 
 def check_decoding(settings: Settings) -> None:

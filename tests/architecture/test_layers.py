@@ -16,7 +16,8 @@ LAYERS = {
         "zigflow.compvis", "zigflow.text"],
     4: ["zigflow.engine", "zigflow.official"],
     5: ["zigflow.build", "zigflow.evaluation_job", "zigflow.sample_job", "zigflow.stored_config", "zigflow.plugins",
-        "zigflow.tools", "zigflow.preflight", "zigflow.start_job", "zigflow.real_sets", "zigflow.overrides"],
+        "zigflow.tools", "zigflow.preflight", "zigflow.start_job", "zigflow.real_sets",
+        "zigflow.overrides", "zigflow.typed_arguments", "zigflow.hydra_folders", "zigflow.objective"],
     6: ["train_acc", "sample_acc", "zigflow.cli"],
 }  # fmt: skip
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
@@ -33,7 +34,10 @@ ENTRY_IMPORTS = {
     "omegaconf",
     "zigflow.plugins",
     "zigflow.paths",
-    "zigflow.overrides",
+    "zigflow.typed_arguments",
+    "zigflow.hydra_folders",
+    "zigflow.settings",
+    "logging",
     "scans",
     "zigflow.cli",
 }

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from zigflow import plugins
+from zigflow import hydra_folders, plugins
 from zigflow.build import make
-from zigflow.overrides import as_meant, check_grammar, typed_run_dir
 from zigflow.paths import expanded, is_path_key, with_expanded_paths
 from zigflow.settings import Settings, SettingsError
 from zigflow.tools.__main__ import _with_home
+from zigflow.typed_arguments import as_meant, check_grammar
 
 
 @pytest.fixture(autouse=True)
@@ -132,8 +132,11 @@ def test_wherever_it_comes_from_a_path_is_expanded(tmp_path, home, monkeypatch):
     for config_name in ("default", "sample"):
         with pytest.raises(SettingsError, match=r"ckpt=\$NOT_SET"):
             plugins.check_command_line(["ckpt=$NOT_SET"], config_name)
+    assert as_meant(["hydra.sweep.dir=~/s"]) == [f'hydra.sweep.dir="{home}/s"']
+    assert as_meant(["hydra.run.dir='$SETS/${x}'"]) == ["hydra.run.dir='$SETS/${x}'"]
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package hydra\nsweep:\n  dir: ~/s\n")
     with pytest.raises(SettingsError, match=rf"hydra.sweep.dir=~/s: .* write hydra.sweep.dir={home}/s"):
-        plugins.check_command_line(as_meant(["hydra.sweep.dir=~/s"]), "default")
+        plugins.check_command_line(own, "default")
     raw = plugins.compose_config(["run_dir=~/r"])
     assert Settings.from_mapping(plugins.plain(raw)).run_dir == str(home / "r")
     assert not (tmp_path / "~").exists()
@@ -147,8 +150,9 @@ def test_the_run_directory_that_is_typed_is_known_before_hydra(home):
         ("run_dir=2024_05_01", Path("2024_05_01")),
         ("run_dir=1e3", Path("1e3")),
     ):
-        assert typed_run_dir([argument, "+debug=cpu_tiny"]) == meant
-    assert typed_run_dir(["log_every=1"]) is None
+        assert hydra_folders.typed_run_dir([argument, "+debug=cpu_tiny"]) == str(meant)
+    assert hydra_folders.typed_run_dir(["log_every=1"]) is None
+    assert hydra_folders.typed_run_dir(["hydra.run.dir=~/a", "run_dir=~/a"]) == str(home / "a")
 
 
 def test_a_path_that_looks_like_a_number_stays_as_it_is_typed():

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
+from zigflow.data.picture import read_image
 
 from .trackers import TrackedRun
 
@@ -39,9 +38,8 @@ class TensorBoardTracker:
         self._writer.flush()
 
     def image(self, name: str, path: Path, step: int) -> None:
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-        self._writer.add_image(name, pixels, step, dataformats="HWC")
+        pixels = read_image(path)[1]
+        self._writer.add_image(name, pixels, step, dataformats="HWC" if pixels.ndim == 3 else "HW")
         self._writer.flush()
 
     def state(self) -> dict[str, Any]:

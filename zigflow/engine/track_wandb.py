@@ -60,8 +60,8 @@ STEP = "trainer/step"
 class WandbTracker:
     """One run of wandb, with the same id after a resume, so that its charts go on.
 
-    Charts are drawn over ``trainer/step``. wandb's own steps only rise, and what is logged below the last is dropped
-    in silence: a run that was cut behind its last checkpoint would not show the steps that it makes again.
+    Charts are drawn over ``trainer/step``. wandb's own steps only rise, and what is logged below the last one is
+    dropped in silence: a run that was cut behind its last checkpoint would not show the steps that it makes again.
 
     Args:
         run: our run; a first start takes our run id as wandb's.

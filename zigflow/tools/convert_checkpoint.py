@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
     from zigflow.engine import checkpoint as checkpoints
     from zigflow.engine.ranks import Ranks
     from zigflow.engine.run_state import model_state, scan_state, versions
+    from zigflow.engine.scan_order import scan_facts
     from zigflow.official import (
         family_of,
         load_official,
@@ -85,6 +86,9 @@ def main(argv: list[str]) -> int:
         "plugins": [],
         "converted_from": {"family": family, "file": args.file.name},
     }
+    scan = scan_facts(model)
+    if scan is not None:
+        facts["scan"] = scan
     paths = scan_state(model)
     shared = {"model.safetensors": model_state(model), "config.json": config, "trainer.json": facts}
     if paths:
