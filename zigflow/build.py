@@ -239,9 +239,10 @@ def train_from_config(
     cfg: DictConfig, watch: Callable[[Settings, Any, Accelerator], Watched] | None = None
 ) -> Path:
     """Train as configured; returns the run directory. ``watch`` says what looks on, given model and accelerator."""
-    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     # As it was given: machines may keep their data in different places.
-    configuration = json.dumps({**plain, "run_dir": None}, sort_keys=True, default=str)
+    given: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    configuration = json.dumps({**given, "run_dir": None}, sort_keys=True, default=str)
+    plain = plugins.plain(cfg)
     # The checkpoint is sampled and judged from other working directories, and may be moved with its data.
     roots = fix_roots(plain)
     plugin_names = plugins.load_plugins()

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from zigflow.engine import launch
 from zigflow.settings import SettingsError
+from zigflow.typed_arguments import typed_path
 
 __all__ = ["check_folders", "default_run_dir", "one_folder", "run_id", "typed_run_dir"]
 
@@ -67,11 +68,7 @@ def typed_run_dir(arguments: Sequence[str]) -> str | None:
     Raises:
         SettingsError: both, and they differ.
     """
-    found = {
-        key: [a.removeprefix(f"{key}=").strip("'\"") for a in arguments if a.startswith(f"{key}=")]
-        for key in ("run_dir", "hydra.run.dir")
-    }
-    ours, theirs = (names[-1] if names else None for names in found.values())
+    ours, theirs = (typed_path(arguments, key) for key in ("run_dir", "hydra.run.dir"))
     if ours is not None and theirs is not None and Path(ours) != Path(theirs):
         raise SettingsError(
             f"run_dir={ours} and hydra.run.dir={theirs} are two folders for one run: drop hydra.run.dir="

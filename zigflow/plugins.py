@@ -46,6 +46,7 @@ from zigflow.preflight import check_training
 from zigflow.registry import UnknownNameError
 from zigflow.settings import WANDB_KEY, Settings, SettingsError
 from zigflow.typed import unknown_key
+from zigflow.typed_arguments import as_meant, check_grammar, check_hydra_folders, name_no_job
 from zigflow.wandb_key import refuse_key, types_key
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,7 @@ def prepare() -> None:
     for name, resolver in (
         ("run_id", run_id),
         ("job_suffix", job_suffix),
+        ("expanded", lambda value: paths.expanded("run_dir", str(value))),
         ("main_only", lambda value: value if os.environ.get("RANK", "0") == "0" else None),
         ("launched", _launched),
         ("default_run_dir", hydra_folders.default_run_dir),
@@ -139,9 +141,11 @@ def prepare() -> None:
 def compose_config(overrides: list[str] | None = None, config_name: str = "default") -> DictConfig:
     """Compose as the commands do, for tools, tests and notebooks."""
     prepare()
-    check_choices(list(overrides or []))
+    typed = as_meant(list(overrides or []))
+    check_grammar(typed)
+    check_choices(typed)
     with _hydra():
-        return compose_leniently(partial(compose, config_name), list(overrides or []))[0]
+        return compose_leniently(partial(compose, config_name), typed)[0]
 
 
 @contextlib.contextmanager
@@ -190,13 +194,22 @@ def _no_such_choice(group: str, choice: str, known: list[str]) -> str:
     return f"{group}={choice} does not exist: {hint}known: {', '.join(sorted(known))}"
 
 
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The composed configuration as plain values: interpolations resolved, paths expanded.
+
+    Raises:
+        SettingsError: a path that cannot be expanded, in one line.
+    """
+    return paths.with_expanded_paths(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+
+
 def validated(cfg: DictConfig) -> Settings:
     """The composed configuration as frozen settings.
 
     Raises:
         SettingsError: it cannot run, in one line.
     """
-    return Settings.from_mapping(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    return Settings.from_mapping(plain(cfg))
 
 
 def check_command_line(arguments: list[str], config_name: str) -> list[str]:
@@ -218,6 +231,7 @@ def check_command_line(arguments: list[str], config_name: str) -> list[str]:
     typed = _parser().parse_args(arguments)
     overrides = typed.overrides
     sweep = typed.multirun or "hydra.mode=MULTIRUN" in overrides
+    check_grammar(overrides, sweep)
     named = hydra_folders.typed_run_dir(overrides) is not None
     if sweep:
         if processes > 1 or "RANK" in os.environ:
@@ -242,13 +256,16 @@ def check_command_line(arguments: list[str], config_name: str) -> list[str]:
     forced: set[str] = set()
     jobs = _sweep(typed, overrides, config_name) if sweep else [(overrides, True)]
     for job, whole in jobs:
-        cfg, made_from = _composed_as_typed(typed, [f"run_dir={os.devnull}", *job], config_name)
+        cfg, made_from = _composed_as_typed(typed, job, config_name)
         forced |= {text.lstrip("+").partition("=")[0] for text in made_from if text.startswith("++")}
         with flag_override(cfg, "struct", False):
+            name_no_job(cfg)
             hydra = cfg.pop("hydra")
             refuse_key(cfg, hydra)
         if shows:
             continue
+        check_hydra_folders(hydra)
+        plain(cfg)
         if sweep:
             hydra_folders.check_folders(hydra, len(jobs) if whole else 2)
         if config_name == "default" and whole:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from zigflow import plugins
 from zigflow.build import (
@@ -139,7 +139,7 @@ def _sampling_facts(
 
 def sample_from_config(cfg: DictConfig) -> Path:
     """Sample and judge as configured; returns the folder of samples."""
-    given = OmegaConf.to_container(cfg, resolve=True)
+    given = plugins.plain(cfg)
     ckpt, wanted = given.get("ckpt"), given.pop("weights", None)
     options = SampleOptions.take_from(given)
     if ckpt is None:

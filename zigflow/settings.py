@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scans import parse_scan_type
+from zigflow.paths import with_expanded_paths
 from zigflow.settings_sampling import DiffusionSettings, OdeSettings, SdeSettings, UpsampleSettings
 from zigflow.typed import SettingsError, at_least, not_negative, one_of, parse, positive
 
@@ -351,7 +352,7 @@ class Settings:
         if "key" in (values.get("wandb") or {}):
             # Not as an unknown key: its value must appear nowhere.
             raise SettingsError(WANDB_KEY)
-        return parse(cls, values, "")
+        return parse(cls, with_expanded_paths(values), "")
 
 
 def is_identity(codec: Mapping[str, Any]) -> bool:
