@@ -11,6 +11,7 @@ from zigflow.data.class_names import check_names
 from zigflow.data.decode import DEFAULT_LIMITS, Limits
 from zigflow.data.fields import DEFAULT_RENAME, FIELDS, FieldDecoder
 from zigflow.data.json_fields import label_hint
+from zigflow.data.mixing import class_of_key
 from zigflow.data.picture import WHITE, Background, image_size_of
 from zigflow.data.shards import ShardReader
 from zigflow.data.sizes import check_sizes
@@ -145,6 +146,17 @@ class ShardSource:
 
     def __len__(self) -> int:
         return len(self.reader)
+
+    def class_of(self, index: int) -> str | None:
+        """The class of sample ``index`` as its label says, else as its key does; None where neither tells.
+
+        Nothing but the label is read, and nothing is decoded.
+        """
+        shard, member = self.reader.split_index(index)
+        known = {entry.suffix for entry in self.reader.sample(shard, member).entries}
+        label = [suffix for suffix in ("cls_id.cls", "cls") if suffix in known]
+        key, data = self.reader.read(shard, member, set(label[:1]), 64)
+        return data[label[0]].decode(errors="replace") if label else class_of_key(key)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Read sample ``index``.

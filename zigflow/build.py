@@ -17,12 +17,11 @@ from zigflow import plugins
 from zigflow.data.contents import contents_of
 from zigflow.data.global_batch import GlobalBatch
 from zigflow.data.loader import training_loader
-from zigflow.data.order import DataOrder
 from zigflow.data.skipped import SkippedSamples
 from zigflow.data.streaming import StreamSource, check_readers, streaming_loader
 from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine import signals
-from zigflow.engine.elastic import Split, shards_at_once_for, split_for
+from zigflow.engine.elastic import Split, split_for
 from zigflow.engine.ema import EmaProfile
 from zigflow.engine.launch import check_same, launched_precision, make_accelerator
 from zigflow.engine.log import read_metrics
@@ -47,7 +46,8 @@ from zigflow.sources import (
     settled,
     without_classes,
 )
-from zigflow.start_job import start_from
+from zigflow.start_job import build_order, start_from
+from zigflow.stored_config import fix_roots
 
 log = logging.getLogger(__name__)
 
@@ -218,26 +218,11 @@ def _check_heldout(settings: Settings, model: Any, codec: Any) -> None:
         check_shape(settings, model, heldout, codec, "heldout")
 
 
-def _absolute(root: Any) -> Any:
-    """A folder or pattern of files as an absolute path; URLs and lists stay."""
-    local = isinstance(root, (str, Path)) and "://" not in str(root) and not str(root).startswith("pipe:")
-    return str(Path(root).resolve()) if local else root
-
-
 def _split(settings: Settings, processes: int) -> Split:
     try:
         return split_for(Path(settings.run_dir), settings.data.batch_size, settings.grad_accum, processes)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-
-
-def _order(settings: Settings, source: Any) -> DataOrder:
-    asked, shards = settings.data.shards_at_once, len(source.shard_sizes)
-    try:
-        at_once = shards_at_once_for(Path(settings.run_dir), asked, shards)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
-    return DataOrder(source.shard_sizes, settings.global_seed, shards_at_once=at_once)
 
 
 @dataclass(frozen=True)
@@ -257,11 +242,8 @@ def train_from_config(
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     # As it was given: machines may keep their data in different places.
     configuration = json.dumps({**plain, "run_dir": None}, sort_keys=True, default=str)
-    for split in ("source", "heldout"):
-        node = plain["data"].get(split)
-        if node and node.get("root"):
-            # The checkpoint is sampled and judged from other working directories.
-            node["root"] = _absolute(node["root"])
+    # The checkpoint is sampled and judged from other working directories, and may be moved with its data.
+    roots = fix_roots(plain)
     plugin_names = plugins.load_plugins()
     stored = _continued(plain)
     plain = as_continued(plain, stored)
@@ -315,7 +297,7 @@ def train_from_config(
             batches = streaming_loader(source, batch, seed, start_step=start, num_workers=workers)
             return skipped.watch(batches)
     else:
-        order = _order(settings, source)
+        order = build_order(settings, source)
         epoch_size, identity = len(source), order.identity()
 
         def loader(start: int):
@@ -366,6 +348,7 @@ def train_from_config(
             *([SkipBudget(skipped)] if settings.data.max_skipped else []),
         ),
         plugins=plugin_names,
+        facts={"roots": roots},
         trackers=watched.trackers,
         training_flops=watched.training_flops,
         peak_flops=watched.peak_flops,

@@ -1,6 +1,5 @@
 """The two commands. Composes the configuration, answers a mistake in one line, then hands over."""
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -9,9 +8,6 @@ import hydra
 from omegaconf import DictConfig
 
 from zigflow import hydra_folders, paths, plugins
-from zigflow.settings import SettingsError
-
-log = logging.getLogger(__name__)
 
 
 def train() -> int:
@@ -80,6 +76,7 @@ def _objective(cfg: DictConfig, folder: Path | None) -> float | None:
         SettingsError: the number that was asked for is not there.
     """
     from zigflow.objective import objective_of
+    from zigflow.settings import SettingsError
 
     found = None if folder is None else objective_of(Path(folder), cfg.loop.objective)
     if found is None:
@@ -88,7 +85,6 @@ def _objective(cfg: DictConfig, folder: Path | None) -> float | None:
         raise SettingsError(
             f"the sweeper needs a number and {folder} has none: give metrics=NAME, or loop.objective=NAME"
         )
-    log.info("objective of this run: %s = %.6g", *found)
     return found[1]
 
 

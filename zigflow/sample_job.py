@@ -49,7 +49,7 @@ from zigflow.preflight import check_decoding, scaled_codec
 from zigflow.samplers.chain import chain_of
 from zigflow.settings import Settings, SettingsError
 from zigflow.sources import build_source, check_shape, class_names
-from zigflow.stored_config import complete_from_checkpoint, complete_from_defaults
+from zigflow.stored_config import complete_from_checkpoint, complete_from_defaults, find_roots
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +86,14 @@ def _open_trained(given: dict[str, Any], ckpt: str, wanted: str | None) -> _Trai
         model = load_official(family, arguments, file.state_dict, **seed)
         return _Trained(settings, model, "official", file.step, Path("samples") / Path(ckpt).stem)
     stored = checkpoints.open_checkpoint(ckpt)
-    settings = _settings(complete_from_checkpoint(given, stored.config, ckpt))
+    path = Path(stored.path)
+    root = path.parent.parent if path.parent.name == "checkpoints" else path
+    completed = complete_from_checkpoint(given, stored.config, ckpt)
+    find_roots(completed, stored.config, stored.trainer.get("roots"), root)
+    settings = _settings(completed)
     _check_before_building(settings)
     model = build_model(settings)
     weights = load_weights(model, stored, wanted)
-    path = Path(stored.path)
-    root = path.parent.parent if path.parent.name == "checkpoints" else path
     return _Trained(settings, model, weights, stored.step, root / "samples")
 
 

@@ -17,7 +17,8 @@ LAYERS = {
     4: ["zigflow.engine", "zigflow.official"],
     5: ["zigflow.build", "zigflow.evaluation_job", "zigflow.sample_job", "zigflow.stored_config", "zigflow.plugins",
         "zigflow.tools", "zigflow.preflight", "zigflow.start_job", "zigflow.real_sets",
-        "zigflow.sources", "zigflow.nodes"],
+        "zigflow.sources", "zigflow.nodes",
+        "zigflow.hydra_folders", "zigflow.objective", "zigflow.overrides", "zigflow.wandb_key"],
     6: ["train_acc", "sample_acc", "zigflow.cli"],
 }  # fmt: skip
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
@@ -34,6 +35,7 @@ ENTRY_IMPORTS = {
     "omegaconf",
     "zigflow.plugins",
     "zigflow.paths",
+    "zigflow.hydra_folders",
     "scans",
     "zigflow.cli",
 }

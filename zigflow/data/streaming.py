@@ -25,6 +25,7 @@ from .decode import DEFAULT_LIMITS, Limits
 from .fields import FieldDecoder
 from .global_batch import GlobalBatch
 from .loader import DEFAULT_TIMEOUT, make_loader, pick_caption
+from .mixing import StreamMixing
 from .picture import WHITE, Background
 from .remote import shown, unsigned
 from .shard_index import Sample, scan_open
@@ -161,6 +162,7 @@ class StreamSource:
         def decoded(source: Iterable[_Place]) -> Iterator[dict[str, Any]]:
             return self._samples(source, skips)
 
+        watched = StreamMixing(self.shuffle_buffer) if reader == 0 else None
         for epoch in itertools.count():
             order = keyed_permutation(len(self.shards), seed, "stream.shards", start, epoch)[reader::readers]
             stages: list[Any] = [_Shards([self.shards[int(shard)] for shard in order]), places]
@@ -171,6 +173,8 @@ class StreamSource:
             count = 0
             for sample in wds.DataPipeline(*stages, decoded):
                 count += 1
+                if watched is not None:
+                    watched.see(sample)
                 yield sample
             if count < at_least:
                 raise BudgetError(
