@@ -244,7 +244,12 @@ def dim_network(p: dict, kwargs: dict, x: Tensor, t: Tensor, y: Tensor) -> Tenso
         time = linear(p, "time_embed.2", F.silu(linear(p, "time_embed.0", time)))
     label = p["label_emb.weight"][y]
     front = torch.stack([time, label], 1) + p["additional_embed"][:, :2]
-    tokens = tokens + p["additional_embed"][:, 2:]
+    table = p["additional_embed"][:, 2:]
+    if table.shape[1] != h * w:
+        side = math.isqrt(table.shape[1])
+        table = table.transpose(1, 2).reshape(1, width, side, side)
+        table = F.interpolate(table, (h, w), mode="bilinear").flatten(2).transpose(1, 2)
+    tokens = tokens + table
 
     def smooth(name: str, z: Tensor) -> Tensor:
         z = z.transpose(1, 2).reshape(len(z), width, h, w)

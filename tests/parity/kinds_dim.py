@@ -176,13 +176,15 @@ def check_vpsde(fixture: Fixture, case: str) -> None:
     assert not fixture.names("out.") or t["noises"].shape[0] >= fixture.meta["steps"] - 1
 
 
-def guided_model(fixture: Fixture, model, process, condition, *more: Fixture):
-    """With the published scale s = w - 1 of the JSON, of ``more`` files, or the prose; unguided without labels."""
+def guided_model(fixture: Fixture, model, process, condition, *more):
+    """With the published scale s = w - 1 of the JSON, of ``more`` mappings, or the prose; unguided without labels."""
     if condition is None:
         return model
-    told = next((f for f in (fixture, *more) if "cfg_scale" in f.meta), fixture)
-    scale = told.setting(
-        "cfg_scale", rf"(?:cfg|guidance) scale(?: of|[:=])? ?({NUMBER})", rf"\bs ?= ?({NUMBER})"
+    told = [settings["cfg_scale"] for settings in (fixture.meta, *more) if "cfg_scale" in settings]
+    scale = (
+        told[0]
+        if told
+        else fixture.setting("cfg_scale", rf"(?:cfg|guidance) scale(?: ?[:=]| of)? ?({NUMBER})")
     )
     return Guided(model, 1 + scale, process=process)
 
@@ -193,7 +195,9 @@ def check_sample(fixture: Fixture, case: str) -> None:
     condition = t.get("in.y", None)
     if "m" in meta:
         source = source_of(fixture)
-        guided = guided_model(fixture, model, process, condition, source)
+        guided = guided_model(
+            fixture, model, process, condition, source.meta, source.meta.get("upsample", {})
+        )
         check_upsampled_sample(guided, process, fixture, source, condition)
         return
     guided = guided_model(fixture, model, process, condition)

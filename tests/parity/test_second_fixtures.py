@@ -42,9 +42,7 @@ def test_other_settings(made, part):
 
 # Kinds without a second fixture, with the reason.
 ALONE: dict[str, str] = dict.fromkeys((
-    "dim.dpm_solver", "dim.init_stats", "dim.sample", "dim.upsample_tau", "dim.vpsde", "dis.init_stats",
-    "dit.diffusion_core", "transport.check_interval", "transport.transport", "uvit.end_to_end", "uvit.init_stats",
-    "zigma.init_stats",
+    "dit.diffusion_core", "transport.check_interval", "transport.transport", "uvit.end_to_end",
 ), "not made yet")  # fmt: skip
 
 
