@@ -12,7 +12,7 @@ from pathlib import Path
 
 from machine import ROOT, publish
 
-KERNELS = ("dis_causal_conv1d", "dis_mamba")
+KERNELS = ("dis_kernels", "dis_causal_conv1d", "dis_mamba")
 CODE = (*KERNELS, "scans", "zigflow", "model_zigma.py", "benchmarks")
 FAILURES = ("wrong", "failed", "crashed", "timed out")
 
