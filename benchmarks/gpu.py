@@ -95,8 +95,13 @@ def listing(measurements: list[Measurement], results: Results) -> str:
         own = [m for m in measurements if m.stage == stage]
         done = sum(results.settled(m) and (results.entry(m) or {})["status"] == "done" for m in own)
         bad = sum((results.entry(m) or {}).get("status") in FAILURES for m in own)
-        failed = f", {bad} wrong or failed" if bad else ""
-        lines.append(f"{stage:12} {done:4} of {len(own):3} done{failed}\n             {text}")
+        old = sum(results.stale(m) for m in own)
+        more = [
+            f", {count} {what}"
+            for count, what in ((bad, "wrong or failed"), (old, "of other kernels"))
+            if count
+        ]
+        lines.append(f"{stage:12} {done:4} of {len(own):3} done{''.join(more)}\n             {text}")
     return "\n".join(lines)
 
 

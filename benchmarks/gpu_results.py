@@ -75,7 +75,7 @@ class Results:
         return measurement.stage != "kernels" or entry["kernels"] == self.now["kernels"]
 
     def stale(self, measurement) -> bool:
-        """A timing of other kernels than those that are here."""
+        """A result of other kernels than those that are here."""
         entry = self.entry(measurement)
         return entry is not None and entry["kernels"] != self.now["kernels"]
 

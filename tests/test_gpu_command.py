@@ -226,6 +226,9 @@ def test_what_is_stored_is_not_measured_again(bench, tmp_path, monkeypatch):
     assert asked(code="other") == ["raises"]
     assert asked(code="other") == []
     assert asked(kernels="other") == ["right"]  # the check alone
+    listed = bench.gpu.listing([check, timing, broken], bench.gpu_results.Results(target, RUN, False))
+    assert "sizes           2 of   2 done\n" in listed
+    assert "kernels         0 of   1 done, 1 of other kernels\n" in listed
     worker = Scripted(*(3 * [done()]))
     bench.gpu.run([check, timing, broken], [check], results, worker, options(again=True))
     assert len(worker.asked) == 3
