@@ -83,7 +83,7 @@ def test_doctor_says_why_a_backend_cannot_run(monkeypatch):
 
 
 def test_doctor_says_which_backend_would_run(monkeypatch):
-    from dis_causal_conv1d import native
+    from dis_kernels import native
 
     found = doctor.report()
     try:
