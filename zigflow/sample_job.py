@@ -39,6 +39,7 @@ from zigflow.evaluation_job import (
     data_texts,
     results_protocol,
     sampling_facts,
+    time_facts,
 )
 from zigflow.metrics.base import SampleIds
 from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
@@ -184,6 +185,7 @@ def sample_from_config(cfg: DictConfig) -> Path:
         facts |= {
             "weights_sha256": run.identity["weights_sha256"],
             "function_evaluations": run.function_evaluations,
+            **time_facts(sampler, process),
         }
         results = write_results(
             folder / "results.json", judgement.metrics, results_protocol(settings, facts) | judgement.protocol
@@ -323,6 +325,8 @@ def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: 
                 "bits_per_dim_std": float(values.std(correction=0)),
             }
         facts["weights_sha256"] = run.identity["weights_sha256"]
+        if not bounds:
+            facts |= time_facts(common["sampler"], common["process"], backwards=True)
         results = write_results(
             folder / "results.json", metrics, results_protocol(settings, facts) | _counted(ids)
         )

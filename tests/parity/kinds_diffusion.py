@@ -350,7 +350,7 @@ def check_euler_maruyama(fixture, case):
 
 
 def dpm_sampler(kwargs, method, grid):
-    variant = "fast" if kwargs.get("fast_version") else "singlestep"
+    variant = "fast_equal_spans" if kwargs.get("fast_version") else "singlestep"
     if kwargs.get("adaptive_step_size"):
         variant = "adaptive"
     return DpmSolver(
@@ -360,8 +360,10 @@ def dpm_sampler(kwargs, method, grid):
         kwargs.get("order", 3),
         kwargs.get("skip_type", grid),
         kwargs.get("solver_type", "dpm_solver"),
+        lower_order_final=kwargs.get("lower_order_final", False),
         interval=(0.0, 1 - kwargs["eps"]),
         coupled=True,
+        last_step=False,
     )
 
 

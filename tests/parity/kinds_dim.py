@@ -121,7 +121,12 @@ def check_vpsde(fixture: Fixture, case: str) -> None:
     assert_close("loss", process.loss(model, t["in.x0"], t["in.noise"], time), t["loss"])
     for name, norm in (("ode", 0.0), ("sde", 1.0)):
         sampler = SdeSampler(
-            "Euler", fixture.meta["steps"], diffusion_form="SBDM", diffusion_norm=norm, last_step_size=1e-3
+            "Euler",
+            fixture.meta["steps"],
+            diffusion_form="SBDM",
+            diffusion_norm=norm,
+            last_step="Mean",
+            last_step_size=1e-3,
         )
         got = sampler.sample(process, model, t["in.x_init"], noise=lambda k, x: t["noises"][k])
         assert_close(name, got, t[f"out.{name}"])
@@ -136,7 +141,7 @@ def check_sample(fixture: Fixture, case: str) -> None:
         return
     guided = Guided(model, 1 + fixture.meta["cfg_scale"], process=process)
     for steps in fixture.meta["steps"]:
-        got = DpmSolver("dpm_solver++", "fast", steps, 3, "time_uniform").sample(
+        got = DpmSolver("dpm_solver++", "fast", steps, 3, "time_uniform", last_step=False).sample(
             process, guided, t["in.z"], t["in.y"]
         )
         assert_close(f"{steps} steps", got, t[f"out.{steps}"])
@@ -162,7 +167,7 @@ def check_dpm_solver(fixture: Fixture, case: str) -> None:
     for name, want in fixture.under("out.").items():
         form, _, steps = name.partition(".")
         method = {"pp": "dpm_solver++", "noise": "dpm_solver"}[form]
-        sampler = DpmSolver(method, "fast", int(steps), 3, "time_uniform")
+        sampler = DpmSolver(method, "fast", int(steps), 3, "time_uniform", last_step=False)
         calls.clear()
         got = sampler.sample(process, toy, t["in.x"])
         assert_close(name, got, want)
