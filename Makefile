@@ -7,7 +7,7 @@ DEMO_DIR ?= outputs/demo
 WORKERS ?= 2
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-slow lint format dist clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -39,10 +39,14 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/basedpyright --pythonpath $(PY) --level error
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+dist: $(VENV)/.installed
+	$(PY) -m build --outdir dist .
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache *.egg-info

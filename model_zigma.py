@@ -396,6 +396,16 @@ class ZigMa(nn.Module):
                 self._plans.popitem(last=False)
         return self._plans[key]
 
+    @property
+    def scan_name(self) -> str:
+        """What the configuration calls the scan."""
+        return self.scan_spec.text
+
+    def scan_walks(self) -> list[tuple[Tensor | int | None, ...]]:
+        """How each layer walks the built grid: gathers, segments, branches; None where it takes the raster."""
+        walks = self._walks(self.grid, self.x_embedder.proj.weight.device)
+        return [(walk.order, walk.undo, walk.segments, walk.branches) for walk in walks]
+
     def scan_state(self) -> dict[str, Tensor]:
         """The orders that a checkpoint must carry: those of random scans, by layer; else nothing."""
         if not self.scan_spec.is_seeded:

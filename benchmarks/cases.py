@@ -67,7 +67,7 @@ class Case:
             self.model.load_state_dict(state)
         self.model.set_checkpoint_policy(policy)
         if mode == "compiled":
-            self.model.compile_blocks()
+            self.model.compile_blocks(**getattr(options, "compile_options", {}))
         self.optimizer = build_optimizer("adamw", self.model, lr=1e-5, weight_decay=0.0)
         self.averages = EmaProfiles(self.model, [EmaProfile("rate", rate=0.9999)])
         generator = torch.Generator().manual_seed(1)

@@ -56,10 +56,15 @@ class Report(dict):
     def _write(self, **state) -> str:
         text = json.dumps({**self, **state}, indent=2)
         if self.path:
-            partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-            partial.write_text(text + "\n")
-            partial.replace(self.path)
+            publish(self.path, text + "\n")
         return text
+
+
+def publish(path: Path, text: str) -> None:
+    """Write a file as a whole, or leave the one that is there."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def chosen_device(asked: str | None) -> torch.device:

@@ -11,7 +11,7 @@ import numpy as np
 from zigflow.data.files import publishing_folder
 from zigflow.data.shard_index import INDEX_NAME
 from zigflow.data.split import stratified_split
-from zigflow.data.writer import ShardWriter, encode_png
+from zigflow.data.writer import ShardWriter, encode_png, writing_order
 from zigflow.registry import unknown_name
 
 from .shards import ShardSource
@@ -62,13 +62,17 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     return levels.reshape(-1, 8, 8), np.asarray(labels, dtype=np.int64)
 
 
-def write_digits(root: Path, fraction: float = 0.5, samples_per_shard: int = 256) -> None:
+def write_digits(
+    root: Path, fraction: float = 0.5, samples_per_shard: int = 256, order: str = "given"
+) -> None:
     """Write ``root``/train and ``root``/heldout.
 
     Args:
         root: must not exist, or be empty.
         fraction: part of every class that is for training.
         samples_per_shard: size of the shards.
+        order: "given", scikit-learn's own, in which classes alternate and which the demo's numbers stand for; or
+            "mixed".
 
     Raises:
         FileExistsError: ``root`` holds something that is no complete set of digits.
@@ -81,6 +85,8 @@ def write_digits(root: Path, fraction: float = 0.5, samples_per_shard: int = 256
     with publishing_folder(root, f"{SPLITS[-1]}/{INDEX_NAME}") as folder:
         for split, part in zip(SPLITS, parts, strict=True):
             meta = {"name": f"digits/{split}", "num_classes": 10, "class_names": [str(n) for n in range(10)]}
+            part, mixing = writing_order(part, order, SPLIT_SEED, split)
+            meta |= mixing
             with ShardWriter(folder / split, samples_per_shard, prefix="digits", meta=meta) as writer:
                 for index in part:
                     # Stored, not compressed: the bytes (and the fingerprint) then depend on no zlib version.

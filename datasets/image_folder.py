@@ -1,17 +1,23 @@
 """Images in a folder, one sub-folder per class."""
 
-import hashlib
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, Limits, decode, to_pixels
+from zigflow.data.contents import folder_contents
+from zigflow.data.decode import DEFAULT_LIMITS, Limits, to_pixels
+from zigflow.data.picture import WHITE, Background, background_color, read_image
+from zigflow.data.picture_files import KNOWN, LeftOut, find_images, scan_folder
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+log = logging.getLogger(__name__)
+
+_FORMATS = {"jpeg": "jpg", "tif": "tiff"}
 
 
 class ImageFolderSource:
-    """PNG and JPEG files, center-cropped and resized; labels follow the sorted names of the sub-folders.
+    """Images as a viewer shows them, center-cropped and resized; labels follow the sorted names of the sub-folders.
 
     A folder whose images lie in it directly has no classes. For large sets make shards: they are read faster.
 
@@ -20,10 +26,14 @@ class ImageFolderSource:
         image_size: pixels of both sides, or (height, width).
         channels: 1 or 3.
         limits: budgets of one file.
+        background: what shows through transparent images: a grey level, or red, green and blue, 0 to 255.
+
+    Attributes:
+        left_out: what lies in the folder and is not read, in words; empty where everything is.
 
     Raises:
         NotADirectoryError: ``root`` is no folder.
-        ValueError: it holds no images, or both images and sub-folders with images.
+        ValueError: it holds no images, both images and sub-folders with images, or a class without any.
     """
 
     def __init__(
@@ -33,19 +43,20 @@ class ImageFolderSource:
         *,
         channels: int = 3,
         limits: Limits = DEFAULT_LIMITS,
+        background: Background = WHITE,
     ):
         self.root = Path(root)
-        self.files, labels, self.class_names = list_images(self.root)
+        self.background = background_color(background)
+        self.files, labels, self.class_names, self.left_out = list_images(self.root)
         self.labels = labels if self.class_names else None
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_size, self.channels, self.limits = (int(height), int(width)), channels, limits
         self.image_shape = (channels, *self.image_size)
         self.num_classes = len(self.class_names)
         self.shard_sizes = (len(self.files),)
-        digest = hashlib.sha256(f"{self.image_shape}".encode())
-        for path in self.files:
-            digest.update(f"\n{path.as_posix()} {(self.root / path).stat().st_size}".encode())
-        self.fingerprint = digest.hexdigest()[:32]
+        shown = "" if self.background == WHITE else f" {self.background}"
+        self.contents = folder_contents(self.root, self.files, self.image_shape, shown)
+        self.fingerprint = self.contents.fingerprint
 
     def __len__(self) -> int:
         return len(self.files)
@@ -60,10 +71,7 @@ class ImageFolderSource:
         if not 0 <= index < len(self):
             raise IndexError(f"no image {index} among {len(self)}")
         path = self.files[index]
-        try:
-            image = decode(path.suffix, (self.root / path).read_bytes(), self.limits)
-        except DecodeError as error:
-            raise DecodeError(f"{self.root / path}: {error}") from error
+        image = read_image(self.root / path, self.limits, self.background)[1]
         sample: dict[str, Any] = {
             "key": path.as_posix(),
             "pixels": to_pixels(image, self.channels, self.image_size),
@@ -73,40 +81,74 @@ class ImageFolderSource:
         return sample
 
 
-def list_images(root: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
-    """Sorted image paths relative to ``root``, their labels, and the names of the classes.
+class ImageList(NamedTuple):
+    """Image paths relative to a folder, their labels, the names of the classes, and what was left out, in words."""
+
+    files: list[Path]
+    labels: list[int]
+    class_names: tuple[str, ...]
+    left_out: str
+
+
+def list_images(root: Path) -> ImageList:
+    """The images of a folder, class after class, sorted; what is left out is logged in one line.
 
     Raises:
         NotADirectoryError: ``root`` is no folder.
-        ValueError: no images, or images beside sub-folders with images.
+        ValueError: no images, images beside sub-folders with images, or a sub-folder without any beside others.
     """
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is no folder")
-    flat = _images(root, root)
+    left = LeftOut()
+    flat, folders = scan_folder(root, root, left)
     files: list[Path] = []
     labels: list[int] = []
     classes: list[str] = []
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        found = [path for path in sorted(folder.rglob("*")) if _is_image(path)]
+    empty: list[tuple[Path, LeftOut]] = []
+    for folder in folders:
+        inside = LeftOut()
+        found = find_images(root / folder, root, inside)
+        left.update(inside)
         if found:
-            files += [path.relative_to(root) for path in found]
+            files += found
             labels += [len(classes)] * len(found)
             classes.append(folder.name)
+        else:
+            empty.append((folder, inside))
     if flat and classes:
         raise ValueError(
             f"{root} holds images ({flat[0]}) beside folders of images ({classes[0]}): which is it?"
         )
     if not flat and not classes:
-        raise ValueError(f"{root} holds no images ({', '.join(SUFFIXES)})")
-    return (flat, [0] * len(flat), ()) if flat else (files, labels, tuple(classes))
+        raise ValueError(f"{root} holds no images ({KNOWN}){f'; it holds {left}' if left else ''}")
+    if flat:
+        for folder, _ in empty:
+            left.add("folders without images", folder)
+    elif empty:
+        more = f" (and {len(empty) - 1} further classes)" if len(empty) > 1 else ""
+        raise ValueError(
+            f"the class folder {root / empty[0][0]}{more} holds no image ({KNOWN}) but {empty[0][1] or 'nothing'}: "
+            "convert what it holds, or move the folder elsewhere"
+        )
+    _say(root, flat or files, len(classes), left)
+    return ImageList(flat or files, [0] * len(flat) if flat else labels, tuple(classes), str(left))
 
 
-def _images(folder: Path, root: Path) -> list[Path]:
-    return [path.relative_to(root) for path in sorted(folder.iterdir()) if _is_image(path)]
+def _say(root: Path, files: list[Path], classes: int, left: LeftOut) -> None:
+    """One line on what is read; a warning where something is left out, or where formats mix.
 
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    A class that is stored in another format than the others is told apart by what its compression leaves.
+    """
+    formats = Counter(_FORMATS.get(name := path.suffix.lower()[1:], name) for path in files)
+    log.log(
+        logging.WARNING if left or len(formats) > 1 else logging.INFO,
+        "%s: %d images%s are read (%s)%s",
+        root,
+        len(files),
+        f" in {classes} classes" if classes else "",
+        ", ".join(f"{count} {name}" for name, count in formats.most_common()),
+        f"; left out are {left}" if left else "",
+    )
 
 
 def example(folder: Path) -> ImageFolderSource:

@@ -9,6 +9,7 @@ import numpy as np
 
 from zigflow.data.decode import DEFAULT_LIMITS, Limits
 from zigflow.data.fields import DEFAULT_RENAME, FIELDS, FieldDecoder
+from zigflow.data.picture import WHITE, Background
 from zigflow.data.shards import ShardReader
 from zigflow.data.streaming import StreamSource
 from zigflow.data.tar import BudgetError, ShardError
@@ -28,6 +29,7 @@ class ShardSource:
         num_classes: number of labels; None takes it from the index, 0 where that does not say.
         cache_dir: where the index of a folder that is not ours is kept; None keeps it beside the tars.
         limits: budgets of one member.
+        background: what shows through transparent images: a grey level, or red, green and blue, 0 to 255.
         max_skipped: problems of the tars that may be passed over when they are indexed; and how many samples may be
             unreadable before the one that fixes the shapes.
         stream: keywords of ``data.order=streaming``, which this class does not use.
@@ -48,6 +50,7 @@ class ShardSource:
         num_classes: int | None = None,
         cache_dir: str | Path | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        background: Background = WHITE,
         max_skipped: int = 0,
         stream: Mapping[str, Any] | None = None,
     ):
@@ -64,14 +67,16 @@ class ShardSource:
             image_size=image_size,
             num_classes=self.num_classes,
             limits=limits,
+            background=background,
         )
         self.suffixes, self.limits = self.decoder.suffixes, limits
         self.shard_sizes = self.reader.sizes
         if "labels" not in self.suffixes or self.num_classes < 0:
             self.num_classes = 0
-        self.fingerprint = hashlib.sha256(
-            f"{self.reader.fingerprint} {self.decoder.identity}".encode()
-        ).hexdigest()[:32]
+        self.contents = self.reader.contents.each(
+            lambda tars: hashlib.sha256(f"{tars} {self.decoder.identity}".encode()).hexdigest()[:32]
+        )
+        self.fingerprint = self.contents.fingerprint
         self.first = self._first(max_skipped)
         self.image_shape = self.decoder.fix_shapes(self.first)
 

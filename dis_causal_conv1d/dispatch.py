@@ -88,9 +88,13 @@ class Dispatcher(Generic[CallT, ResultT]):
         raise RuntimeError(f"{self.op}: no backend takes this call. " + "; ".join(refusals))
 
     def run(self, call: CallT, name: str = "auto") -> ResultT:
-        """Select a backend as ``select`` does, log a first choice, and compute."""
+        """Select a backend as ``select`` does, log a first choice, and compute.
+
+        A call on the meta device only asks for shapes or operations: what it takes is no choice and not logged.
+        """
         backend = self.select(call, name)
-        _announce(self.op, backend.name)
+        if not _computes_nothing(call):
+            _announce(self.op, backend.name)
         return backend.run(call)
 
     def _own(self, preferred: str) -> str:
@@ -165,6 +169,10 @@ def _announce(op: str, backend: str) -> None:
     if (op, backend) not in _announced:
         _announced.add((op, backend))
         logging.getLogger(__name__).info("%s runs on backend %r", op, backend)
+
+
+def _computes_nothing(call: Any) -> bool:
+    return any(isinstance(value, Tensor) and value.device.type == "meta" for value in call)
 
 
 def _known_names() -> list[str]:

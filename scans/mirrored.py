@@ -13,15 +13,18 @@ from scans.path import Order, ScanPath
 from scans.schedule import ScanSchedule, ScanStep
 
 
-def mirrored_schedule(layout: TokenLayout, paths: Sequence[ScanPath], depth: int) -> ScanSchedule:
-    """Layer i takes path min(i, depth - 1 - i) of the cycle ``paths``; over all L' tokens of ``layout``.
+def mirrored_schedule(
+    layout: TokenLayout, paths: Sequence[ScanPath], depth: int, plain: int = 1
+) -> ScanSchedule:
+    """Layer i takes path min(i - plain + 1, depth - 1 - i) of the cycle ``paths``, at least 0; over all L' tokens.
 
-    The first and the last layer take path 0, and layers i and depth - 1 - i the same one.
+    The first ``plain`` layers and the last one take path 0; with one, layers i and depth - 1 - i the same path.
 
     Args:
         layout: tokens before the body keep their place.
         paths: over the body.
         depth: layers, at least 1.
+        plain: layers before the cycle begins to go up.
 
     Raises:
         ValueError: no paths, no layers, or a path that is not over the layout's body.
@@ -29,7 +32,8 @@ def mirrored_schedule(layout: TokenLayout, paths: Sequence[ScanPath], depth: int
     if not paths:
         raise ValueError("a mirrored schedule needs at least one path")
     steps = [ScanStep(layout.lift(path)) for path in paths]
-    chosen = tuple(steps[min(i, depth - 1 - i) % len(steps)] for i in range(depth))
+    places = (max(min(i - plain + 1, depth - 1 - i), 0) for i in range(depth))
+    chosen = tuple(steps[place % len(steps)] for place in places)
     return ScanSchedule(chosen, (1, 1, len(layout)))
 
 

@@ -14,6 +14,7 @@ from hydra.utils import get_class, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from zigflow import plugins
+from zigflow.data.contents import contents_of
 from zigflow.data.global_batch import GlobalBatch
 from zigflow.data.loader import training_loader
 from zigflow.data.order import DataOrder
@@ -22,18 +23,18 @@ from zigflow.data.streaming import StreamSource, check_readers, streaming_loader
 from zigflow.data.subset import Subset
 from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine import signals
-from zigflow.engine.elastic import Split, split_for
+from zigflow.engine.elastic import Split, shards_at_once_for, split_for
 from zigflow.engine.ema import EmaProfile
 from zigflow.engine.launch import check_same, launched_precision, make_accelerator
 from zigflow.engine.log import read_metrics
-from zigflow.engine.optim import Schedule, build_optimizer
+from zigflow.engine.optim import ClassFactory, OptimizerFactory, Schedule, build_optimizer, optimizer_named
 from zigflow.engine.options import TrainOptions
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.skips import SkipBudget
 from zigflow.engine.trackers import Trackers
 from zigflow.engine.trainer import Trainer
 from zigflow.metrics.pictures import save_loss_curve
-from zigflow.preflight import check_training
+from zigflow.preflight import check_training, scaled_codec
 from zigflow.real_sets import check_evaluation
 from zigflow.samplers import ChainSampler, DpmSolver, OdeSampler, SdeSampler
 from zigflow.settings import Settings, SettingsError
@@ -153,6 +154,49 @@ def make(key: str, node: Mapping[str, Any]) -> Any:
         raise
 
 
+def check_optimizer(settings: Settings) -> OptimizerFactory:
+    """What makes the optimizer of a configuration, its settings not yet checked.
+
+    Raises:
+        SettingsError: no optimizer has that name, or the class cannot be imported; one line with near matches.
+    """
+    optim = settings.optim
+    try:
+        if optim._target_ is None:
+            return optimizer_named(optim.name)
+        found = get_object(optim._target_)
+    except Exception as error:
+        key = "optim.name" if optim._target_ is None else "optim._target_"
+        raise SettingsError(f"{key}: {' '.join(str(error).split())}") from error
+    if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
+        return ClassFactory(found)
+    if not callable(found):
+        raise SettingsError(
+            f"optim._target_={optim._target_} is neither an optimizer's class nor a function of a model"
+        )
+    return found
+
+
+def make_optimizer(settings: Settings, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters of ``model``.
+
+    Raises:
+        SettingsError: a setting that it does not have, or one out of range.
+    """
+    optim = settings.optim
+    common = {
+        "lr": optim.lr,
+        "weight_decay": optim.wd,
+        "betas": optim.betas,
+        "eps": optim.eps,
+        "exclude_tagged": optim.exclude_tagged_from_decay,
+    }
+    try:
+        return build_optimizer(check_optimizer(settings), model, common=common, **optim.args)
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"optim: {error}") from error
+
+
 def _ema_profiles(settings: Settings) -> tuple[EmaProfile, ...]:
     if settings.ema_rate is not None:
         return (EmaProfile("rate", rate=settings.ema_rate),)
@@ -212,6 +256,15 @@ def _split(settings: Settings, processes: int) -> Split:
         raise SettingsError(str(error)) from error
 
 
+def _order(settings: Settings, source: Any) -> DataOrder:
+    asked, shards = settings.data.shards_at_once, len(source.shard_sizes)
+    try:
+        at_once = shards_at_once_for(Path(settings.run_dir), asked, shards)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    return DataOrder(source.shard_sizes, settings.global_seed, shards_at_once=at_once)
+
+
 @dataclass(frozen=True)
 class Watched:
     """What looks on while a run trains, as keywords of the trainer: trackers, evaluation, what utilization needs."""
@@ -234,10 +287,13 @@ def train_from_config(
         if node and node.get("root"):
             # The checkpoint is sampled and judged from other working directories.
             node["root"] = _absolute(node["root"])
+    check_training(Settings.from_mapping(plain))
+    # Stated in the checkpoint, wherever the autoencoder may lie later.
+    plain["codec"] = scaled_codec(plain["codec"])
     settings = Settings.from_mapping(plain)
-    check_training(settings)
     plugin_names = plugins.load_plugins()
     check_evaluation(settings)
+    check_optimizer(settings)
     accelerator = make_accelerator(cpu=settings.loop.device == "cpu")
     # After accelerate, which counts the threads of several CPU processes itself.
     if settings.loop.threads is not None:
@@ -283,7 +339,7 @@ def train_from_config(
             batches = streaming_loader(source, batch, seed, start_step=start, num_workers=workers)
             return skipped.watch(batches)
     else:
-        order = DataOrder(source.shard_sizes, seed)
+        order = _order(settings, source)
         epoch_size, identity = len(source), order.identity()
 
         def loader(start: int):
@@ -296,19 +352,13 @@ def train_from_config(
 
     optim = settings.optim
 
-    def optimizer(placed: torch.nn.Module):
-        return build_optimizer(
-            optim.name, placed, lr=optim.lr, betas=optim.betas, weight_decay=optim.wd, eps=optim.eps,
-            exclude_tagged=optim.exclude_tagged_from_decay,
-        )  # fmt: skip
-
     watched = watch(settings, model, accelerator) if watch is not None else Watched()
     trainer = Trainer(
         model=model,
         process=make("process", settings.process),
         codec=codec,
         loader_factory=loader,
-        optimizer=optimizer,
+        optimizer=lambda placed: make_optimizer(settings, placed),
         options=TrainOptions(
             train_steps=settings.data.train_steps,
             batch_size=split.batch_size,
@@ -333,7 +383,7 @@ def train_from_config(
         ),
         config=plain,
         epoch_size=epoch_size,
-        data_identity={"fingerprint": source.fingerprint, "order": identity},
+        data_identity={**contents_of(source).identity(), "order": identity},
         accelerator=accelerator,
         hooks=(
             *watched.hooks,

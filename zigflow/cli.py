@@ -1,5 +1,6 @@
 """The two commands. Composes the configuration, answers a mistake in one line, then hands over."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -7,7 +8,10 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from zigflow import paths, plugins
+from zigflow import hydra_folders, paths, plugins
+from zigflow.settings import SettingsError
+
+log = logging.getLogger(__name__)
 
 
 def train() -> int:
@@ -34,7 +38,7 @@ class _Job:
         self.config_name = config_name
         self.keep = keep
 
-    def __call__(self, cfg: DictConfig) -> None:
+    def __call__(self, cfg: DictConfig) -> float | None:
         from zigflow.engine import exits
         from zigflow.engine.launch import leave
         from zigflow.engine.signals import stop
@@ -43,26 +47,49 @@ class _Job:
         exits.note.release()
         trains = self.config_name == "default"
         try:
+            hydra_folders.one_folder(cfg)
             if trains:
                 from zigflow.build import train_from_config
                 from zigflow.evaluation_job import watch
 
-                train_from_config(cfg, watch)
+                folder = train_from_config(cfg, watch)
             else:
                 from zigflow.sample_job import sample_from_config
 
-                sample_from_config(cfg)
+                folder = sample_from_config(cfg)
+            value = _objective(cfg, folder) if plugins.is_sweep() else None
             exits.note.write(exits.DONE, "done")
             leave(done=True)
+            return value
         except BaseException as error:
             code = _leave_traces(error, Path(cfg.run_dir) if trains else None)
             leave(done=False)
             if not isinstance(error, Exception) or self.keep is None or plugins.is_sweep():
                 raise
             self.keep.append((error, code))
+            return None
 
     def __reduce__(self):
         return _revived, (self.config_name,)
+
+
+def _objective(cfg: DictConfig, folder: Path | None) -> float | None:
+    """What a job of a sweep returns to the sweeper; a sweeper that looks for better runs needs a number.
+
+    Raises:
+        SettingsError: the number that was asked for is not there.
+    """
+    from zigflow.objective import objective_of
+
+    found = None if folder is None else objective_of(Path(folder), cfg.loop.objective)
+    if found is None:
+        if plugins.is_plain_sweep():
+            return None
+        raise SettingsError(
+            f"the sweeper needs a number and {folder} has none: give metrics=NAME, or loop.objective=NAME"
+        )
+    log.info("objective of this run: %s = %.6g", *found)
+    return found[1]
 
 
 def _revived(config_name: str) -> _Job:
@@ -84,14 +111,15 @@ def _run(config_name: str) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     ended: list[tuple[Exception, int]] = []
     trains = config_name == "default"
-    named = _run_dir_of(sys.argv[1:]) if trains else None
+    named = None
     try:
+        named = _run_dir_of(sys.argv[1:]) if trains else None
         plugins.prepare()
         job = _Job(config_name, ended)
         main = hydra.main(version_base="1.3", config_path=str(paths.config_dir()), config_name=config_name)(
             job
         )
-        plugins.check_command_line(sys.argv[1:], config_name)
+        sys.argv[1:] = plugins.check_command_line(sys.argv[1:], config_name)
         _refuse_second_writer(named)
         main()
         if ended:
@@ -149,8 +177,8 @@ def _leave_traces(error: BaseException, run_dir: Path | None) -> int:
 
 def _run_dir_of(arguments: list[str]) -> Path | None:
     """The run directory that the command line names."""
-    named = [a.removeprefix("run_dir=") for a in arguments if a.startswith("run_dir=")]
-    return Path(named[-1]) if named else None
+    named = hydra_folders.typed_run_dir(arguments)
+    return None if named is None else Path(named)
 
 
 def _refuse_second_writer(run_dir: Path | None) -> None:

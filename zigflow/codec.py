@@ -3,6 +3,7 @@
 Legend: B batch, C channels, H height, W width, h and w of the latents; video has T frames after B.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from zigflow.compvis import read_autoencoder
 from zigflow.keyed import current_draws
-from zigflow.latents import LatentSize, is_checkpoint_file
+from zigflow.latents import LatentScale, LatentSize, is_checkpoint_file
 
 __all__ = ["AutoencoderKLCodec", "Codec", "IdentityCodec", "to_uint8"]
 
@@ -105,24 +106,43 @@ class AutoencoderKLCodec:
         path: local directory of a diffusers ``AutoencoderKL``, or a file of the published CompVis layout such as
             ``autoencoder_kl.pth`` (see ``zigflow.compvis``); nothing is downloaded. None serves training on stored
             latents, which needs no autoencoder, and nothing else.
-        scale: x1 = scale * latents; 0.18215 for the SD-1 autoencoders.
+        scale, shift, latents_mean, latents_std: x1 = (latents - shift) * scale, with statistics
+            (latents - mean) / std * scale per channel. None is what the folder's ``config.json`` says; without a folder
+            0.18215, that of Stable Diffusion 1 and 2, and neither shift nor statistics. What contradicts the folder is
+            an error.
+        own_scale: what is stated is meant, whatever the folder says.
         posterior: ``sample`` draws the latent with the ambient keyed draws (torch's generator without any), of pixels
             and of stored moments; ``mode`` takes its mean.
         chunk: images that are encoded or decoded at a time.
 
     Raises:
         ImportError: diffusers is missing; the extra to install is named.
-        ValueError: an unknown ``posterior``, a ``scale`` that is not positive, a folder or file without an autoencoder.
+        ValueError: an unknown ``posterior``, a ``scale`` that is not positive or contradicts the folder, a folder or
+            file without an autoencoder.
     """
 
     def __init__(
-        self, path: str | None = None, *, scale: float = 0.18215, posterior: str = "sample", chunk: int = 16
+        self,
+        path: str | None = None,
+        *,
+        scale: float | None = None,
+        shift: float | None = None,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+        own_scale: bool | None = None,
+        posterior: str = "sample",
+        chunk: int = 16,
     ):
         if posterior not in ("sample", "mode"):
             raise ValueError(f"posterior must be 'sample' or 'mode', got {posterior!r}")
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale!r}")
-        self.scale = scale
+        self.latent_scale = LatentScale.of(
+            path,
+            scale=scale,
+            shift=shift,
+            latents_mean=latents_mean,
+            latents_std=latents_std,
+            own_scale=own_scale,
+        )
         self.posterior = posterior
         self.chunk = chunk
         self._vae = None if path is None else _load(path)
@@ -147,6 +167,25 @@ class AutoencoderKLCodec:
         )
         return size.shape(image_shape)
 
+    @property
+    def scale(self) -> float:
+        return self.latent_scale.scale
+
+    def _scaled(self, z_BChw: Tensor) -> Tensor:
+        by = self.latent_scale
+        if by.mean is not None:
+            z_BChw = (z_BChw - _per_channel(by.mean, z_BChw)) / _per_channel(by.std, z_BChw)
+        elif by.shift:
+            z_BChw = z_BChw - by.shift
+        return z_BChw * by.scale
+
+    def _unscaled(self, x_BChw: Tensor) -> Tensor:
+        by = self.latent_scale
+        z_BChw = x_BChw / by.scale
+        if by.mean is not None:
+            return z_BChw * _per_channel(by.std, z_BChw) + _per_channel(by.mean, z_BChw)
+        return z_BChw + by.shift if by.shift else z_BChw
+
     def _autoencoder(self, what: str) -> Any:
         if self._vae is None:
             raise ValueError(
@@ -159,7 +198,7 @@ class AutoencoderKLCodec:
     def encode(self, batch: Any) -> Tensor:
         stored = _stored(batch, self.posterior)
         if stored is not None:
-            return stored * self.scale
+            return self._scaled(stored)
         if batch.pixels is None:
             raise ValueError(
                 "the batch has neither pixels nor latents; give the data source an image or latent key"
@@ -170,12 +209,12 @@ class AutoencoderKLCodec:
         mean, std = (torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "std"))
         mean, std = (value.reshape(*lead, *mean.shape[1:]) for value in (mean, std))
         latents = mean if self.posterior == "mode" else mean + std * _noise(mean)
-        return latents * self.scale
+        return self._scaled(latents)
 
     @torch.no_grad()
     def decode(self, x_BChw: Tensor) -> Tensor:
         vae = self._autoencoder("decoding latents")
-        latents, lead = _fold(x_BChw / self.scale)
+        latents, lead = _fold(self._unscaled(x_BChw))
         pixels = torch.cat([vae.decode(part).sample for part in latents.split(self.chunk)])
         return pixels.reshape(*lead, *pixels.shape[1:])
 
@@ -197,6 +236,15 @@ def _load(path: str) -> Any:
     else:
         vae = AutoencoderKL.from_pretrained(path, local_files_only=True)
     return vae.eval().requires_grad_(False)
+
+
+def _per_channel(values: Any, like: Tensor) -> Tensor:
+    """(C,) as (C, 1, 1); latents of another number of channels are an error."""
+    if len(values) != like.shape[-3]:
+        raise ValueError(
+            f"latents have {like.shape[-3]} channels, the autoencoder's statistics {len(values)}"
+        )
+    return torch.as_tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
 
 
 def _fold(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:

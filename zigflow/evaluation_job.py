@@ -131,6 +131,9 @@ def build_judge(
     )
 
 
+_OPTIONAL_CODEC_KEYS = ("shift", "latents_mean", "latents_std", "own_scale")
+
+
 def sampling_facts(settings: Settings, weights: str, step: int | None) -> dict[str, Any]:
     """What samples follow from, beside the weights themselves."""
     chosen = {"SDE": settings.sde, "diffusion": settings.diffusion}.get(
@@ -145,7 +148,8 @@ def sampling_facts(settings: Settings, weights: str, step: int | None) -> dict[s
         "sampler": asdict(chosen),
         "guidance": {"scale": settings.cfg_scale, "interval": list(settings.cfg_interval)},
         "process": dict(settings.process),
-        "codec": dict(settings.codec),
+        # Of its keys only those that do something: samples of 0.1 keep their names.
+        "codec": {k: v for k, v in settings.codec.items() if k not in _OPTIONAL_CODEC_KEYS or v},
         "precision": settings.mixed_precision or "no",
     }
 
@@ -225,10 +229,9 @@ def _in_loop_evaluation(settings: Settings, ranks: Ranks, device: torch.device) 
         )  # fmt: skip
 
     def protocol(run: SamplingRun, weights: str, step: int) -> dict[str, Any]:
-        facts = sampling_facts(settings, weights, step) | {
-            "weights_sha256": run.identity["weights_sha256"], "function_evaluations": run.function_evaluations,
-            **time_facts(run.sampler, run.process),
-        }  # fmt: skip
+        kept = {k: run.identity[k] for k in ("weights_sha256", "scan") if k in run.identity}
+        facts = sampling_facts(settings, weights, step) | kept | time_facts(run.sampler, run.process)
+        facts["function_evaluations"] = run.function_evaluations
         return results_protocol(settings, facts)
 
     return _Evaluation(every=data.sample_fid_every, judge=judge, make_run=make_run, protocol=protocol)

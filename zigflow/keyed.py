@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 _WORD = 0xFFFFFFFF
+_PIECE = 1 << 16
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
@@ -100,12 +101,14 @@ def keyed_permutation(n: int, seed: int, purpose: str, *keys: int | str) -> np.n
     """
     if n < 0:
         raise ValueError(f"a permutation needs n >= 0, got {n}")
-    index = np.arange(n, dtype=np.int64)
-    zero = np.zeros_like(index)
     key = _key_words(seed, "permutation", purpose, *keys)
-    w0, w1, _, _ = philox4x32((index & _WORD, 0, index >> 32, zero), key)
-    words = w0.astype(np.uint64) | (w1.astype(np.uint64) << np.uint64(32))
-    return np.argsort(words, kind="stable").astype(np.int64)
+    words = np.empty(n, dtype=np.uint64)
+    # In pieces: the words in between would be several times the result.
+    for first in range(0, n, _PIECE):
+        index = np.arange(first, min(first + _PIECE, n), dtype=np.int64)
+        w0, w1, _, _ = philox4x32((index & _WORD, 0, index >> 32, np.zeros_like(index)), key)
+        words[first : first + len(index)] = w0.astype(np.uint64) | (w1.astype(np.uint64) << np.uint64(32))
+    return np.argsort(words, kind="stable").astype(np.int64, copy=False)
 
 
 class KeyedDraws:

@@ -15,9 +15,11 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import platform
 import re
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +40,13 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 import scans
-from zigflow import paths
-from zigflow.engine import launch
+from zigflow import hydra_folders, paths
+from zigflow.engine import launch, launcher_settings
+from zigflow.overrides import compose_leniently
 from zigflow.preflight import check_training
 from zigflow.registry import UnknownNameError
 from zigflow.settings import WANDB_KEY, Settings, SettingsError
-from zigflow.typed import has_field, unknown_key
+from zigflow.typed import unknown_key
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +125,7 @@ def run_id() -> str:
 
 
 def job_suffix() -> str:
-    """What tells the jobs of a multirun apart: "/0", "/1", ...; empty for a single run."""
+    """What tells the jobs of a multirun apart in configurations of 0.1: "/0", "/1", ...; empty for a single run."""
     return f"/{HydraConfig.get().job.num}" if is_sweep() else ""
 
 
@@ -131,12 +134,25 @@ def is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def is_plain_sweep() -> bool:
+    """Whether this is a job of Hydra's own sweeper, which tries what it is told and compares nothing."""
+    return is_sweep() and str(HydraConfig.get().sweeper._target_).endswith(".BasicSweeper")
+
+
+def _launched(key: str, default: Any) -> Any:
+    """What the launcher was told for a key of ours, or the key's default."""
+    told = launcher_settings.launched(key)
+    return default if told is None else told
+
+
 def prepare() -> None:
     """Make ``scan=NAME``, the resolvers and the plug-ins' YAML known to Hydra; may be called twice."""
     for name, resolver in (
         ("run_id", run_id),
         ("job_suffix", job_suffix),
         ("main_only", lambda value: value if os.environ.get("RANK", "0") == "0" else None),
+        ("launched", _launched),
+        ("default_run_dir", lambda: hydra_folders.default_run_dir(run_id)),
         ("rank_suffix", lambda: "" if os.environ.get("RANK", "0") == "0" else f"-{os.environ['RANK']}"),
     ):
         if not OmegaConf.has_resolver(name):
@@ -153,7 +169,7 @@ def compose_config(overrides: list[str] | None = None, config_name: str = "defau
     prepare()
     check_choices(list(overrides or []))
     with _hydra():
-        return compose(config_name=config_name, overrides=list(overrides or []))
+        return compose_leniently(partial(compose, config_name), list(overrides or []))[0]
 
 
 @contextlib.contextmanager
@@ -170,18 +186,28 @@ def group_choices(group: str) -> list[str]:
         return sorted(hydra.config_loader().get_group_options(group, results_filter=ObjectType.CONFIG))
 
 
+# What Hydra takes for something else than the name of a choice.
+_NO_NAME = re.compile(r"|null|true|false|[-+]?[0-9][0-9_.]*", re.IGNORECASE)
+
+
 def check_choices(arguments: list[str]) -> None:
-    """Refuse a choice that does not exist in a group that follows ``data=``: Hydra passes over it in silence.
+    """Refuse a choice that does not exist where Hydra would not tell it.
+
+    In groups that follow ``data=`` it passes over such a choice in silence, and null or a number for any group is
+    answered by a traceback.
 
     Raises:
         SettingsError: the group, the choice and near matches.
     """
     for argument in arguments:
-        group, _, choices = argument.partition("=")
-        if group not in FOLLOW_DATA or not choices:
+        group, given, choices = argument.lstrip("+").partition("=")
+        follows = group in FOLLOW_DATA and bool(choices)
+        if not given or not re.fullmatch(r"\w+", group):
+            continue
+        if not follows and not any(_NO_NAME.fullmatch(choice) for choice in choices.split(",")):
             continue
         known = group_choices(group)
-        for choice in choices.split(","):
+        for choice in choices.split(",") if known else ():
             if choice not in known:
                 raise SettingsError(_no_such_choice(group, choice, known))
 
@@ -201,10 +227,13 @@ def validated(cfg: DictConfig) -> Settings:
     return Settings.from_mapping(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
 
 
-def check_command_line(arguments: list[str], config_name: str) -> None:
+def check_command_line(arguments: list[str], config_name: str) -> list[str]:
     """Check the launch, then compose and validate before Hydra makes a run directory.
 
-    Every job of a sweep is checked before the first one starts. Commands that only show something are left to Hydra.
+    Every job of a sweep is checked before the first one starts. What only shows something is not validated.
+
+    Returns:
+        The arguments as Hydra composes them, see :mod:`zigflow.overrides`.
 
     Raises:
         SettingsError: a mistake, in one line; a HydraException for one that Hydra finds.
@@ -213,43 +242,78 @@ def check_command_line(arguments: list[str], config_name: str) -> None:
         # Before Hydra writes the command line into the run directory.
         raise SettingsError(WANDB_KEY)
     processes = launch.check_environment()
-    typed = get_args_parser().parse_args(arguments)
+    launcher_settings.check_settings()
+    typed = _parser().parse_args(arguments)
     overrides = typed.overrides
     sweep = typed.multirun or "hydra.mode=MULTIRUN" in overrides
-    named = any(a.startswith("run_dir=") for a in overrides)
+    named = hydra_folders.typed_run_dir(overrides) is not None
     if sweep:
         if processes > 1 or "RANK" in os.environ:
             raise SettingsError(
                 "--multirun inside a launched process would run the whole sweep in each of them: start the sweep with "
                 "plain `python`, which runs one process per job, or launch one run per choice from a shell loop"
             )
-        if named:
+        if any(a.startswith("run_dir=") for a in overrides):
             raise SettingsError(
-                "run_dir= with --multirun would put every job into one directory: drop run_dir="
+                "run_dir= with --multirun would put every job into one directory: give hydra.sweep.dir=FOLDER, whose "
+                "sub-folders are the runs"
             )
         # The launcher's own processes, which resolve it again, must agree on the sweep's name.
         os.environ["RUN_ID"] = run_id()
     elif not named:
         run_id()
     check_choices(overrides)
-    shows = (typed.help, typed.hydra_help, typed.cfg, typed.info, typed.shell_completion)
-    if any(shows) or typed.experimental_rerun:
-        return
-    for job, whole in _jobs(overrides) if sweep else [(overrides, True)]:
-        cfg = _composed_as_typed(typed, [f"run_dir={os.devnull}", *job], config_name)
+    helps = (typed.help, typed.hydra_help, typed.shell_completion, typed.experimental_rerun)
+    if any(helps):
+        return arguments
+    shows = bool(typed.cfg or typed.info)
+    forced: set[str] = set()
+    jobs = _sweep(typed, overrides, config_name) if sweep else [(overrides, True)]
+    for job, whole in jobs:
+        cfg, made_from = _composed_as_typed(typed, [f"run_dir={os.devnull}", *job], config_name)
+        forced |= {text.lstrip("+").partition("=")[0] for text in made_from if text.startswith("++")}
         with flag_override(cfg, "struct", False):
-            _refuse_key(cfg, cfg.pop("hydra"))
+            hydra = cfg.pop("hydra")
+            _refuse_key(cfg, hydra)
+        if shows:
+            continue
+        if sweep:
+            hydra_folders.check_folders(hydra, len(jobs) if whole else 2)
         if config_name == "default" and whole:
             check_training(validated(cfg))
+    return [
+        f"++{argument.lstrip('+')}" if argument.lstrip("+").partition("=")[0] in forced else argument
+        for argument in arguments
+    ]
 
 
-def _composed_as_typed(typed: Any, overrides: list[str], config_name: str) -> DictConfig:
-    """As Hydra will compose, with its own node, from where --config-dir, --config-path and --config-name say."""
+def _parser() -> Any:
+    """Hydra's own parser of command lines.
+
+    Raises:
+        SettingsError: this Hydra cannot make one on this Python; argparse checks help texts from 3.14 on.
+    """
+    try:
+        return get_args_parser()
+    except ValueError as error:
+        raise SettingsError(
+            f"Python {platform.python_version()}: hydra-core {importlib.metadata.version('hydra-core')} cannot read a "
+            f"command line on it ({error}; hydra issue 3121): use Python 3.11 to 3.13, or a newer hydra-core"
+        ) from error
+
+
+def _composed_as_typed(typed: Any, overrides: list[str], config_name: str) -> tuple[DictConfig, list[str]]:
+    """As Hydra will compose, with its own node, from where --config-dir, --config-path and --config-name say.
+
+    Returns:
+        What was composed, and the overrides that Hydra composes the same from.
+    """
     folder = None if typed.config_path is None else Path(__file__).parent / typed.config_path
     _typed_folders[:] = [] if typed.config_dir is None else [Path(typed.config_dir).absolute()]
     try:
         with _hydra(folder):
-            return compose(typed.config_name or config_name, overrides, return_hydra_config=True)
+            made = partial(compose, typed.config_name or config_name, return_hydra_config=True)
+            return compose_leniently(made, overrides)
     except TypeError as error:
         # Hydra looks for text in each entry of a list.
         chosen = [item for item in overrides if "=[" in item]
@@ -289,17 +353,29 @@ def _refuse_key(cfg: DictConfig, hydra: DictConfig) -> None:
         raise SettingsError(WANDB_KEY)
 
 
-def _jobs(overrides: list[str]) -> list[tuple[list[str], bool]]:
+def _jobs(overrides: list[str], foreign: bool = False) -> list[tuple[list[str], bool]]:
     """The overrides of each job that Hydra's own sweeper would make, and True.
 
-    What another sweeper would try is not known here: one job without what is swept, and False.
+    What another sweeper (``foreign``, or chosen by ``hydra/sweeper=``) would try is not known here: one job without
+    what is swept, and False.
     """
     parsed = OverridesParser.create().parse_overrides(overrides)
     settings = [o.input_line for o in parsed if o.key_or_group.startswith("hydra")]
     chosen = [o for o in parsed if not o.key_or_group.startswith("hydra")]
-    if any(o.key_or_group == "hydra/sweeper" for o in parsed):
+    if foreign or any(o.key_or_group == "hydra/sweeper" for o in parsed):
         return [([*settings, *(o.input_line for o in chosen if not o.is_sweep_override())], False)]
     return [([*settings, *job], True) for job in BasicSweeper.split_arguments(chosen, None)[0]]
+
+
+def _sweep(typed: Any, overrides: list[str], config_name: str) -> list[tuple[list[str], bool]]:
+    """The jobs of a sweep; of another sweeper's one that has null for the keys that are swept."""
+    (base, _), *_ = _jobs(overrides, foreign=True)
+    node = _composed_as_typed(typed, [f"run_dir={os.devnull}", *base], config_name)[0].hydra.sweeper
+    if str(node._target_).endswith(".BasicSweeper"):
+        return _jobs(overrides)
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    swept = [str(o.get_key_element()) for o in parsed if o.is_sweep_override()]
+    return [([*base, *(f"{key}=null" for key in swept if "." in key)], False)]
 
 
 def _known_keys(config_name: str, key: str, parent: DictConfig | None) -> list[str]:
@@ -338,8 +414,6 @@ def explain(error: BaseException, config_name: str) -> str | None:
         while cause is not None:
             if isinstance(cause, OmegaConfBaseException) and "not in struct" in str(cause):
                 key = cause.full_key or str(cause.key)
-                if has_field(Settings, key):
-                    return f"{key} is not listed in the YAML that was chosen: give it as +{key}=VALUE"
                 return unknown_key(key, _known_keys(config_name, key, cause.parent_node))
             cause = cause.__cause__
         return _one_line(str(error))

@@ -4,12 +4,17 @@
 the files they name. What only reading the data can tell is checked by ``zigflow.build``.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zigflow.latents import LatentSize
+from zigflow.engine.launcher_settings import check_agreement
+from zigflow.latents import LatentScale, LatentSize
+from zigflow.objective import check_objective
 from zigflow.settings import Settings, SettingsError
+
+log = logging.getLogger(__name__)
 
 
 def check_training(settings: Settings) -> None:
@@ -22,10 +27,19 @@ def check_training(settings: Settings) -> None:
     if not source or ("root" in source and source["root"] is None):
         raise SettingsError(f"data={settings.data.name} has no source to train on: choose another data=NAME")
     _check_latents(settings)
+    scaled_codec(settings.codec)
     _check_shapes(settings)
     _check_conditions(settings)
     _check_variance(settings)
     check_roots(settings)
+    check_objective(settings)
+    check_agreement(
+        {
+            "loop.compile": settings.loop.compile,
+            "grad_accum": settings.grad_accum,
+            "max_grad_norm": settings.max_grad_norm,
+        }
+    )
 
 
 def check_decoding(settings: Settings) -> None:
@@ -42,6 +56,27 @@ def check_decoding(settings: Settings) -> None:
                 "or the file autoencoder_kl.pth"
             )
         _latent_size(settings.codec)
+
+
+_SCALE_KEYS = ("scale", "shift", "latents_mean", "latents_std", "own_scale")
+
+
+def scaled_codec(codec: Mapping[str, Any]) -> dict[str, Any]:
+    """A codec's node that states how latents are scaled, for checkpoints and results; others as they are.
+
+    Raises:
+        SettingsError: the node contradicts what its autoencoder says; one line.
+    """
+    if not _is_autoencoder(codec):
+        return dict(codec)
+    try:
+        found = LatentScale.of(codec.get("path"), **{key: codec.get(key) for key in _SCALE_KEYS})
+    except (TypeError, ValueError) as error:
+        text = str(error)
+        raise SettingsError(text if text.startswith("codec.") else f"codec.path: {text}") from error
+    if codec.get("path") is None and codec.get("scale") is None:
+        log.info("no autoencoder at hand: codec.scale=%s, that of Stable Diffusion 1 and 2", found.scale)
+    return {**codec, **found.node()}
 
 
 def check_roots(settings: Settings) -> None:

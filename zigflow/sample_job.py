@@ -22,9 +22,10 @@ from zigflow.build import (
     model_arguments,
 )
 from zigflow.codec import IdentityCodec
+from zigflow.data.contents import exact_fingerprint
 from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine.evaluation import Judge
-from zigflow.engine.launch import make_accelerator
+from zigflow.engine.launch import launched_precision, make_accelerator
 from zigflow.engine.lock import sole_writer
 from zigflow.engine.measure import MeasuringRun
 from zigflow.engine.npz import npz_name, write_npz
@@ -43,9 +44,10 @@ from zigflow.evaluation_job import (
 )
 from zigflow.metrics.base import SampleIds
 from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
+from zigflow.metrics.report import table
 from zigflow.metrics.results import write_results
 from zigflow.official import OFFICIAL_SUFFIXES, family_of, load_official, process_of, read_official
-from zigflow.preflight import check_decoding
+from zigflow.preflight import check_decoding, scaled_codec
 from zigflow.samplers.chain import chain_of
 from zigflow.settings import Settings, SettingsError
 from zigflow.stored_config import complete_from_checkpoint, complete_from_defaults
@@ -78,20 +80,24 @@ def _open_trained(given: dict[str, Any], ckpt: str, wanted: str | None) -> _Trai
         except ValueError as error:
             raise SettingsError(f"ckpt: {error}") from error
         process = _published_process(given, family)
-        settings = Settings.from_mapping(complete_from_defaults(given, ckpt, file.ctor_kwargs, process))
+        settings = _settings(complete_from_defaults(given, ckpt, file.ctor_kwargs, process))
         _check_before_building(settings)
         arguments = {k: v for k, v in model_arguments(settings).items() if k != "_target_"}
         seed = {k: arguments.pop(k) for k in ("scan_seed",) if k in arguments}
         model = load_official(family, arguments, file.state_dict, **seed)
         return _Trained(settings, model, "official", file.step, Path("samples") / Path(ckpt).stem)
     stored = checkpoints.open_checkpoint(ckpt)
-    settings = Settings.from_mapping(complete_from_checkpoint(given, stored.config, ckpt))
+    settings = _settings(complete_from_checkpoint(given, stored.config, ckpt))
     _check_before_building(settings)
     model = build_model(settings)
     weights = load_weights(model, stored, wanted)
     path = Path(stored.path)
     root = path.parent.parent if path.parent.name == "checkpoints" else path
     return _Trained(settings, model, weights, stored.step, root / "samples")
+
+
+def _settings(completed: dict[str, Any]) -> Settings:
+    return Settings.from_mapping({**completed, "codec": scaled_codec(completed["codec"])})
 
 
 def _published_process(given: Mapping[str, Any], family: str) -> str:
@@ -141,6 +147,13 @@ def sample_from_config(cfg: DictConfig) -> Path:
         raise SettingsError(
             f"ckpt={ckpt} does not exist: give ckpt=RUN_DIR, a checkpoint in it, or an official .pt file"
         )
+    if given["loop"].get("compile"):
+        raise SettingsError(
+            "loop.compile=true compiles training, and samples are computed uncompiled: drop it (a launcher's "
+            "--dynamo_backend inductor asks for it too)"
+        )
+    if given["mixed_precision"] is None and launched_precision() != "no":
+        given["mixed_precision"] = launched_precision()
     plugins.load_plugins()
     trained = _open_trained(given, str(ckpt), wanted)
     settings = trained.settings
@@ -183,13 +196,14 @@ def sample_from_config(cfg: DictConfig) -> Path:
             return folder
         grid = _pictures(run, folder, model, options)
         facts |= {
-            "weights_sha256": run.identity["weights_sha256"],
+            **{k: run.identity[k] for k in ("weights_sha256", "scan") if k in run.identity},
             "function_evaluations": run.function_evaluations,
             **time_facts(sampler, process),
         }
-        results = write_results(
-            folder / "results.json", judgement.metrics, results_protocol(settings, facts) | judgement.protocol
-        )
+        protocol = results_protocol(settings, facts) | judgement.protocol
+        results = write_results(folder / "results.json", judgement.metrics, protocol)
+        for line in table(judgement.metrics, protocol):
+            log.info("%s", line)
         log.info("sampled %d images: %s, grid %s, results %s", run.num_samples, folder, grid, results)
         return folder
 
@@ -225,7 +239,7 @@ def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple
         split = "heldout" if streamed else "source"
         source = build_source(settings, split) if options.labels == "data" else None
         if source is not None:
-            facts["labels_of"] = source.fingerprint
+            facts["labels_of"] = exact_fingerprint(source)
         return class_plan(options, model.num_classes, source, settings.global_seed), facts
     if options.labels != "balanced":
         raise SettingsError(
@@ -324,7 +338,8 @@ def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: 
                 "bits_per_dim": float(values.mean()),
                 "bits_per_dim_std": float(values.std(correction=0)),
             }
-        facts["weights_sha256"] = run.identity["weights_sha256"]
+        facts |= {k: run.identity[k] for k in ("weights_sha256", "scan", "data") if k in run.identity}
+        facts["best_by"] = None if encodes else ["bits_per_dim", "min"]
         if not bounds:
             facts |= time_facts(common["sampler"], common["process"], backwards=True)
         results = write_results(

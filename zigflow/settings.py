@@ -14,7 +14,6 @@ from zigflow.typed import SettingsError, at_least, not_negative, one_of, parse, 
 
 PATH_TYPES = ("Linear", "GVP", "VP")
 PREDICTIONS = ("velocity", "score", "noise", "data")
-OPTIMIZERS = ("adamw",)
 WANDB_KEY = (
     "a key of wandb (wandb.key) does not belong in a configuration, which logs and checkpoints repeat: remove it (and "
     "revoke the key if it was shared), then run wandb login, or export WANDB_API_KEY"
@@ -39,9 +38,10 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings:
-    """Group ``optim``."""
+    """Group ``optim``; ``args`` are the optimizer's own settings, ``_target_`` a class in place of a name."""
 
     name: str = "adamw"
+    _target_: str | None = None
     lr: float = 1e-4
     wd: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -50,9 +50,9 @@ class OptimSettings:
     warmup_steps: int = 0
     min_lr: float = 0.0
     exclude_tagged_from_decay: bool = False
+    args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        one_of("optim.name", self.name, OPTIMIZERS)
         positive("optim.lr", self.lr)
         positive("optim.eps", self.eps)
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -93,6 +93,7 @@ class DataSettings:
     prepare: str = ""
     limit: int | None = None
     order: str = "indexed"
+    shards_at_once: int | None = None
     max_skipped: int = 0
     random_flip: bool = False
     source: Mapping[str, Any] | None = None
@@ -104,6 +105,13 @@ class DataSettings:
         for key in ("num_workers", "video_frames", "sample_fid_every", "sample_vis_n", "max_skipped"):
             not_negative(f"data.{key}", getattr(self, key))
         one_of("data.order", self.order, ("indexed", "streaming"))
+        if self.shards_at_once is not None:
+            at_least("data.shards_at_once", self.shards_at_once, 1)
+            if self.order == "streaming":
+                raise SettingsError(
+                    f"data.shards_at_once={self.shards_at_once} is of data.order=indexed; a stream mixes in "
+                    "data.source.stream.shuffle_buffer: drop data.shards_at_once"
+                )
         if self.limit is not None:
             at_least("data.limit", self.limit, 1)
             if self.order == "streaming":
@@ -119,7 +127,7 @@ class DataSettings:
             raise SettingsError(
                 f"data.is_video={self.is_video} contradicts data.video_frames={self.video_frames}: drop data.is_video"
             )
-        if self.source is not None and "_target_" not in self.source:
+        if self.source is not None and not isinstance(self.source.get("_target_"), str):
             raise SettingsError(f"data.source of data={self.name} names no class: give data.source._target_")
 
 
@@ -138,6 +146,7 @@ class LoopSettings:
     device: str | None = None
     tensorboard: bool = False
     peak_flops: float | None = None
+    objective: str | None = None
 
     def __post_init__(self):
         if self.peak_flops is not None:
@@ -236,8 +245,9 @@ class Settings:
 
     def _check_combinations(self) -> None:
         model = self.model
-        if "_target_" not in model:
-            raise SettingsError("model names no class: give model._target_, or choose a model=NAME")
+        for group in ("model", "process", "codec"):
+            if not isinstance(getattr(self, group).get("_target_"), str):
+                raise SettingsError(f"{group} names no class: choose {group}=NAME, or give {group}._target_")
         if self.cfg_scale != 1 and not model.get("class_dropout_prob", 0):
             raise SettingsError(
                 f"cfg_scale={self.cfg_scale} needs a model with a null class: model.class_dropout_prob is "

@@ -6,12 +6,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from zigflow import plugins
-from zigflow.engine.run_dir import flat
+from zigflow.engine.run_dir import flat, with_later_keys
+from zigflow.overrides import takes_keyword
 from zigflow.settings import SettingsError
+from zigflow.typed import unknown_key
 
 _FROM_STORED = ("model", "train", "process", "codec", "scan")
 # What may differ between training and sampling: numerical margins, and where a file lies on this machine.
-_MAY_CHANGE = ("train.sample_eps", "process.sample_eps", "codec.path", "codec.chunk")
+_MAY_CHANGE = ("train.sample_eps", "process.sample_eps", "codec.path", "codec.chunk", "codec.own_scale")
 
 
 def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], ckpt: str) -> dict[str, Any]:
@@ -24,7 +26,7 @@ def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], c
     for key in ("is_latent", "use_latent", "max_grad_norm", "ema_rate"):
         merged[key] = stored.get(key) if given.get(key) is None else given[key]
     for group in _FROM_STORED:
-        own, asked = dict(stored[group]), dict(given[group] or {})
+        own, asked = with_later_keys(group, stored[group]), dict(given[group] or {})
         chosen = asked.get("name") not in ("from_checkpoint", "from_model")
         for key, value in flat(asked, f"{group}.").items():
             if value is None or (key == f"{group}.name" and not chosen):
@@ -34,6 +36,9 @@ def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], c
             if key in _MAY_CHANGE:
                 own[short] = value
             elif before != value:
+                name = short.partition(".")[0]
+                if short not in flat(own) and not takes_keyword(str(own.get("_target_")), name):
+                    raise SettingsError(unknown_key(key, [f"{group}.{k}" for k in flat(own)]))
                 raise SettingsError(
                     f"{key}={value} contradicts the checkpoint {ckpt}, which was trained with {key}={before}: "
                     "drop the override, or sample from another checkpoint"
@@ -59,9 +64,27 @@ def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], c
             "video_frames": merged["model"].get("video_frames", 0) or 0,
             "num_classes": merged["model"].get("num_classes", -1),
         }
-    if (given.get("metrics") or {}).get("name") == "from_checkpoint":
-        merged["metrics"] = stored.get("metrics")
+    merged["metrics"] = _metric(given.get("metrics"), stored.get("metrics"))
     return merged
+
+
+def _metric(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The metric that a command asks for; what it leaves open is the checkpoint's.
+
+    Raises:
+        SettingsError: keywords for a metric, and neither the command nor the checkpoint names one.
+    """
+    asked = dict(given or {})
+    if asked.get("name") != "from_checkpoint":
+        return asked or None
+    asked = {k: v for k, v in asked.items() if k != "name"}
+    if asked.get("_target_") or not asked:
+        return asked or (None if stored is None else dict(stored))
+    if not (stored or {}).get("_target_"):
+        raise SettingsError(
+            f"metrics.{next(iter(asked))} is a keyword of a metric, and the checkpoint names none: give metrics=NAME"
+        )
+    return {**(stored or {}), **asked}
 
 
 def complete_from_defaults(
@@ -103,8 +126,7 @@ def complete_from_defaults(
             "video_frames": model.get("video_frames", 0),
             "num_classes": model.get("num_classes", -1),
         }
-    if (given.get("metrics") or {}).get("name") == "from_checkpoint":
-        merged["metrics"] = None
+    merged["metrics"] = _metric(given.get("metrics"), None)
     return merged
 
 

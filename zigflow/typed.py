@@ -53,8 +53,6 @@ def unknown_key(key: str, known: list[str]) -> str:
         if close
         else f"known here: {', '.join(sorted(siblings or known))}"
     )
-    if key.startswith(("model.", "process.", "codec.", "metrics.", "data.source.", "data.heldout.")):
-        hint += f"{'' if close else '.'} A keyword of the class that its YAML does not list is given as +{key}=VALUE"
     return f"unknown key {key}: {hint}"
 
 

@@ -23,6 +23,12 @@ def png(image, **options):
     return stream.getvalue()
 
 
+def tiff(image):
+    stream = io.BytesIO()
+    image.save(stream, "TIFF")
+    return stream.getvalue()
+
+
 def npy(array, **options):
     stream = io.BytesIO()
     np.save(stream, array, **options)
@@ -156,7 +162,8 @@ def test_an_image_bomb_is_refused_from_its_header():
         ("png", b"", "image"),
         ("jpg", b"\xff\xd8\xff\xe0", "image"),
         ("png", b"GIF89a" + bytes(40), "image"),
-        ("png", png(Image.new("I;16", (2, 2))), "8 bits"),
+        ("tif", tiff(Image.new("F", (2, 2))), "32 bits"),
+        ("gif", b"GIF89a" + bytes(40), "not decoded"),
     ],
 )
 def test_damaged_members(suffix, data, match):

@@ -259,7 +259,8 @@ def latents_of(source, seed=0):
 
 def test_shards_of_imagenet_features_are_the_features(imagenet, tmp_path, capsys):
     out = tmp_path / "shards"
-    assert run("make-shards", "latent-features", "--input", imagenet, "--output", out) == 0
+    given = ("--order", "given")
+    assert run("make-shards", "latent-features", "--input", imagenet, "--output", out, *given) == 0
     assert run("verify-shards", out) == 0
     source, files = ShardSource(out), LatentFeaturesSource(imagenet, 1000)
     check_source(source, samples=2)
@@ -298,7 +299,7 @@ def test_shards_of_coco_features_are_the_features(coco, tmp_path, capsys):
     shutil.copytree(coco / "train", coco / "val")
     shutil.copy(coco / "val/0_0.npy", coco / "val/1_2.npy")
     out = tmp_path / "shards"
-    assert run("make-shards", "coco-features", "--input", coco, "--output", out) == 0
+    assert run("make-shards", "coco-features", "--input", coco, "--output", out, "--order", "given") == 0
     assert run("verify-shards", out) == 0
     for name, split in (("train", "train"), ("heldout", "val")):
         source, files = ShardSource(out / name), CocoFeaturesSource(coco, split)
@@ -306,7 +307,19 @@ def test_shards_of_coco_features_are_the_features(coco, tmp_path, capsys):
             assert torch.equal(source[index]["moments"], files[index]["moments"])
             assert torch.equal(source[index]["tokens"], files[index]["tokens"])
     assert (out / "empty_context.npy").read_bytes() == (coco / "empty_context.npy").read_bytes()
-    assert run("make-shards", "coco-features", "--input", coco, "--output", tmp_path / "x", "--seed", 1) == 1
+    assert (
+        run(
+            "make-shards",
+            "coco-features",
+            "--input",
+            coco,
+            "--output",
+            tmp_path / "x",
+            "--split-fraction",
+            0.5,
+        )
+        == 1
+    )
     assert run("make-shards", "coco-features", "--input", tmp_path, "--output", tmp_path / "x") == 1
     assert "neither train nor val" in capsys.readouterr().err
 

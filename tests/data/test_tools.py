@@ -69,7 +69,7 @@ def test_a_folder_of_images(tmp_path, capsys):
         Image.new("RGB", (12 + index, 9), (index * 40, 0, 0)).save(
             folder / f"{index}.{('png', 'jpg')[index % 2]}"
         )
-    base = ["make-shards", "folder", "--input", tmp_path / "in"]
+    base = ["make-shards", "folder", "--input", tmp_path / "in", "--order", "given"]
     assert run(*base, "--output", tmp_path / "small", "--resize", 8) == 0
     source = ShardSource(tmp_path / "small")
     assert (source.image_shape, source.class_names) == ((3, 8, 8), ("cat", "dog"))
@@ -81,6 +81,38 @@ def test_a_folder_of_images(tmp_path, capsys):
     assert reader.read(0, 0)[1]["image.png"] == (tmp_path / "in" / "cat" / "0.png").read_bytes()
     mixed = ShardSource(tmp_path / "whole", {"image.png": "pixels", "image.jpg": "pixels"}, image_size=8)
     assert mixed[5]["pixels"].shape == (3, 8, 8)
+
+
+def test_samples_are_written_in_mixed_order(tmp_path):
+    """Sorted by class is how a folder is listed: shards written like that show a reader one class for long."""
+    classes, each = 8, 30
+    for index in range(classes * each):
+        folder = tmp_path / "in" / f"{index // each:02d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (2, 2), index % 256).save(folder / f"{index:03d}.png")
+    base = ["make-shards", "folder", "--input", tmp_path / "in", "--shard-size", each]
+    for name, *options in (("a",), ("b",), ("seed", "--seed", 1), ("given", "--order", "given")):
+        assert run(*base, "--output", tmp_path / name, *options) == 0
+    assert run(*base, "--output", tmp_path / "split", "--split-fraction", 0.5) == 0
+
+    def labels_of(folder):
+        source = ShardSource(tmp_path / folder, channels=1)
+        # The pixels tell which file came.
+        shown = [round((float(source[i]["pixels"][0, 0, 0]) + 1) * 127.5) for i in range(len(source))]
+        labels = [source[i]["labels"] for i in range(len(source))]
+        assert all(label == value // each for label, value in zip(labels, shown, strict=True))
+        return np.split(np.array(labels), np.cumsum(source.shard_sizes)[:-1]), sorted(shown)
+
+    mixed, shown = labels_of("a")
+    assert shown == list(range(classes * each))
+    assert min(len(set(shard)) for shard in mixed) >= classes - 2
+    for split in ("train", "heldout"):
+        assert min(len(set(shard)) for shard in labels_of(f"split/{split}")[0][:-1]) >= classes - 2
+    assert [set(shard) for shard in labels_of("given")[0]] == [{c} for c in range(classes)]
+    prints = {name: ShardReader(tmp_path / name).fingerprint for name in ("a", "b", "seed", "given")}
+    assert prints["a"] == prints["b"] and len(set(prints.values())) == 3
+    assert ShardReader(tmp_path / "seed").index.meta["order"] == {"kind": "mixed", "seed": 1}
+    assert "order" not in ShardReader(tmp_path / "given").index.meta
 
 
 def test_digits(tmp_path, capsys):
@@ -150,7 +182,10 @@ def test_outputs_are_never_overwritten(mnist, tmp_path, capsys):
 
 @pytest.fixture
 def shards(mnist, tmp_path):
-    assert run("make-shards", "idx", *mnist, "--output", tmp_path / "set", "--shard-size", 8) == 0
+    assert (
+        run("make-shards", "idx", *mnist, "--output", tmp_path / "set", "--shard-size", 8, "--order", "given")
+        == 0
+    )
     return tmp_path / "set"
 
 
@@ -199,7 +234,7 @@ def test_a_bad_image_with_good_checksums_is_found(tmp_path, capsys):
     capsys.readouterr()
     assert run("verify-shards", tmp_path) == 1
     out = capsys.readouterr().out
-    assert all(text in out for text in ("shard-000000.tar", "offset 512", "key 'a'", "not a readable PNG"))
+    assert all(text in out for text in ("shard-000000.tar", "offset 512", "key 'a'", "not a readable image"))
 
 
 def test_an_index_that_disagrees_with_its_tar_is_found(shards):

@@ -16,7 +16,7 @@ from tests.engine.evaluation_toys import on_threads
 from zigflow.build import train_from_config
 from zigflow.data.skipped import SkippedSamples
 from zigflow.data.tar import BudgetError, ShardError
-from zigflow.engine import checkpoint
+from zigflow.engine import checkpoint, durable
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.skips import SkipBudget
 from zigflow.plugins import compose_config
@@ -54,6 +54,47 @@ def options(folder, *more, root=None):
 
 def train(folder, *more, **kwargs):
     return train_from_config(compose_config(options(folder, *more, **kwargs)))
+
+
+def keep_only(folder, **order):
+    """Rewrite what the run's checkpoint says of its data order, and seal it anew."""
+    path = checkpoint.open_checkpoint(folder / "run").path
+    trainer = json.loads((path / "trainer.json").read_text())
+    trainer["data"]["identity"]["order"] |= order
+    seal = json.loads((path / checkpoint.SEAL).read_text())
+    seal["files"]["trainer.json"] = durable.write_json(path / "trainer.json", trainer)
+    seal["digest"] = checkpoint._map_digest(seal["files"])
+    durable.write_json(path / checkpoint.SEAL, seal)
+
+
+def stored_order(folder):
+    return checkpoint.open_checkpoint(folder / "run").trainer["data"]["identity"]["order"]
+
+
+def test_a_run_keeps_the_number_of_shards_that_it_began_with(folder):
+    (folder / "set" / "2.tar").write_bytes(tar_bytes(2))
+    train(folder, "data.shards_at_once=2", "data.train_steps=1")
+    assert stored_order(folder)["shards_at_once"] == 2
+    train(folder, "data.train_steps=2")
+    assert stored_order(folder)["shards_at_once"] == 2, "the default does not change a run"
+    with pytest.raises(SettingsError, match=r"data\.shards_at_once=3: .*run began with 2.*new run_dir"):
+        train(folder, "data.shards_at_once=3", "data.train_steps=3")
+    with pytest.raises(SettingsError, match=r"data\.shards_at_once=0"):
+        train(folder, "data.shards_at_once=0")
+    with pytest.raises(SettingsError, match=r"shuffle_buffer: drop data\.shards_at_once"):
+        train(folder, "data.shards_at_once=3", "data.order=streaming")
+    assert checkpoint.open_checkpoint(folder / "run").step == 2
+
+
+def test_a_run_of_the_first_release_goes_on(folder):
+    """It wrote 64 shards at once, whatever there were."""
+    (folder / "set" / "2.tar").write_bytes(tar_bytes(2))
+    train(folder, "data.train_steps=1")
+    assert stored_order(folder)["shards_at_once"] == 4
+    keep_only(folder, shards_at_once=64)
+    for asked in ((), ("data.shards_at_once=4",), ("data.shards_at_once=64",)):
+        train(folder, f"data.train_steps={2 + len(asked)}", *asked)
+        assert stored_order(folder)["shards_at_once"] == 64
 
 
 def test_a_damaged_sample_stops_the_run_by_default(folder):

@@ -154,7 +154,80 @@ def test_offline_by_itself_without_a_key(tmp_path, monkeypatch, caplog, asked, e
     assert SECRET not in caplog.text
 
 
-def test_tensorboard_hides_what_a_cut_run_had_written_past_its_checkpoint(tmp_path):
+class Charts:
+    """In wandb's place, by its published rule: steps only rise, what is logged below the last one is dropped."""
+
+    def __init__(self):
+        self.runs = {}
+
+    def init(self, id, **options):
+        self.runs.setdefault(id, {"rows": [], "step": -1, "axes": {}, "dropped": 0})
+        return ChartedRun(self.runs[id])
+
+    Settings = dict
+
+    def Image(self, path):
+        return path
+
+    def lines(self, id, name):
+        """(x, y) of a chart, in the order of its rows."""
+        run = self.runs[id]
+        axis = run["axes"].get(name, run["axes"].get("*"))
+        rows = [row for row in run["rows"] if name in row]
+        return [(row["_step"] if axis is None else row.get(axis), row[name]) for row in rows]
+
+
+class ChartedRun:
+    def __init__(self, run):
+        self.run = run
+
+    def define_metric(self, name, step_metric=None):
+        if step_metric is not None:
+            self.run["axes"][name] = step_metric
+
+    def log(self, values, step=None):
+        step = self.run["step"] + 1 if step is None else step
+        if step < self.run["step"]:
+            self.run["dropped"] += 1
+            return
+        self.run["step"] = step
+        self.run["rows"].append({**values, "_step": step})
+
+    def finish(self):
+        pass
+
+
+@pytest.mark.parametrize("ckpt_every", [3, 100], ids=["behind its last checkpoint", "before its first"])
+def test_wandb_shows_the_steps_that_a_cut_run_makes_again(tmp_path, monkeypatch, ckpt_every):
+    from zigflow.engine.track_wandb import WandbTracker
+
+    charts = Charts()
+    monkeypatch.setitem(sys.modules, "wandb", charts)
+
+    def kill(trainer, record):
+        if record.step == 5:
+            raise KeyboardInterrupt
+
+    def go(hooks, **options):
+        trackers = Trackers({"wandb": lambda run: WandbTracker(run, mode="offline")})
+        options = {"log_every": 1, "ckpt_every": ckpt_every, "trackers": trackers, **options}
+        make_trainer(tmp_path, steps=6, hooks=hooks, **options).fit()
+
+    with pytest.raises(KeyboardInterrupt):
+        go([kill])
+    go([in_loop(Ranks(), 6)])
+    ((id, run),) = charts.runs.items()
+    assert run["dropped"] == 0
+    shown = dict(charts.lines(id, "train/loss"))
+    lines = {x["step"]: x["loss"] for x in read_metrics(tmp_path / "metrics.jsonl") if "loss" in x}
+    assert set(shown) == set(lines) == {1, 2, 3, 4, 5, 6}
+    assert shown == pytest.approx(lines)
+    assert len(charts.lines(id, "train/loss")) > 6, "some steps were made twice"
+    assert [x for x, _ in charts.lines(id, "samples")] == [6]
+
+
+@pytest.mark.parametrize("ckpt_every", [3, 100], ids=["behind its last checkpoint", "before its first"])
+def test_tensorboard_hides_what_a_cut_run_had_written_past_its_checkpoint(tmp_path, ckpt_every):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     from zigflow.engine.track_tensorboard import TensorBoardTracker
 
@@ -165,7 +238,7 @@ def test_tensorboard_hides_what_a_cut_run_had_written_past_its_checkpoint(tmp_pa
         if record.step == 5:
             raise Killed
 
-    options = {"log_every": 1, "ckpt_every": 3}
+    options = {"log_every": 1, "ckpt_every": ckpt_every}
     with pytest.raises(Killed):
         make_trainer(
             tmp_path, steps=6, hooks=[kill], trackers=Trackers({"tb": TensorBoardTracker}), **options

@@ -90,6 +90,17 @@ def test_a_choice_is_logged_once(make, caplog):
     ]
 
 
+def test_what_only_counts_is_no_choice(monkeypatch, caplog):
+    """A model's operations are counted on the meta device, before it runs on another backend."""
+    monkeypatch.setattr(dispatch, "_announced", set())
+    with caplog.at_level(logging.INFO, logger="dis_causal_conv1d.dispatch"):
+        with use_backend("torch"):
+            causal_conv1d(torch.empty(1, 4, 2, device="meta"), torch.empty(2, 3, device="meta"))
+        assert caplog.records == []
+        causal_conv1d(torch.ones(1, 4, 2), torch.ones(2, 3), backend="reference")
+    assert [record.getMessage() for record in caplog.records] == ["causal_conv1d runs on backend 'reference'"]
+
+
 def test_use_backend_nests_and_yields_to_an_explicit_name(make):
     op = make(FakeBackend("first"), FakeBackend("second"), FakeBackend("third"))
     with use_backend("second"):

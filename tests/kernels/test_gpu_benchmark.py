@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -35,27 +36,38 @@ def test_contenders_are_checked_and_timed(bench, dtype):
     assert {"torch", "reference"} <= set(row["causal_conv1d"]["milliseconds"]["backward"])
 
 
-def test_a_wrong_contender_is_not_timed(bench, monkeypatch):
+def test_a_wrong_contender_is_reported_and_not_timed(bench, monkeypatch):
     monkeypatch.setattr(bench, "gathered", lambda out: out)
+    report = bench.Report({}, None)
     with pytest.raises(SystemExit, match="gather, scan, scatter at"):
-        bench.measure("cpu", [SHAPE], torch.float32, turns=1)
+        bench.measure("cpu", [SHAPE], torch.float32, turns=1, report=report)
+    (row,) = report["shapes"].values()
+    (message,) = row["wrong"].values()
+    assert re.search(r"output is off by \d\.\de[+-]\d+, not timed", message)
+    for each in row["scan"]["milliseconds"].values():
+        assert "torch" in each and "gather, scan, scatter" not in each
 
 
-def test_shapes_measured_before_a_wrong_one_are_kept(bench, monkeypatch, tmp_path):
-    import kernels
+def test_a_contender_wrong_at_one_shape_is_timed_at_others(bench, monkeypatch, tmp_path):
     from machine import Report
 
+    other = (1, 5, 8, 2)
+    check = bench.check
+
     def wrong_at_the_second(contender, shape, dtype):
-        if shape != SHAPE:
-            raise SystemExit(f"{contender.name} at {shape}: not timed")
-        return kernels.check(contender, shape, dtype)
+        if shape == other and contender.name == "torch":
+            raise bench.Wrong(f"{contender.name} at {shape}: not timed")
+        return check(contender, shape, dtype)
 
     monkeypatch.setattr(bench, "check", wrong_at_the_second)
     target = tmp_path / "result.json"
     with pytest.raises(SystemExit, match="not timed"), Report({"note": "a test"}, target) as report:
-        bench.measure("cpu", [SHAPE, (1, 5, 8, 2)], torch.float32, turns=1, report=report)
+        bench.measure("cpu", [SHAPE, other], torch.float32, turns=1, report=report)
     stored = json.loads(target.read_text())
-    assert list(stored["shapes"]) == [str(SHAPE)]
+    timed = {
+        shape: "torch" in row["scan"]["milliseconds"]["forward"] for shape, row in stored["shapes"].items()
+    }
+    assert timed == {str(SHAPE): True, str(other): False}
     assert stored["note"] == "a test"
     assert stored["complete"] is False
     assert stored["stopped"].endswith("at (1, 5, 8, 2): not timed")
@@ -92,8 +104,11 @@ def test_a_wrong_convolution_is_not_timed(bench, monkeypatch):
         "causal_conv1d_bwd_function",
         lambda x, weight, bias, *_: (torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(bias)),
     )
-    with pytest.raises(SystemExit, match=r"causal-conv1d alone at .*: x off by 1.0e\+00, not timed"):
-        bench.measure_convolutions(SHAPE, torch.float32, "cpu", turns=1)
+    row = bench.measure_convolutions(SHAPE, torch.float32, "cpu", turns=1)
+    (message,) = row["wrong"].values()
+    assert re.search(r"causal-conv1d alone at .*: x off by 1.0e\+00, not timed", message)
+    for each in row["milliseconds"].values():
+        assert "torch" in each and bench.PACKAGE_CONV not in each
 
 
 def test_a_machine_without_a_compiler_is_no_hindrance(bench, monkeypatch):

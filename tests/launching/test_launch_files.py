@@ -127,3 +127,26 @@ def test_accelerate_s_own_way_to_two_cpu_processes_is_refused(tmp_path):
     output = run(f"{line} train_acc.py {TINY}", tmp_path, expected=1)
     assert "error: MASTER_ADDR set without WORLD_SIZE" in output
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.slow
+def test_what_the_launcher_is_told_reaches_the_run(tmp_path):
+    """accelerate itself forgets gradient accumulation without DeepSpeed."""
+    (line,) = line_of("gpu1")
+    told = "--gradient_accumulation_steps 2 --mixed_precision bf16 train_acc.py"
+    run(line.replace("train_acc.py", told), tmp_path)
+    run_dir, metrics = the_run(tmp_path)
+    stored = json.loads((run_dir / "checkpoints/step-0000008/config.json").read_text())
+    assert (stored["grad_accum"], stored["loop"]["compile"]) == (2, False)
+    assert metrics[-1]["images_seen"] == 8 * 16 * 2
+    refused = run(line.replace("train_acc.py", f"{told} grad_accum=3"), tmp_path, expected=1)
+    assert (
+        "error: grad_accum=3, but the launcher was told ACCELERATE_GRADIENT_ACCUMULATION_STEPS=2" in refused
+    )
+    sampled = f"{told.replace('train_acc', 'sample_acc')} ckpt={run_dir} metrics=none num_fid_samples=2"
+    run(re.sub(r"train_acc\.py.*", sampled, line), tmp_path)
+    (results,) = run_dir.glob("samples/*/results.json")
+    assert json.loads(results.read_text())["protocol"]["precision"] == "bf16"
+    sampled = f"--dynamo_backend inductor {sampled}"
+    refused = run(re.sub(r"train_acc\.py.*", sampled, line), tmp_path, expected=1)
+    assert "error: loop.compile=true compiles training" in refused

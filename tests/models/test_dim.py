@@ -293,8 +293,11 @@ def test_official_files_and_keywords():
         ({"is_freeu": True}, "is_freeu=True.*False"),
         ({"pos_encoding_type": "fourier"}, "pos_encoding_type.*learnable"),
         ({"pad_token_schedules": ["dec_split"]}, "lateral and rho_pad"),
-        ({"scan_pattern_len": 2}, "scan_pattern_len=2"),
-        ({"out_channels": 4}, "out_channels=4"),
+        ({"scan_pattern_len": "3"}, "scan_pattern_len='3'"),
+        ({"out_channels": 3}, "out_channels=3.*2 or 4"),
+        ({"out_channels": 4}, "do not fit dim"),
+        ({"num_embeds_ada_norm": None}, "num_embeds_ada_norm=None"),
+        ({"num_patches": [8]}, "num_patches"),
         ({"img_dim": 4}, "sample_size and img_dim are one keyword"),
         ({"num_layer": 4}, "num_layer"),
         ({"num_layers": 7}, "do not fit dim"),
@@ -320,6 +323,9 @@ def test_a_folder_of_the_training_script_gives_its_average(tmp_path):
         ({"unconditional": True}, "class_dropout_prob=0.3"),
         ({"pad_layout": "latera"}, "lateral"),
         ({"num_pads": 0}, "num_pads"),
+        ({"num_paths": 0}, "num_paths"),
+        ({"plain_blocks": 6}, "plain_blocks"),
+        ({"smoother_dilation": 0}, "smoother_dilation"),
         ({"official_skip_tuning": "published"}, "as_published"),
         ({"scan": "sweep5"}, "sweep4"),
         ({"img_dim": 5}, "divisible"),
@@ -329,6 +335,58 @@ def test_a_folder_of_the_training_script_gives_its_average(tmp_path):
 def test_wrong_construction_is_explained(changes, message):
     with pytest.raises((ValueError, TypeError, KeyError), match=message):
         DiM(**{**TINY, **changes})
+
+
+@pytest.mark.parametrize(
+    "official, ours",
+    [
+        ({"out_channels": 4}, {"learn_sigma": True}),
+        ({"mlp_time_embed": True}, {"mlp_time_embed": True}),
+        ({"is_uconnect": False}, {"skip": False}),
+        ({"use_final_conv": True, "out_channels": 4}, {"conv": True, "learn_sigma": True}),
+        ({"tkn_conv_dilated_rate": 2}, {"smoother_dilation": 2}),
+        ({"encoder_start_blk_id": 3}, {"plain_blocks": 3}),
+        ({"pad_token_len": 2}, {"num_pads": 2, "num_split": 2}),
+        ({"scan_pattern_len": 0}, {"num_paths": 1}),
+        ({"scan_pattern_len": 2}, {"num_paths": 3}),
+        ({"scan_pattern_len": 7}, {}),
+        ({"num_patches": [16, 4], "sample_size": 4}, {"img_dim": 8}),
+    ],
+)
+def test_published_switches_build_the_model_that_ours_name(official, ours):
+    source = tiny(**{"img_dim": 4, "split_skip": False, **ours}).eval()
+    loaded = load_official("dim", {**OFFICIAL, **official}, source.state_dict())
+    x, t, y = inputs(source)
+    out = loaded(x, t, y)
+    assert out.shape == (len(x), 4 if "learn_sigma" in ours else 2, *x.shape[2:])
+    assert torch.equal(out, source(x, t, y))
+    if "smoother_dilation" in ours:
+        loaded.a4m_adapter.first_smoother.dilation = (1, 1)
+        loaded.a4m_adapter.first_smoother.padding = (1, 1)
+        assert not torch.equal(loaded(x, t, y), out)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_the_cycle_is_the_first_paths_of_the_scan(count):
+    model = tiny(num_paths=count, depth=11)
+    names = [step.path.name.partition(" ")[0] for step in model.walk(model.grid)[0]]
+    up = [i % count for i in range(6)]
+    assert [name[name.index("[") + 1] for name in names] == [str(i) for i in (*up, *up[-2::-1])]
+
+
+def test_plain_blocks_keep_the_first_path_and_skips_their_directions():
+    model = tiny(depth=9, plain_blocks=3).eval()
+    schedule = model.walk(model.grid)[0]
+    assert len({step.path for step in schedule[:3]}) == 1 and schedule[8].path == schedule[0].path
+    blocks = model.transformer_blocks
+    assert [i for i, b in enumerate(blocks) if b.skip_linear is not None] == [6, 7, 8]
+    seen = {}
+    for i, block in enumerate(blocks):
+        block.register_forward_hook(lambda module, args, out, i=i: seen.update({i: (args, out)}))
+    model(*inputs(model))
+    for joining, kept in ((6, 5), (7, 4), (8, 3)):
+        assert torch.equal(seen[joining][0][4], seen[kept][1])
+        assert schedule[joining - 1].path == schedule[kept].path
 
 
 def test_without_skips_any_depth():

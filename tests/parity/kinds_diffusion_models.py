@@ -2,10 +2,11 @@
 
 import torch
 
-from tests.assertions import assert_close
+from tests.assertions import GRADIENT_RTOL_OF_MAX, OUTPUT_RTOL_OF_MAX, assert_close
 from tests.parity.harness import Fixture, parity_kind
+from tests.parity.kinds_diffusion import gaussian_process
 from zigflow.official import load_official
-from zigflow.processes import Gaussian, StableDiffusion, VariancePreserving
+from zigflow.processes import StableDiffusion, VariancePreserving
 from zigflow.processes.process import predict
 from zigflow.samplers import ChainSampler, DpmSolver, Guided
 
@@ -18,26 +19,40 @@ def load(fixture: Fixture) -> torch.nn.Module:
     """The model whose stored state the fixture uses."""
     source = sibling(fixture, fixture.meta["state_from"])
     family = source.kind.partition(".")[0]
-    return load_official(family, source.meta["kwargs"], source.under("state."))
+    return load_official(family, source.meta["kwargs"].plain(), source.under("state."))
 
 
 @parity_kind("dit.end_to_end")
 def check_dit(fixture: Fixture, case: str) -> None:
     meta, stored, model = fixture.meta, fixture.tensors, load(fixture)
-    # The published loop carries a second half of rows that never reaches the result.
-    rows = len(stored["z"]) // 2
-    process = Gaussian("linear")
-    guided = Guided(model, meta["cfg_scale"], channels=3, process=process)
-    sampler = ChainSampler(meta["kind"], meta["respacing"], meta["eta"])
+    rows, sampled, process = len(stored["z"]), model, gaussian_process(fixture, learned(model))
+    condition = given(fixture, "y")
+    if "cfg_scale" in meta:
+        # The published loop carries a second half of rows that never reaches the result.
+        rows //= 2
+        sampled = Guided(model, meta["cfg_scale"], channels=model.guided_channels, process=process)
+    # Drawn as published whether the steps need it or not.
+    assert stored["noise"].shape == stored["samples"].shape
+    sampler = ChainSampler(meta["kind"], meta["respacing"], meta["eta"], meta.get("clip_denoised", False))
     got = sampler.sample(
         process,
-        guided,
+        sampled,
         stored["z"][:rows],
-        stored["y"][:rows],
+        None if condition is None else condition[:rows],
         noise=lambda k, x: stored["noise"][k][:rows],
         return_trajectory=True,
     )
     assert_close("samples", got, stored["samples"][:, :rows])
+
+
+def learned(model: torch.nn.Module) -> bool:
+    """Whether the network predicts a variance."""
+    return model.out_channels > model.in_channels
+
+
+def given(fixture: Fixture, *names: str):
+    """The first of the stored tensors that is there, or None."""
+    return next((fixture.tensors[name] for name in names if name in fixture.tensors), None)
 
 
 @parity_kind("uvit.end_to_end")
@@ -45,19 +60,31 @@ def check_uvit(fixture: Fixture, case: str) -> None:
     meta, stored, model = fixture.meta, fixture.tensors, load(fixture)
     continuous = "eval_ldm.py" in meta["meaning"]
     process = VariancePreserving() if continuous else StableDiffusion()
-    condition = stored["y"] if "y" in stored else stored["context"]
-    # U-ViT publishes s = w - 1.
-    guided = Guided(WithNothing(model, stored.get("empty_context")), 1 + meta["scale"], process=process)
-    net_time = 500.0
-    t = process.process_time(torch.full((len(stored["z"]),), net_time, dtype=torch.float64), model)
-    assert_close("cfg_out_t500", predict(process, guided, stored["z"], t, condition), stored["cfg_out_t500"])
+    condition, sampled = given(fixture, "y", "context"), model
+    if "scale" in meta and condition is not None:
+        # U-ViT publishes s = w - 1.
+        nothing = WithNothing(model, given(fixture, "empty_context"))
+        sampled = Guided(nothing, 1 + meta["scale"], process=process)
+    for net_time in fixture.numbered("cfg_out_t"):
+        t = process.process_time(torch.full((len(stored["z"]),), float(net_time), dtype=torch.float64), model)
+        got = predict(process, sampled, stored["z"], t, condition)
+        assert_close(f"at net time {net_time}", got, stored[f"cfg_out_t{net_time}"])
     method, variant, grid = (
         ("dpm_solver", "fast_equal_spans", "logSNR")
         if continuous
         else ("dpm_solver++", "fast", "time_uniform")
     )
-    sampler = DpmSolver(method, variant, meta["steps"], 3, grid, last_step=False)
-    got = sampler.sample(process, guided, stored["z"], condition)
+    eps = fixture.setting("eps", r"eps=([\d.e-]+\d)", default=1e-4 if continuous else 1e-3)
+    sampler = DpmSolver(
+        method,
+        variant,
+        meta["steps"],
+        meta.get("order", 3),
+        meta.get("skip_type", grid),
+        interval=(0.0, 1 - eps),
+        last_step=False,
+    )
+    got = sampler.sample(process, sampled, stored["z"], condition)
     # The published continuous sampler loses up to 1e-3 in its float32 lambda (see the dpm_cont fixtures).
     assert_close("final", got, stored["final"], of_max=1e-3 if continuous else 1e-4)
 
@@ -76,54 +103,105 @@ class WithNothing:
         return torch.full_like(y, last) if self.tokens is None else self.tokens.expand_as(y)
 
 
+def optimizer_of(fixture: Fixture, parameters, defaults: dict) -> torch.optim.AdamW:
+    """AdamW with the JSON's settings, and where it has none those of the prose."""
+    told = fixture.meta["optimizer"].plain() if "optimizer" in fixture.meta else {}
+    number = r"([\d.]+(?:e-?\d+)?)"
+    prose = {
+        "lr": (rf"lr ?= ?{number}",),
+        "weight_decay": (rf"wd ?= ?{number}", rf"weight_decay ?= ?{number}"),
+        "eps": (rf"eps[ =]{number}",),
+    }
+    settings = {
+        name: told.pop(name) if name in told else fixture.setting(name, *patterns, default=defaults[name])
+        for name, patterns in prose.items()
+    }
+    betas = told.pop("betas", None) or fixture.meta.get("betas") or (
+        fixture.setting("beta1", rf"betas {number}/", default=defaults["betas"][0]),
+        fixture.setting("beta2", rf"betas [\d.]+/{number}", default=defaults["betas"][1]),
+    )  # fmt: skip
+    assert not told, f"{fixture.path.name}: the optimizer's {sorted(told)} are not read"
+    return torch.optim.AdamW(parameters, betas=tuple(betas), **settings)
+
+
+class Average:
+    """The published average of all weights; its decay by the JSON or the prose."""
+
+    def __init__(self, fixture: Fixture, model: torch.nn.Module):
+        self.decay = fixture.setting("ema_decay", r"EMA (?:decay )?(0?\.\d+)", default=0.9999)
+        self.state = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def update(self, model: torch.nn.Module) -> None:
+        now = model.state_dict()
+        self.state = {k: self.decay * v + (1 - self.decay) * now[k] for k, v in self.state.items()}
+
+
 @parity_kind("dit.train_steps")
 def check_dit_training(fixture: Fixture, case: str) -> None:
-    model = load_official("dit", fixture.meta["kwargs"], fixture.under("state.")).train()
-    process = Gaussian("linear")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0)
-    average = {k: v.clone() for k, v in model.state_dict().items()}
-    for number in range(3):
+    model = load_official("dit", fixture.meta["kwargs"].plain(), fixture.under("state.")).train()
+    process = gaussian_process(fixture, learned(model))
+    optimizer = optimizer_of(
+        fixture,
+        [p for p in model.parameters() if p.requires_grad],
+        {"lr": 1e-4, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8},
+    )
+    average = Average(fixture, model)
+    numbers = fixture.numbered("step")
+    assert numbers == list(range(len(numbers))) and numbers
+    for number in numbers:
         step = fixture.under(f"step{number}.")
-        t = process.chain().times[step["t"]]
-        terms = process.loss_terms(model, step["x0"], step["noise"], t, step["y"])
-        for key in ("vb", "mse", "loss"):
-            assert_close(f"step {number} {key}", terms[key], step[key])
+        t = process.chain().times[step.pop("t")]
+        got = process.loss_terms(model, step.pop("x0"), step.pop("noise"), t, step.pop("y", None))
         optimizer.zero_grad()
-        terms["loss"].mean().backward()
-        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
-        assert_close(f"step {number} gradient norm", norm, step["gradnorm"], of_max=1e-3)
+        got["loss"].mean().backward()
+        got["gradnorm"] = torch.stack(
+            [p.grad.norm() for p in model.parameters() if p.grad is not None]
+        ).norm()
+        for key, want in step.items():
+            limit = GRADIENT_RTOL_OF_MAX if key == "gradnorm" else OUTPUT_RTOL_OF_MAX
+            assert_close(f"step {number} {key}", got[key], want, of_max=limit)
         optimizer.step()
-        average = {k: 0.99 * average[k] + 0.01 * v for k, v in model.state_dict().items()}
+        average.update(model)
     check_weights(fixture, model, average)
 
 
 @parity_kind("uvit.train_steps")
 def check_uvit_training(fixture: Fixture, case: str) -> None:
-    meta = fixture.meta
-    model = load_official("uvit", meta["kwargs"], fixture.under("state.")).train()
+    meta, kwargs = fixture.meta, fixture.meta["kwargs"].plain()
+    family = "uvit_t2i" if {"clip_dim", "num_clip_token"} & set(kwargs) else "uvit"
+    model = load_official(family, kwargs, fixture.under("state.")).train()
     process = StableDiffusion()
-    settings = meta["optimizer"]
-    optimizer = torch.optim.AdamW(
-        model.parameters(), settings["lr"], settings["betas"], weight_decay=settings["weight_decay"]
+    optimizer = optimizer_of(
+        fixture, model.parameters(), {"lr": 2e-4, "weight_decay": 0.03, "betas": (0.99, 0.99), "eps": 1e-8}
     )
-    average = {k: v.clone() for k, v in model.state_dict().items()}
-    for number in range(3):
+    rate, warmup = optimizer.param_groups[0]["lr"], meta["warmup_steps"]
+    average = Average(fixture, model)
+    numbers = fixture.numbered("step")
+    assert numbers == list(range(len(numbers))) and numbers
+
+    def rate_at(number: int) -> float:
+        return rate * min(number / warmup, 1) if warmup > 0 else rate
+
+    for number in numbers:
         step = fixture.under(f"step{number}.")
         for group in optimizer.param_groups:
-            group["lr"] = settings["lr"] * min(number / meta["warmup_steps"], 1)
-        t = 1 - step["n"].double() / 1000
-        loss = process.loss(model, step["x0"], step["noise"], t, step["y"])
-        assert_close(f"step {number} loss", loss, step["loss"])
+            group["lr"] = rate_at(number)
+        t = 1 - step.pop("n").double() / process.steps
+        condition = step.pop("y", step.pop("context", None))
+        loss = process.loss(model, step.pop("x0"), step.pop("noise"), t, condition)
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
-        average = {k: 0.99 * average[k] + 0.01 * v for k, v in model.state_dict().items()}
+        got = {"loss": loss, "lr_after": torch.tensor(rate_at(number + 1))}
+        for key, want in step.items():
+            assert_close(f"step {number} {key}", got[key], want)
+        average.update(model)
     check_weights(fixture, model, average)
 
 
-def check_weights(fixture: Fixture, model: torch.nn.Module, average: dict) -> None:
+def check_weights(fixture: Fixture, model: torch.nn.Module, average: Average) -> None:
     state = model.state_dict()
     for name, want in fixture.under("final.").items():
         assert_close(name, state[name], want)
     for name, want in fixture.under("ema.").items():
-        assert_close(f"average of {name}", average[name], want)
+        assert_close(f"average of {name}", average.state[name], want)

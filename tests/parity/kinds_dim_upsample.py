@@ -8,38 +8,70 @@ from zigflow.processes import StableDiffusion
 from zigflow.samplers import DpmSolver, Guided, Upsampled
 from zigflow.samplers.upsampling import match_as_published, match_exactly, pool
 
-CFG_SCALE = 3.0  # published, w - 1
+
+def upsampled_model(guided, process, fixture: Fixture, settings) -> Upsampled:
+    """With the JSON's settings, and where it has none those of the prose; w acts for t >= (1 - eta) T."""
+
+    def read(name: str, default: float) -> float:
+        if settings is not None and name in settings:
+            return settings[name]
+        return fixture.setting(name, name.removeprefix("ug_") + r" ([\d.]+)", default=default)
+
+    end, eta = read("ug_T", 1.0), read("ug_eta", 0.3)
+    factor = fixture.meta["m"] if settings is None or "m" not in settings else settings["m"]
+    return Upsampled(
+        guided, process, factor, 1 - (1 - eta) * end, read("ug_theta", 1.0), matching="as_published"
+    )
 
 
 @torch.no_grad()
-def check_upsampled(model: torch.nn.Module, meta: dict, t: dict) -> None:
-    """The small branch and the guided noise at four times, from the times on."""
-    process = StableDiffusion()
-    assert_close("small", model(t["lo.in.x"], t["in.t"], t["in.y"]), t["lo.out"])
+def check_upsampled(model: torch.nn.Module, fixture: Fixture) -> None:
+    """The small branch and the guided noise at the stored times, from the times on."""
+    meta, t = fixture.meta["upsample"], fixture.tensors
+    process = StableDiffusion(num_steps=meta.get("N", 1000))
+    y = t.get("in.y", None)
+    if y is not None and "null_label" in meta:
+        assert model.null_condition(y).tolist() == [meta["null_label"]] * len(y)
+    assert_close("small", model(t["lo.in.x"], t["in.t"], y), t["lo.out"])
     guided = Guided(model, 1 + meta["cfg_scale"], process=process)
     m = meta["m"]
-    for i in range(4):
-        stored = {k.removeprefix(f"ug.{i}."): v for k, v in t.items() if k.startswith(f"ug.{i}.")}
+    places = fixture.numbered("ug.")
+    assert places
+    for i in places:
+        stored = fixture.under(f"ug.{i}.")
         x, net_time = t["in.x"], 1000 * stored["t"]
-        upsampled = Upsampled(guided, process, m, meta["ug_eta"], meta["ug_theta"], "as_published")
+        upsampled = upsampled_model(guided, process, fixture, meta)
         tau, scale = match_as_published(process, 1 - stored["t"].double(), m)
         assert_close(f"{i}: tau", 1 - tau, stored["tau"], of_max=1e-6)
         assert_close(f"{i}: P", scale**-2, stored["P"], of_max=1e-6)
-        assert_close(f"{i}: guided", guided(x, net_time, t["in.y"]), stored["cfg_pred"])
+        assert_close(f"{i}: guided", guided(x, net_time, y), stored["cfg_pred"])
         small = pool(x, m) * scale[:, None, None, None].float()
-        at_small = guided(small, 1000 * (1 - tau).float(), t["in.y"])
+        at_small = guided(small, 1000 * (1 - tau).float(), y)
         assert_close(f"{i}: small", at_small, stored["eps_low"])
-        out = upsampled(x, net_time, t["in.y"])
+        out = upsampled(x, net_time, y)
         assert_close(f"{i}: out", out, stored["out"])
-        assert bool(stored["w"][0]) != torch.equal(out, guided(x, net_time, t["in.y"]))
+        plain = guided(x, net_time, y)
+        for row, weight in enumerate(stored["w"].tolist()):
+            assert bool(weight) != torch.equal(out[row], plain[row])
 
 
-def check_upsampled_sample(model: torch.nn.Module, fixture: Fixture) -> None:
-    t, process = fixture.tensors, StableDiffusion()
-    guided = Guided(model, 1 + CFG_SCALE, process=process)
-    upsampled = Upsampled(guided, process, fixture.meta["m"], matching="as_published")
-    sampler = DpmSolver("dpm_solver", "fast", fixture.meta["steps"], 3, "time_uniform", last_step=False)
-    assert_close("out", sampler.sample(process, upsampled, t["in.z"], t["in.y"]), t["out"])
+def check_upsampled_sample(guided, process, fixture: Fixture, source: Fixture, condition) -> None:
+    t, meta = fixture.tensors, fixture.meta
+    settings = source.meta.get("upsample", None)
+    own = {
+        **(settings.plain() if settings is not None else {}),
+        **{k: meta[k] for k in meta if k[:3] == "ug_"},
+    }
+    upsampled = upsampled_model(guided, process, fixture, {**own, "m": meta["m"]})
+    sampler = DpmSolver(
+        "dpm_solver",
+        "fast",
+        meta["steps"],
+        meta.get("order", 3),
+        meta.get("skip_type", "time_uniform"),
+        last_step=False,
+    )
+    assert_close("out", sampler.sample(process, upsampled, t["in.z"], condition), t["out"])
 
 
 @parity_kind("dim.upsample_tau", lambda fixture: list(fixture.meta["tables"]))

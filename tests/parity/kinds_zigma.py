@@ -1,5 +1,7 @@
 """Checks of the fixture kinds zigma.model, zigma.ops, zigma.drop_path, zigma.checkpoint and zigma.init_stats."""
 
+import re
+
 import torch
 
 from dis_causal_conv1d import causal_conv1d
@@ -8,14 +10,16 @@ from model_zigma import ZigMa
 from tests.assertions import GRADIENT_RTOL_OF_MAX, assert_close
 from tests.parity.harness import Fixture, parity_kind
 from tests.parity.initialization import check_statistics
+from zigflow.keyed import _Active
 from zigflow.nn import CrossAttention, LayerNorm, RMSNorm, sincos_positions, sinusoidal_embedding
-from zigflow.official import load_official, read_official
+from zigflow.official import load_official, official_arguments, read_official
 
 
 def _load(fixture: Fixture, prefix="param/", **ours):
-    kwargs = dict(fixture.meta["ctor_kwargs"])
-    if fixture.meta.get("scan_type", "").startswith("zzvideo"):
-        ours["official_temporal_reversal"] = not fixture.meta["temporal_inverse_corrected"]
+    kwargs = fixture.meta["ctor_kwargs"].plain()
+    corrected = fixture.meta.get("temporal_inverse_corrected", False)
+    if "video" in kwargs.get("scan_type", ""):
+        ours["official_temporal_reversal"] = not corrected
     return load_official("zigma", kwargs, fixture.under(prefix), **ours)
 
 
@@ -56,10 +60,11 @@ def check_model(fixture: Fixture, case: str) -> None:
 
     out = model(x, inputs["t"], y=inputs.get("y"))
     assert out.shape == x.shape
+    check_description(fixture, model, out)
     if case == "float64":
         assert_close("out_f64", out, fixture.tensors["out_f64"], of_max=1e-9)
         return
-    floor = 4 * fixture.meta.get("max_abs_err_out_f32_vs_f64", 0.0)
+    floor = max(4 * fixture.meta.get("max_abs_err_out_f32_vs_f64", 0.0), fixture.tolerance())
     assert_close("out", out, fixture.tensors["out"], floor=floor)
     stored = fixture.under("act/")
     unchecked = set(stored) - set(activations)
@@ -68,10 +73,45 @@ def check_model(fixture: Fixture, case: str) -> None:
         assert_close(f"act/{name}", activations[name], want)
     (out * inputs["w"]).sum().backward()
     parameters = dict(model.named_parameters())
-    errors = fixture.meta.get("max_rel_err_grads_f32_vs_f64", {})
+    errors = dict(fixture.meta.get("max_rel_err_grads_f32_vs_f64", {}))
+    if "grad/x" not in fixture.tensors:
+        return
     for name, want in fixture.under("grad/").items():
         got = x.grad if name == "x" else parameters[name].grad
         assert_close(f"grad/{name}", got, want, of_max=max(GRADIENT_RTOL_OF_MAX, 4 * errors.get(name, 0.0)))
+
+
+def check_description(fixture: Fixture, model: ZigMa, out: torch.Tensor) -> None:
+    """What the JSON says of the parameters, the output and every layer's gathers."""
+    meta, parameters = fixture.meta, dict(model.named_parameters())
+    if "n_params" in meta:
+        assert sum(p.numel() for p in parameters.values()) == meta["n_params"]
+    if "param_order" in meta:
+        assert list(parameters) == meta["param_order"]
+    if "non_trainable" in meta:
+        assert [n for n, p in parameters.items() if not p.requires_grad] == meta["non_trainable"]
+    if "scan_type" in meta:
+        assert meta["scan_type"] == meta["ctor_kwargs"].get("scan_type", "v2")
+    stats = dict(meta.get("out_stats", {}))
+    if "out_absmax" in meta:
+        stats["absmax"] = meta["out_absmax"]
+    got = {"mean": out.mean(), "std": out.std(), "absmax": out.abs().max()}
+    for name, want in stats.items():
+        assert abs(got[name].item() - want) <= 1e-4 * got["absmax"].item(), name
+    before, after = meta.get("per_layer_gather_before_mixer"), meta.get("per_layer_gather_after_mixer")
+    kinds = meta.get("st_order")
+    if before is None and after is None and kinds is None:
+        return
+    schedule = model.scan_spec.schedule(
+        model.depth, *model.grid, official_temporal_reversal=model.official_temporal_reversal
+    )
+    for layer, step in enumerate(schedule):
+        # "ststst...", of which a layer reads its own letter.
+        if kinds is not None:
+            assert step.fold == {"s": "frames", "t": "pixels"}[kinds[layer]], layer
+        if before is not None:
+            assert step.path.order.tolist() == before[layer], layer
+            assert step.undo.order.tolist() == after[layer], layer
 
 
 def _scan(t, variant):
@@ -95,10 +135,23 @@ def _scan(t, variant):
     return out.transpose(1, 2), leaves
 
 
+def _last_state(leaves, softplus: bool) -> torch.Tensor:
+    """The state (B, E, N) behind the last token, read through a C that picks one state after the other."""
+    A, B = leaves["A"], leaves["B"].transpose(1, 2)
+    options = {"delta_bias": leaves["delta_bias"], "delta_softplus": True} if softplus else {}
+    u, delta = (leaves[k].transpose(1, 2) for k in ("u", "delta"))
+    picks = torch.eye(A.shape[1])
+    return torch.stack(
+        [selective_scan(u, delta, A, B, pick.expand_as(B).contiguous(), **options)[:, -1] for pick in picks],
+        -1,
+    )
+
+
 @parity_kind("zigma.ops")
 def check_ops(fixture: Fixture, case: str) -> None:
     t = fixture.tensors
-    for variant in ("full", "noz", "noD_noz_nobias_nosoftplus"):
+    variants = [n for n in dict.fromkeys(k.split("/")[0] for k in fixture.names("scan/")) if n != "in"]
+    for variant in variants:
         out, leaves = _scan(t, variant)
         assert_close(f"scan/{variant}/out", out, t[f"scan/{variant}/out"])
         (out * t["scan/in/w"]).sum().backward()
@@ -106,46 +159,67 @@ def check_ops(fixture: Fixture, case: str) -> None:
             assert_close(
                 f"{variant}/{name}", leaf.grad, t[f"scan/{variant}/grad_{name}"], of_max=GRADIENT_RTOL_OF_MAX
             )
+        if f"scan/{variant}/last_state" in t:
+            with torch.no_grad():
+                got = _last_state(leaves, "delta_bias" in leaves)
+            assert_close(f"{variant}/last_state", got, t[f"scan/{variant}/last_state"])
 
-    for activation, key in (("silu", "out_silu"), (None, "out_noact")):
+    for key in fixture.names("conv/out_"):
         out = causal_conv1d(
-            t["conv/x"].transpose(1, 2), t["conv/weight"][:, 0], t["conv/bias"], activation=activation
-        )
-        assert_close(key, out.transpose(1, 2), t[f"conv/{key}"])
+            t["conv/x"].transpose(1, 2), t["conv/weight"][:, 0], t["conv/bias"],
+            activation={"silu": "silu", "noact": None}[key],
+        )  # fmt: skip
+        assert_close(key, out.transpose(1, 2), t[f"conv/out_{key}"])
 
-    rms, layer = RMSNorm(6), LayerNorm(6)
+    if "norm/x" in t:
+        check_norms(fixture)
+    for name in fixture.names("temb/"):
+        if name != "t":
+            dim = int(name.removeprefix("sin_"))
+            assert_close(name, sinusoidal_embedding(t["temb/t"] * 1000, dim), t[f"temb/{name}"])
+    for name in fixture.names("pos/"):
+        side, dim = map(int, re.fullmatch(r"sincos_grid(\d+)_dim(\d+)", name).groups())
+        assert_close(name, sincos_positions(side, side, dim)[0], t[f"pos/{name}"])
+    if "xattn/out" in t:
+        attention = CrossAttention(t["xattn/x"].shape[-1], t["xattn/text"].shape[-1])
+        attention.load_state_dict(fixture.under("xattn/param/"))
+        assert_close("xattn", attention(t["xattn/x"], t["xattn/text"]), t["xattn/out"])
+
+
+def check_norms(fixture: Fixture) -> None:
+    t, eps = fixture.tensors, fixture.setting("eps", r"eps (\d[\d.e-]*)", default=1e-5)
+    rms, layer = (norm(len(t["norm/weight"]), eps=eps) for norm in (RMSNorm, LayerNorm))
     for norm in (rms, layer):
         norm.weight.data.copy_(t["norm/weight"])
     layer.bias.data.copy_(t["norm/bias"])
     stream = t["norm/x"] + t["norm/residual"]
-    assert_close("rms_residual_out", stream, t["norm/rms_residual_out"])
-    # ops.json does not say whether norm/bias belongs to the RMS norm; the values do, it does not (with it they are
+    # The JSON does not say whether norm/bias belongs to the RMS norm; the values do, it does not (with it they are
     # off by 1.2), as in ZigMa, whose RMS norms have no bias.
-    assert_close("rms_out", rms(stream), t["norm/rms_out"])
-    assert_close("rms_out_nores", rms(t["norm/x"]), t["norm/rms_out_nores"])
-    assert_close("layer_out", layer(stream), t["norm/layer_out"])
-
-    assert_close("temb", sinusoidal_embedding(t["temb/t"] * 1000, 256), t["temb/sin_256"])
-    assert_close("pos4", sincos_positions(4, 4, 16)[0], t["pos/sincos_grid4_dim16"])
-    assert_close("pos3", sincos_positions(3, 3, 24)[0], t["pos/sincos_grid3_dim24"])
-
-    attention = CrossAttention(16, 16)
-    attention.load_state_dict(fixture.under("xattn/param/"))
-    assert_close("xattn", attention(t["xattn/x"], t["xattn/text"]), t["xattn/out"])
+    got = {
+        "rms_residual_out": stream,
+        "layer_residual_out": stream,
+        "rms_out": rms(stream),
+        "rms_out_nores": rms(t["norm/x"]),
+        "layer_out": layer(stream),
+        "layer_out_nores": layer(t["norm/x"]),
+    }
+    for name in fixture.names("norm/"):
+        if name not in ("x", "residual", "weight", "bias"):
+            assert_close(name, got[name], t[f"norm/{name}"])
 
 
 class _StoredMasks:
     """Ambient draws that reproduce the stored keep decisions of the drop path calls."""
 
-    def __init__(self, keep_NB, layers):
-        self.keep_NB, self.layers = keep_NB, layers
+    def __init__(self, keep_NB, rates):
+        self.keep_NB, self.dropping = keep_NB, torch.tensor([rate > 0 for rate in rates])
 
     def uniform(self, purpose, shape=(), **kwargs):
         assert purpose == "drop_path", purpose
-        assert shape == (self.layers,), shape
-        u = torch.zeros(self.keep_NB.shape[1], self.layers)
-        # Blocks 0 and 1 have rate 0; the stored calls are those of blocks 2.. and the final one.
-        u[:, 2:] = 1.0 - self.keep_NB.t().float()
+        assert shape == self.dropping.shape, shape
+        u = torch.zeros(self.keep_NB.shape[1], len(self.dropping))
+        # What has rate 0 was not called: blocks 0 and 1, of which the first has no residual.
+        u[:, self.dropping] = 1.0 - self.keep_NB.t().float()
         return u * 0.999
 
 
@@ -156,32 +230,34 @@ def check_drop_path(fixture: Fixture, case: str) -> None:
     assert_close("rates", torch.tensor(rates), torch.tensor(fixture.meta["drop_probs_in_call_order"]))
     keep = fixture.tensors["keep_masks"]
     assert keep.shape[0] == len(rates)
-    import zigflow.nn.drop_path as module
-
-    stored = _StoredMasks(keep, len(model.drop_path_rates))
-    original, module.current_draws = module.current_draws, lambda: stored
-    try:
-        out = model(fixture.tensors["in/x"], fixture.tensors["in/t"])
-    finally:
-        module.current_draws = original
+    with _Active(_StoredMasks(keep, model.drop_path_rates)):
+        out = model(*_inputs(fixture))
     assert_close("out", out, fixture.tensors["out"])
+
+
+def _inputs(fixture: Fixture) -> tuple:
+    t = fixture.tensors
+    return t["in/x"], t["in/t"], t.get("in/y", None)
 
 
 @parity_kind("zigma.checkpoint")
 def check_checkpoint(fixture: Fixture, case: str) -> None:
-    read = read_official(fixture.path.with_name(fixture.meta["checkpoint"]), "zigma")
-    assert read.ctor_kwargs == fixture.meta["ctor_kwargs"]
-    assert read.step == 10
+    path = fixture.path.with_name(fixture.meta["checkpoint"])
+    read = read_official(path, "zigma")
+    assert read.ctor_kwargs == fixture.meta["ctor_kwargs"].plain()
+    assert read.step == int(path.stem)
     model = load_official("zigma", read.ctor_kwargs, read.state_dict)
-    out = model(fixture.tensors["in/x"], fixture.tensors["in/t"])
-    assert_close("out_ema", out, fixture.tensors["out_ema"])
+    assert_close("out_ema", model(*_inputs(fixture)), fixture.tensors["out_ema"])
 
 
-@parity_kind("zigma.init_stats", cases=lambda f: [k for k in f.meta if k != "fixture_kind"])
+@parity_kind("zigma.init_stats", cases=lambda f: [k for k in f.meta if "params" in (f.meta[k] or "")])
 def check_init(fixture: Fixture, case: str) -> None:
     entry = fixture.meta[case]
-    model = ZigMa(**entry["ctor_kwargs"], official_backward_dt_init=True)
+    torch.manual_seed(0)
+    model = ZigMa(**official_arguments("zigma", entry["ctor_kwargs"].plain(), official_backward_dt_init=True))
     state = dict(model.named_parameters())
     assert list(state) == list(entry["params"])
     for name, want in entry["params"].items():
+        if "requires_grad" in want:
+            assert state[name].requires_grad == want["requires_grad"], name
         check_statistics(name, state[name].detach(), want)

@@ -58,4 +58,4 @@ def build(fixture, row):
         sample_eps=row["sample_eps"] or None,
     )
     spec = fixture.meta["sampler"]["models"][row["model"]]
-    return process, Mixture(spec, process) if row["model"] == "gmm" else Affine(spec)
+    return process, Affine(spec) if "A" in spec else Mixture(spec, process)

@@ -4,7 +4,6 @@ import io
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -13,35 +12,35 @@ import torch
 from numpy.lib import format as npy_format
 from torch import Tensor
 
+from .limits import DEFAULT_LIMITS, DecodeError, Limits
+from .picture import SUFFIXES, WHITE, Background, decode_image
 
-class DecodeError(ValueError):
-    """Bytes that are not what their suffix says, or that exceed a budget."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Budgets of one member.
-
-    Attributes:
-        max_bytes: bytes of a member and of the array that it declares.
-        max_pixels: width times height of an image.
-        max_text: bytes of a text or a JSON document.
-    """
-
-    max_bytes: int = 1 << 29
-    max_pixels: int = 1 << 26
-    max_text: int = 1 << 20
+__all__ = [
+    "DECODERS",
+    "DEFAULT_LIMITS",
+    "DecodeError",
+    "Limits",
+    "cover_crop",
+    "decode",
+    "decode_image",
+    "decode_npy",
+    "npy_header",
+    "to_pixels",
+]
 
 
-DEFAULT_LIMITS = Limits()
 _MAX_NPY_HEADER = 1 << 16
 
 
-def decode(suffix: str, data: bytes, limits: Limits = DEFAULT_LIMITS) -> Any:
+def decode(suffix: str, data: bytes, limits: Limits = DEFAULT_LIMITS, background: Background = WHITE) -> Any:
     """Decode by what follows the last dot of ``suffix``.
 
+    Args:
+        background: what shows through the transparent parts of images.
+
     Returns:
-        png, jpg, jpeg: (H, W) or (H, W, C) uint8 array; npy: array; cls: int; txt: str; json: plain Python.
+        png, jpg and the others of images: (H, W) or (H, W, 3) uint8 array; npy: array; cls: int; txt: str; json:
+        plain Python.
 
     Raises:
         DecodeError: the bytes are damaged, over budget, or of a kind that is never decoded (pickles and
@@ -55,28 +54,7 @@ def decode(suffix: str, data: bytes, limits: Limits = DEFAULT_LIMITS) -> Any:
         )
     if len(data) > limits.max_bytes:
         raise DecodeError(f"{len(data)} bytes, the budget of a member is {limits.max_bytes}")
-    return DECODERS[kind](data, limits)
-
-
-def decode_image(data: bytes, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
-    """PNG or JPEG to (H, W) for grey or (H, W, 3) uint8; palettes become RGB, alpha is dropped."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-            width, height = image.size
-            if width * height > limits.max_pixels:
-                raise DecodeError(f"{width} x {height} pixels, the budget is {limits.max_pixels}")
-            if image.mode.startswith(("I", "F")):
-                raise DecodeError(f"an image of 8 bits per channel is needed, this one has mode {image.mode}")
-            mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
-            # Converting to the mode that it has would copy it.
-            return np.array(image if image.mode == mode else image.convert(mode))
-    except DecodeError:
-        raise
-    # Pillow answers damage with exceptions of many kinds; a bomb warning turned into an error is one of them.
-    except Exception as error:
-        raise DecodeError(f"not a readable PNG or JPEG image: {type(error).__name__}: {error}") from error
+    return decode_image(data, limits, background) if kind in SUFFIXES else DECODERS[kind](data, limits)
 
 
 # Parsing a header takes longer than copying a latent, and the members of a set share a few headers.
@@ -156,9 +134,7 @@ def decode_class(data: bytes, limits: Limits = DEFAULT_LIMITS) -> int:
 
 
 DECODERS: dict[str, Callable[[bytes, Limits], Any]] = {
-    "png": decode_image,
-    "jpg": decode_image,
-    "jpeg": decode_image,
+    **dict.fromkeys(SUFFIXES, decode_image),
     "npy": decode_npy,
     "json": decode_json,
     "txt": decode_text,

@@ -9,18 +9,15 @@ import torch
 from zigflow.registry import unknown_name
 
 from .decode import DEFAULT_LIMITS, DecodeError, Limits, decode, to_pixels
+from .picture import SUFFIXES, WHITE, Background, background_color
 from .shard_index import Sample
 from .source import image_shape
 from .tar import ShardError
 
 FIELDS = ("pixels", "latents", "moments", "labels", "tokens", "captions")
+_PICTURES = (*(f"image.{suffix}" for suffix in SUFFIXES), *SUFFIXES)
 DEFAULT_RENAME = {
-    "image.png": "pixels",
-    "image.jpg": "pixels",
-    "image.jpeg": "pixels",
-    "png": "pixels",
-    "jpg": "pixels",
-    "jpeg": "pixels",
+    **dict.fromkeys(_PICTURES, "pixels"),
     "frames.npy": "pixels",
     "img_feature256.npy": "latents",
     "img_feature512.npy": "latents",
@@ -64,6 +61,7 @@ class FieldDecoder:
         image_size: pixels of the shorter side after a center crop, or (height, width); None keeps the size.
         num_classes: number of labels; 0 does not check.
         limits: budgets of one member.
+        background: what shows through transparent images: a grey level, or red, green and blue, 0 to 255.
 
     Attributes:
         suffixes: field -> suffixes that may deliver it.
@@ -83,16 +81,21 @@ class FieldDecoder:
         image_size: int | Sequence[int] | None = None,
         num_classes: int = 0,
         limits: Limits = DEFAULT_LIMITS,
+        background: Background = WHITE,
     ):
         self.suffixes = _choose(normal_rename(rename), _known_fields(fields), list(first))
         self.channels, self.limits, self.num_classes = channels, limits, num_classes
         self.image_size = _pair(image_size)
+        self.background = background_color(background)
+        # The usual names cover sets whose images are of several formats.
+        self._usual = rename is None
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     @property
     def identity(self) -> str:
         """What the decoded values depend on, besides the bytes."""
-        return f"{sorted(self.suffixes.items())} {self.channels} {self.image_size}"
+        shown = "" if self.background == WHITE else f" {self.background}"
+        return f"{sorted(self.suffixes.items())} {self.channels} {self.image_size}{shown}"
 
     def fix_shapes(self, sample: Mapping[str, Any]) -> tuple[int, ...]:
         """Take the shapes of this sample as those of all; returns the shape of its pixels, or of its latents."""
@@ -118,6 +121,8 @@ class FieldDecoder:
         chosen: dict[str, str] = {}
         for field, suffixes in self.suffixes.items():
             found = [suffix for suffix in suffixes if suffix in present]
+            if not found and self._usual and suffixes[0] in _PICTURES:
+                found = [suffix for suffix in _PICTURES if suffix in present]
             if not found:
                 raise error(" or ".join(suffixes), f"missing ({field}); there are {sorted(present)[:16]}")
             chosen[field] = found[0]
@@ -125,7 +130,7 @@ class FieldDecoder:
         out: dict[str, Any] = {"key": sample.key}
         for field, suffix in chosen.items():
             try:
-                out[field] = self._field(field, decode(suffix, data[suffix], self.limits))
+                out[field] = self._field(field, decode(suffix, data[suffix], self.limits, self.background))
             except (DecodeError, TypeError, ValueError) as problem:
                 raise error(suffix, str(problem)) from problem
         return out

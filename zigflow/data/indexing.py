@@ -3,23 +3,32 @@
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import locked, replacing
+from .contents import Contents, keyed_sample, stretches
+from .files import locked, read_at, replacing
 from .shard_index import (
     INDEX_NAME,
     MEMBER_SUFFIX,
     FolderIndex,
+    Sample,
     Shard,
     dump_samples,
     load_folder_index,
+    load_samples,
     scan_shard,
     write_folder_index,
 )
 from .tar import Budget, ShardError
 
 log = logging.getLogger(__name__)
+
+_CONTENTS = "contents"
+_SAMPLES = 4096
+_FROM_A_SHARD = 16
+_WHOLE, _PIECE = 1 << 16, 1 << 14
 
 
 def foreign_index(root: Path, folder: Path, budget: Budget) -> FolderIndex:
@@ -37,7 +46,7 @@ def foreign_index(root: Path, folder: Path, budget: Budget) -> FolderIndex:
     """
     ready = _current(root, folder, budget)
     if ready is not None:
-        return ready
+        return ready if _CONTENTS in ready.meta else _with_contents(root, folder, ready)
     paths = sorted(path for path in root.glob("*.tar") if path.is_file())
     if not paths:
         raise FileNotFoundError(f"{root} holds no .tar file and no {INDEX_NAME}")
@@ -50,7 +59,65 @@ def foreign_index(root: Path, folder: Path, budget: Budget) -> FolderIndex:
         raise PermissionError(f"the index of {root} cannot be written to {folder}: give a cache_dir that can")
     # Two processes that build at once, where there are no locks, write the same bytes by renames.
     with locked(folder):
-        return _current(root, folder, budget) or _build(root, folder, paths, budget)
+        ready = _current(root, folder, budget)
+        if ready is not None:
+            return ready if _CONTENTS in ready.meta else _with_contents(root, folder, ready)
+        return _build(root, folder, paths, budget)
+
+
+def foreign_contents(index: FolderIndex) -> Contents:
+    """What tells the tars of a foreign index from others: their listings and a keyed sample of their members' bytes.
+
+    Raises:
+        ShardError: the index is damaged.
+    """
+    former, digest = index.fingerprint, hashlib.sha256(index.fingerprint.encode())
+    stamps, hashed, samples, whole = hashlib.sha256(), 0, 0, True
+    try:
+        for shard in index.shards:
+            found, count, complete = index.meta[_CONTENTS][shard.name]
+            digest.update(f"\n{shard.name} {found}".encode())
+            stamps.update(f"\n{shard.name} {shard.size} {shard.mtime_ns}".encode())
+            hashed, samples, whole = hashed + count, samples + shard.samples, whole and complete is True
+    except (KeyError, TypeError, ValueError) as error:
+        raise ShardError(f"{INDEX_NAME} is damaged: {error!r}") from error
+    times = None if whole else stamps.hexdigest()[:16]
+    return Contents(digest.hexdigest()[:32], former, times, hashed, samples)
+
+
+def _contents(path: Path, samples: Sequence[Sample], shards: int) -> list[Any]:
+    """A hash of the members of some samples of a tar, how many, and whether that is every byte.
+
+    A tar that was touched, or packed anew with other times in its headers, has the same.
+    """
+    chosen = keyed_sample(len(samples), max(_FROM_A_SHARD, _SAMPLES // shards))
+    digest, whole = hashlib.sha256(), len(chosen) == len(samples)
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        for row in chosen:
+            for entry in samples[row].entries:
+                whole = whole and entry.size <= _WHOLE
+                for place, length in stretches(entry.size, _WHOLE, _PIECE):
+                    digest.update(read_at(fd, length, entry.offset + place))
+    finally:
+        os.close(fd)
+    return [digest.hexdigest()[:32], len(chosen), whole]
+
+
+def _with_contents(root: Path, folder: Path, index: FolderIndex) -> FolderIndex:
+    """An index of version 0.1, which knew names and sizes alone, completed; kept where it can be written."""
+    contents = {
+        shard.name: _contents(
+            root / shard.name, load_samples(folder / (shard.name + MEMBER_SUFFIX), shard), len(index.shards)
+        )
+        for shard in index.shards
+    }
+    complete = FolderIndex(index.shards, {**index.meta, _CONTENTS: contents})
+    try:
+        write_folder_index(folder, complete)
+    except OSError as error:
+        log.info("the index of %s is completed at every start, since it cannot be kept: %s", root, error)
+    return complete
 
 
 def _current(root: Path, folder: Path, budget: Budget) -> FolderIndex | None:
@@ -80,8 +147,10 @@ def _stamps(root: Path) -> dict[str, tuple[int, int]]:
 def _build(root: Path, folder: Path, paths: list[Path], budget: Budget) -> FolderIndex:
     log.info("indexing %d shards of %s", len(paths), root)
     before, shards = _stamps(root), []
+    contents: dict[str, list[Any]] = {}
     for path in paths:
         samples = scan_shard(path, budget=budget)
+        contents[path.name] = _contents(path, samples, len(paths))
         data = dump_samples(path.name, samples)
         with replacing(folder / (path.name + MEMBER_SUFFIX)) as file:
             file.write(data)
@@ -90,7 +159,7 @@ def _build(root: Path, folder: Path, paths: list[Path], budget: Budget) -> Folde
         shards.append(Shard(path.name, size, len(samples), digest, mtime_ns=stamp))
     if _stamps(root) != before:
         raise ShardError(f"the tars of {root} changed while they were indexed: try again when they are final")
-    meta: dict[str, Any] = {"origin": "foreign"}
+    meta: dict[str, Any] = {"origin": "foreign", _CONTENTS: contents}
     if budget.errors:
         meta["problems"] = [[e.shard, e.offset, e.key, e.what] for e in budget.errors]
     index = FolderIndex(tuple(shards), meta)

@@ -9,10 +9,12 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
 
 from .files import read_at, replacing
 from .tar import Budget, ShardError, check_name, scan_members, split_name
@@ -44,6 +46,47 @@ class Sample:
 
     key: str
     entries: tuple[Entry, ...]
+
+
+_ROW = np.dtype([("suffix", "u2"), ("offset", "i8"), ("size", "i8"), ("crc32", "u4"), ("checked", "?")])
+
+
+class Listing(Sequence[Sample]):
+    """The samples of a shard, packed: 70 bytes for a key and two members, a tenth of what objects take.
+
+    A reader whose shards all mix keeps the listings of all of them.
+    """
+
+    def __init__(self, samples: Sequence[Sample]):
+        keys = [sample.key.encode() for sample in samples]
+        names: dict[str, int] = {}
+        rows = [
+            (names.setdefault(e.suffix, len(names)), e.offset, e.size, e.crc32 or 0, e.crc32 is not None)
+            for sample in samples
+            for e in sample.entries
+        ]
+        self._keys, self._suffixes = b"".join(keys), tuple(names)
+        self._rows = np.array(rows, dtype=_ROW)
+        self._key_ends = np.cumsum([0, *map(len, keys)], dtype=np.int64)
+        self._row_ends = np.cumsum([0, *(len(sample.entries) for sample in samples)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._key_ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        key = self._keys[self._key_ends[index] : self._key_ends[index + 1]].decode()
+        rows = self._rows[self._row_ends[index] : self._row_ends[index + 1]].tolist()
+        return Sample(
+            key,
+            tuple(Entry(self._suffixes[s], o, n, crc if checked else None) for s, o, n, crc, checked in rows),
+        )
 
 
 @dataclass(frozen=True)
@@ -179,7 +222,7 @@ def dump_samples(shard: str, samples: Iterable[Sample]) -> bytes:
     return json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def load_samples(path: Path, shard: Shard) -> list[Sample]:
+def load_samples(path: Path, shard: Shard) -> Listing:
     """Read and check the samples of one shard.
 
     Raises:
@@ -191,8 +234,8 @@ def load_samples(path: Path, shard: Shard) -> list[Sample]:
         raise ShardError(f"{path.name} is not the file that {INDEX_NAME} was written with", shard.name)
     document = _parse(data, path)
     try:
-        samples = [_sample(row, shard) for row in document["samples"]]
-    except (KeyError, TypeError, ValueError) as error:
+        samples = Listing([_sample(row, shard) for row in document["samples"]])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, ShardError):
             raise
         raise ShardError(f"{path.name} is damaged: {error!r}", shard.name) from error
@@ -206,10 +249,9 @@ def _sample(row: Any, shard: Shard) -> Sample:
     check_name(key)
     entries = []
     for suffix, offset, size, crc in rows:
-        whole = all(
-            isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (offset, size, crc or 0)
-        )
-        if not whole or not isinstance(suffix, str):
+        # Spelled out, and by type rather than isinstance (a bool is no number): millions of members pass here.
+        whole = type(offset) is int and type(size) is int and (crc is None or type(crc) is int)
+        if not whole or type(suffix) is not str or offset < 0 or size < 0 or (crc or 0) < 0:
             raise ShardError(f"the index holds a malformed member {suffix!r}", shard.name, None, key)
         if offset < 512 or offset % 512 or offset + size > shard.size:
             raise ShardError(

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from .contents import Contents
 from .files import read_at
-from .indexing import foreign_index
+from .indexing import foreign_contents, foreign_index
 from .shard_index import (
     INDEX_NAME,
     MEMBER_SUFFIX,
     UNFINISHED_NAME,
     FolderIndex,
+    Listing,
     Sample,
     Shard,
     load_folder_index,
@@ -23,8 +25,9 @@ from .shard_index import (
 )
 from .tar import Budget, ShardError
 
-_OPEN_FILES = 80
-_LOADED_INDEXES = 256
+# All shards may mix: what is read next lies in any of them.
+_OPEN_FILES = 256
+_LOADED_SAMPLES = 1 << 22
 
 
 def read_members(
@@ -54,6 +57,17 @@ def read_members(
             raise refuse(f"the bytes of {entry.suffix!r} do not have their checksum: the tar is damaged")
         out[entry.suffix] = data
     return out
+
+
+def _open_files() -> int:
+    """How many shards may be open at once: a part of what the system grants this process."""
+    try:
+        import resource
+
+        granted = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except (ImportError, OSError):
+        return 64
+    return _OPEN_FILES if granted < 0 else min(_OPEN_FILES, max(granted // 4, 8))
 
 
 class ShardReader:
@@ -92,7 +106,8 @@ class ShardReader:
         self.sizes = tuple(shard.samples for shard in self.index.shards)
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._samples: OrderedDict[int, list[Sample]] = OrderedDict()
+        self._samples: OrderedDict[int, Listing] = OrderedDict()
+        self._loaded = 0
 
     def _open_index(self) -> FolderIndex:
         if not (self.folder / INDEX_NAME).is_file():
@@ -134,11 +149,17 @@ class ShardReader:
         return int(self._starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict(), "_samples": OrderedDict()}
+        return {**self.__dict__, "_files": OrderedDict(), "_samples": OrderedDict(), "_loaded": 0}
 
     @property
     def fingerprint(self) -> str:
-        return self.index.fingerprint
+        return self.contents.fingerprint
+
+    @property
+    def contents(self) -> Contents:
+        """What tells these tars from others; those that we wrote have a checksum of every member."""
+        foreign = self.index.meta.get("origin") == "foreign"
+        return foreign_contents(self.index) if foreign else Contents(self.index.fingerprint)
 
     def split_index(self, index: int) -> tuple[int, int]:
         """(shard, member) of a sample number.
@@ -156,8 +177,9 @@ class ShardReader:
         if shard not in self._samples:
             line = self.index.shards[shard]
             self._samples[shard] = load_samples(self.folder / (line.name + MEMBER_SUFFIX), line)
-            while len(self._samples) > _LOADED_INDEXES:
-                self._samples.popitem(last=False)
+            self._loaded += line.samples
+            while self._loaded > _LOADED_SAMPLES and len(self._samples) > 1:
+                self._loaded -= len(self._samples.popitem(last=False)[1])
         return self._samples[shard][member]
 
     def read(
@@ -187,7 +209,7 @@ class ShardReader:
                 self._files[shard] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             except OSError as error:
                 raise ShardError(f"{path} cannot be opened: {error}", path.name) from error
-            while len(self._files) > _OPEN_FILES:
+            while len(self._files) > _open_files():
                 os.close(self._files.popitem(last=False)[1])
         self._files.move_to_end(shard)
         return self._files[shard]

@@ -24,6 +24,7 @@ from .decode import DEFAULT_LIMITS, Limits
 from .fields import FieldDecoder
 from .global_batch import GlobalBatch
 from .loader import DEFAULT_TIMEOUT, make_loader, pick_caption
+from .picture import WHITE, Background
 from .remote import shown, unsigned
 from .shard_index import Sample, scan_open
 from .shard_urls import import_webdataset, shard_urls
@@ -48,7 +49,8 @@ class StreamSource:
     Args:
         root: a pattern such as ``https://host/train-{000000..000124}.tar``, several joined by ``::``, a list of
             URLs, the name of a ``.txt`` file with one URL per line, a local folder, or local files by a pattern.
-        rename, fields, channels, image_size, num_classes, limits: see ``zigflow.datasets.shards.ShardSource``.
+        rename, fields, channels, image_size, num_classes, limits, background: see
+            ``zigflow.datasets.shards.ShardSource``.
         max_skipped: unreadable samples and shards that may follow each other.
         shuffle_buffer: samples that mix; 0 keeps the order of the shards' contents.
         cache_dir: folder of the cache.
@@ -75,6 +77,7 @@ class StreamSource:
         image_size: int | Sequence[int] | None = None,
         num_classes: int | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        background: Background = WHITE,
         max_skipped: int = 0,
         shuffle_buffer: int = 1000,
         cache_dir: str | Path = "data/stream_cache",
@@ -102,6 +105,7 @@ class StreamSource:
             image_size=image_size,
             num_classes=classes,
             limits=limits,
+            background=background,
         )
         self.num_classes = classes if "labels" in self.decoder.suffixes else 0
         self.first = next(self._samples(itertools.chain([head], places), skips))

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from .contents import contents_of
 from .source import DataSource
 
 
@@ -23,7 +24,10 @@ class Subset:
         self.image_shape = source.image_shape
         self.num_classes = source.num_classes
         self.shard_sizes = (limit,)
-        self.fingerprint = hashlib.sha256(f"{source.fingerprint}[:{limit}]".encode()).hexdigest()
+        self.contents = contents_of(source).each(
+            lambda whole: hashlib.sha256(f"{whole}[:{limit}]".encode()).hexdigest()
+        )
+        self.fingerprint = self.contents.fingerprint
 
     def __len__(self) -> int:
         return self.limit

@@ -18,6 +18,8 @@ _MAX_EXTENSION = 1 << 20
 _MAX_NAME = 4096
 _MAX_MEMBERS = 1_000_000
 _TAIL_PIECE = 1 << 20
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_UNWANTED = re.compile(r"[\\\x00-\x1f]")
 _REFUSED = {
     b"1": "a hard link",
     b"2": "a symbolic link",
@@ -98,11 +100,11 @@ def check_name(name: str) -> str:
         name = name[2:]
     if len(name) > _MAX_NAME:
         raise ValueError(f"a name of {len(name)} characters")
-    if any(0xD800 <= ord(character) < 0xE000 for character in name):
+    if not name.isascii() and _SURROGATES.search(name):
         raise ValueError("a name that is not UTF-8")
-    if not name or name.startswith("/") or re.match(r"^[A-Za-z]:", name):
+    if not name or name.startswith("/") or (name[1:2] == ":" and name[0].isascii() and name[0].isalpha()):
         raise ValueError("an empty or absolute name")
-    if "\\" in name or any(ord(character) < 32 for character in name):
+    if _UNWANTED.search(name):
         raise ValueError("a name with a backslash or control characters")
     if ".." in name.split("/"):
         raise ValueError("a name that climbs out of its folder")

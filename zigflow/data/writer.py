@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from zigflow.keyed import keyed_permutation
+from zigflow.registry import unknown_name
+
 from .files import replacing
 from .shard_index import (
     INDEX_NAME,
@@ -26,6 +29,30 @@ from .shard_index import (
 from .tar import BLOCK, check_name
 
 _RECORD = 20 * BLOCK
+ORDERS = ("mixed", "given")
+
+
+def writing_order(
+    part: np.ndarray, order: str, seed: int, name: str = ""
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The order in which samples are written, and what the set's ``meta`` says about it.
+
+    Readers of a few shards at a time see what stands together: sorted by class, one class after another.
+
+    Args:
+        part: (n,) the samples' numbers.
+        order: "mixed", a permutation keyed by ``seed`` and ``name``, or "given".
+        name: of the part; parts of one set are mixed apart.
+
+    Raises:
+        UnknownNameError: another order.
+    """
+    if order not in ORDERS:
+        raise unknown_name("order of writing", order, list(ORDERS))
+    if order == "given":
+        return part, {}
+    mixed = part[keyed_permutation(len(part), seed, "shards.written", name)]
+    return mixed, {"order": {"kind": "mixed", "seed": seed}}
 
 
 class ShardWriter:

@@ -157,6 +157,7 @@ class Judge:
         metrics: dict[str, Any] = {"n": len(counted)}
         if self.metric is not None:
             metrics, protocol = self.metric.compute(), protocol | self.metric.protocol()
+            protocol["best_by"] = None if self.metric.best_by is None else list(self.metric.best_by)
             if self._reduced > 1:
                 protocol["judged"] = f"means of {self._reduced} x {self._reduced} pixels"
         parts = [part for part in shown if part]

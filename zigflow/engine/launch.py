@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from zigflow.settings import SettingsError
 
 from .freed_memory import keep_freed_memory
+from .launcher_settings import check_settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -139,22 +140,18 @@ def make_accelerator(*, cpu: bool = False) -> "Accelerator":
     """An Accelerator that joins the processes and places the model; without a GPU they join over gloo by themselves.
 
     Autocast, loss scaling and compilation are ours, so accelerate is told ``no`` to each, whatever the launcher says;
-    :func:`launched_precision` tells what it said.
+    :func:`launched_precision` and :func:`~.launcher_settings.launched` tell what it said.
 
     Args:
         cpu: stay on the CPU where there is a GPU.
 
     Raises:
         LaunchError: see :func:`check_environment` and :func:`check_joined`; or this machine has more processes than
-            GPUs, or the launcher asks for a wrapper that is not used here.
+            GPUs.
+        LauncherSettingError: the launcher asks for what is not done here.
     """
     size = check_environment()
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
-        if _true(os.environ.get(name)):
-            raise LaunchError(
-                f"the launcher set {name}, which is not used here: take a file of config/accelerate, and "
-                "loop.shard=true to shard parameters"
-            )
+    check_settings()
     import torch
     from accelerate import Accelerator
 

@@ -1,21 +1,24 @@
-"""What a run says while it runs: a progress bar, and one JSON line per logged step."""
+"""What a run says while it runs: how far it is, and one JSON line per logged step."""
 
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from . import durable
 
-__all__ = ["MetricsFile", "Progress", "read_metrics"]
+__all__ = ["MetricsFile", "Progress", "read_metrics", "tracked"]
 
 log = logging.getLogger(__name__)
 
+ItemT = TypeVar("ItemT")
 _BLOCK = 1 << 16
 
 
@@ -94,21 +97,83 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+_QUIET_SECONDS = 10.0
+_LONG_SECONDS = 300.0
+
+
 class Progress:
-    """A progress bar over optimizer steps with loss, images per second and time left.
+    """How far something is: a bar on a terminal, a line of the log now and then elsewhere.
+
+    A line stands at the end, at every tenth of the way unless the last line is younger than ten seconds, and after
+    five minutes without one.
 
     Args:
-        total, start: steps of the whole run, and those that are done.
-        shown: None shows the bar on a terminal only.
+        total, start: units of the whole, and those that are done.
+        shown: False shows nothing.
+        unit: what is counted.
+        terminal: whether there is one; by default whether stderr is.
+        clock: seconds, for tests.
     """
 
-    def __init__(self, total: int, start: int, shown: bool | None):
-        hidden = None if shown is None else not shown
-        self._bar = tqdm(total=total, initial=start, disable=hidden, unit="step", dynamic_ncols=True)
+    def __init__(
+        self,
+        total: int,
+        start: int = 0,
+        shown: bool | None = True,
+        unit: str = "step",
+        terminal: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        shown = shown is None or shown
+        terminal = sys.stderr.isatty() if terminal is None else terminal
+        self._bar = (
+            tqdm(total=total, initial=start, unit=unit, dynamic_ncols=True) if shown and terminal else None
+        )
+        self._lines = shown and not terminal
+        self._done, self._start, self._total, self._unit = start, start, total, unit
+        self._clock, self._began = clock, clock()
+        self._told = self._began
 
-    def advance(self, loss: float, images_per_second: float) -> None:
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {images_per_second:.0f} images/s", refresh=False)
-        self._bar.update()
+    def advance(self, text: str = "") -> None:
+        """One unit more; ``text`` says how it stands."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update()
+        elif self._lines:
+            self._tell(text)
+
+    def _tell(self, text: str) -> None:
+        now = self._clock()
+        since, tenths = now - self._told, 10 * self._done // max(self._total, 1)
+        crossed = tenths > 10 * (self._done - 1) // max(self._total, 1)
+        last = self._done >= self._total
+        if not last and since < (_QUIET_SECONDS if crossed else _LONG_SECONDS):
+            return
+        self._told, spent = now, now - self._began
+        left = spent / (self._done - self._start) * (self._total - self._done)
+        times = f"{_clock_time(spent)} so far" + ("" if last else f", {_clock_time(left)} left")
+        log.info(
+            "%s %d of %d: %s", self._unit, self._done, self._total, f"{text}, {times}" if text else times
+        )
 
     def close(self) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
+
+
+def tracked(items: Sequence[ItemT], shown: bool | None = True, unit: str = "batch") -> Iterator[ItemT]:
+    """The items one after another, with a :class:`Progress`."""
+    progress = Progress(len(items), shown=shown, unit=unit)
+    try:
+        for item in items:
+            yield item
+            progress.advance()
+    finally:
+        progress.close()
+
+
+def _clock_time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

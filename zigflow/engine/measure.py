@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from zigflow.data.batch import collate
+from zigflow.data.contents import exact_fingerprint
 from zigflow.data.loader import PositionDataset
 from zigflow.keyed import KeyedDraws
 
 from . import durable
 from .batches import condition
+from .claims import MEASURED, SamplingFolderError, claim_folder
+from .log import tracked
 from .ranks import Ranks
-from .sampling_run import MEASURED, SamplingFolderError, claim_folder, weights_hash
+from .sampling_run import walked, weights_hash
 from .tensors import load_tensors, save_tensors
 
 __all__ = ["QUANTITIES", "MeasuringRun"]
@@ -91,8 +93,9 @@ class MeasuringRun:
             "seed": seed,
             "batch_size": batch_size,
             "available": self.available,
-            "data": str(getattr(source, "fingerprint", "")),
+            "data": exact_fingerprint(source),
             "weights_sha256": weights_hash(model),
+            **walked(model),
             **(identity or {}),
         }
 
@@ -115,9 +118,8 @@ class MeasuringRun:
                 claim_folder(self.folder, MEASURED, self.identity, any(batches.glob("*.safetensors")))
                 batches.mkdir(exist_ok=True)
         own = range(self._num_batches)[self.ranks.rank :: self.ranks.size]
-        hidden = None if self.progress is None else not self.progress
         with self.ranks.together("measuring"):
-            for number in tqdm(own, unit="batch", disable=hidden if self.ranks.is_main else True):
+            for number in tracked(own, self.progress if self.ranks.is_main else False):
                 if self._read(number) is None:
                     self._measure(number)
 

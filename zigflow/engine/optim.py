@@ -1,8 +1,11 @@
 """Optimizers by name, their state by parameter name, and the learning rate as a function of the step."""
 
+import inspect
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +14,39 @@ from torch.optim import Optimizer
 from zigflow.registry import Registry, unknown_name
 
 from .checkpoint import CheckpointError
+from .combined import Combined, WholeMatrixMuon, hidden_matrices
 from .tensors import assign, clean_name, full
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "OPTIMIZERS",
+    "ClassFactory",
     "Schedule",
     "build_optimizer",
+    "decay_groups",
     "load_optimizer_state",
+    "optimizer_named",
     "optimizer_state",
     "parameter_groups",
 ]
 
-OPTIMIZERS: Registry[Callable[..., Optimizer]] = Registry("optimizer")
+OptimizerFactory = Callable[..., Optimizer]
+OPTIMIZERS: Registry[OptimizerFactory] = Registry("optimizer")
+
+_NO_USE = {
+    "LBFGS": "it evaluates the loss several times a step, which the training loop does not",
+    "SparseAdam": "it takes sparse gradients, and every model here has dense ones",
+}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, *, exclude_tagged: bool = False) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float | None, *, exclude_tagged: bool = False
+) -> list[dict]:
     """Trainable parameters in groups for an optimizer.
 
     Args:
+        weight_decay: of the groups; None leaves it out, for optimizers that have none.
         exclude_tagged: parameters whose attribute ``_no_weight_decay`` is true get no weight decay. The
             official training code ignores the tags (and decays nothing by default), hence off.
 
@@ -38,10 +56,17 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, exclude_tagged: b
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("the model has no trainable parameters")
+    return decay_groups(trainable, weight_decay, exclude_tagged)
+
+
+def decay_groups(parameters: list, weight_decay: float | None, exclude_tagged: bool) -> list[dict]:
+    """``parameters`` as :func:`parameter_groups` divides them."""
+    if weight_decay is None:
+        return [{"params": parameters}]
     if not exclude_tagged:
-        return [{"params": trainable, "weight_decay": weight_decay}]
-    decayed = [p for p in trainable if not getattr(p, "_no_weight_decay", False)]
-    spared = [p for p in trainable if getattr(p, "_no_weight_decay", False)]
+        return [{"params": parameters, "weight_decay": weight_decay}]
+    decayed = [p for p in parameters if not getattr(p, "_no_weight_decay", False)]
+    spared = [p for p in parameters if getattr(p, "_no_weight_decay", False)]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
@@ -55,20 +80,166 @@ def adamw(
     weight_decay: float = 0.0,
     eps: float = 1e-8,
     exclude_tagged: bool = False,
+    **own: Any,
 ) -> Optimizer:
     """AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019), official defaults."""
     groups = parameter_groups(model, weight_decay, exclude_tagged=exclude_tagged)
-    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps)
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, **own)
 
 
-def build_optimizer(name: str, model: nn.Module, **settings: object) -> Optimizer:
-    """The optimizer registered as ``name`` over the trainable parameters of ``model``.
+@OPTIMIZERS.register("muon")
+def muon(
+    model: nn.Module,
+    *,
+    lr: float = 1e-3,
+    weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    exclude_tagged: bool = False,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    adjust_lr_fn: str = "match_rms_adamw",
+    adamw_lr: float | None = None,
+    adamw_weight_decay: float | None = None,
+) -> Optimizer:
+    """Orthogonalized momentum for hidden matrices (Jordan et al. 2024; arXiv:2502.16982), AdamW for the rest.
+
+    Args:
+        lr: of both; ``match_rms_adamw`` gives a matrix' update the size that AdamW's would have, so that one rate
+            serves both. With ``adjust_lr_fn="original"`` the two need rates of their own.
+        betas: of AdamW; eps likewise.
+        momentum: of Muon, with ``nesterov`` and ``ns_steps`` steps of the Newton-Schulz iteration.
+        adamw_lr, adamw_weight_decay: of AdamW, where they differ.
+
+    Raises:
+        ValueError: the model has no blocks with linear layers, or a setting is out of range.
+    """
+    matrices = hidden_matrices(model)
+    if not matrices:
+        raise ValueError(
+            f"optimizer muon finds no linear layers in the blocks of {type(model).__name__}: choose another optimizer, "
+            "or give the model shard_units()"
+        )
+    inside = set(matrices)
+    rest = [p for p in model.parameters() if p.requires_grad and p not in inside]
+    own: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
+    parts: list[Optimizer] = [
+        WholeMatrixMuon(
+            decay_groups(matrices, weight_decay, exclude_tagged), lr=lr, adjust_lr_fn=adjust_lr_fn, **own
+        )
+    ]
+    if rest:
+        decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
+        groups = decay_groups(rest, decay, exclude_tagged)
+        rate = lr if adamw_lr is None else adamw_lr
+        parts.append(torch.optim.AdamW(groups, lr=rate, betas=(betas[0], betas[1]), eps=eps))
+    return Combined(*parts)
+
+
+class ClassFactory:
+    """An optimizer's class as a factory: ``factory(model, lr=..., weight_decay=..., **own)``.
+
+    ``accepts`` holds the keywords of the class, so that a setting which it does not have is refused by name.
+    """
+
+    def __init__(self, cls: type[Optimizer]):
+        self.cls = cls
+        self.__name__ = self.__qualname__ = cls.__name__
+        self.__module__ = cls.__module__
+        keywords = inspect.signature(cls.__init__).parameters.values()
+        self.takes_any = any(k.kind is k.VAR_KEYWORD for k in keywords)
+        self.accepts = frozenset(k.name for k in keywords if k.kind is not k.VAR_KEYWORD) - {"self", "params"}
+
+    def __call__(self, model: nn.Module, *, exclude_tagged: bool = False, **keywords: Any) -> Optimizer:
+        decay = keywords.pop("weight_decay", None)
+        return self.cls(parameter_groups(model, decay, exclude_tagged=exclude_tagged), **keywords)
+
+
+def _register_torch_optimizers() -> None:
+    for name, cls in vars(torch.optim).items():
+        usable = isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
+        # Muon takes matrices alone: the factory above gives it those of a model, and AdamW the rest.
+        if usable and name not in (*_NO_USE, "Muon") and name.lower() not in OPTIMIZERS:
+            OPTIMIZERS.register(name.lower(), ClassFactory(cls))
+
+
+_register_torch_optimizers()
+
+
+def optimizer_named(name: str) -> OptimizerFactory:
+    """The optimizer registered as ``name``: those of torch by their class names in lower case, and others.
+
+    Raises:
+        zigflow.registry.UnknownNameError: no optimizer has that name; near matches are named.
+        ValueError: one of torch's that training cannot use; the reason is named.
+    """
+    for cls, reason in _NO_USE.items():
+        if name == cls.lower() and name not in OPTIMIZERS:
+            raise ValueError(f"torch.optim.{cls} cannot train here: {reason}; choose another optimizer")
+    return OPTIMIZERS.get(name)
+
+
+def build_optimizer(
+    optimizer: str | OptimizerFactory,
+    model: nn.Module,
+    *,
+    common: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Optimizer:
+    """An optimizer over the trainable parameters of ``model``.
+
+    Args:
+        optimizer: a registered name, or a factory ``(model, **settings) -> Optimizer``.
+        common: settings that every optimizer is offered: ``lr``, and those of ``COMMON_DEFAULTS``. A value that differs
+            from the default there goes before the optimizer's own default; one that the optimizer does not have is
+            logged, weight decay refused. ``settings`` go before both.
+        settings: its own settings.
 
     Raises:
         zigflow.registry.UnknownNameError: no optimizer has that name.
-        ValueError: a setting out of range.
+        ValueError: a setting out of range, or one that this optimizer does not have.
     """
-    return OPTIMIZERS.get(name)(model, **settings)
+    factory = optimizer_named(optimizer) if isinstance(optimizer, str) else optimizer
+    name = optimizer if isinstance(optimizer, str) else getattr(factory, "__name__", type(factory).__name__)
+    accepts, takes_any = _keywords(factory)
+    chosen = dict(settings)
+    for key, value in (common or {}).items():
+        # Betas and eps that nobody changed are the optimizer's own, which differ from one to the next.
+        left = key not in ("lr", "weight_decay") and value == COMMON_DEFAULTS.get(key)
+        if key in accepts and not left:
+            chosen.setdefault(key, value)
+        elif key not in accepts and value != COMMON_DEFAULTS.get(key, value):
+            _unused(name, key, value)
+    unknown = [] if takes_any else sorted(set(settings) - accepts)
+    if unknown:
+        raise ValueError(
+            f"optimizer {name} has no setting {unknown[0]!r}; it has {', '.join(sorted(accepts))}"
+        )
+    try:
+        return factory(model, **chosen)
+    except TypeError as error:
+        raise ValueError(f"optimizer {name}: {error}") from error
+
+
+def _unused(name: str, key: str, value: Any) -> None:
+    """Refuse weight decay for an optimizer without; of what a recipe sets for another one, say that it is not used."""
+    if key == "weight_decay":
+        raise ValueError(f"optimizer {name} has no weight decay, which is set to {value}: set optim.wd=0")
+    log.warning("optimizer %s has no %s: the value %s is not used", name, key, value)
+
+
+COMMON_DEFAULTS = {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "exclude_tagged": False}
+
+
+def _keywords(factory: OptimizerFactory) -> tuple[frozenset[str], bool]:
+    """The keywords of a factory, and whether it takes others, too."""
+    if isinstance(factory, ClassFactory):
+        tagged = {"exclude_tagged"} if "weight_decay" in factory.accepts else set()
+        return factory.accepts | tagged, factory.takes_any
+    own = list(inspect.signature(factory).parameters.values())[1:]
+    named = frozenset(k.name for k in own if k.kind is not k.VAR_KEYWORD)
+    return named, any(k.kind is k.VAR_KEYWORD for k in own)
 
 
 @dataclass(frozen=True)
@@ -131,17 +302,18 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, T
 
     Returns:
         Tensors ``"<state>/<parameter>"`` (``exp_avg/blocks.0.norm.weight``; 0-dimensional ``step`` included)
-        and, per parameter group, the plain settings with the names of its parameters.
+        and, per parameter group, the plain settings with the names of its parameters; numbers and texts of the state
+        that are no tensors stand under ``scalars``, by the same names.
 
     Raises:
-        TypeError: the optimizer keeps something that is neither a tensor nor a number.
+        TypeError: the optimizer keeps something that is neither a tensor nor a plain value.
         ValueError: it holds a parameter that is none of the model's.
     """
     names = _names(model)
     tensors: dict[str, Tensor] = {}
     groups = []
     for group in optimizer.param_groups:
-        members = []
+        members, scalars = [], {}
         for parameter in group["params"]:
             if parameter not in names:
                 raise ValueError(
@@ -150,15 +322,16 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, T
             name = names[parameter]
             members.append(name)
             for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, (int, float)):
-                    value = torch.tensor(value, dtype=torch.float64)
+                if value is None or isinstance(value, (bool, int, float, str)):
+                    scalars[f"{key}/{name}"] = value
+                    continue
                 if not isinstance(value, Tensor):
                     raise TypeError(
                         f"optimizer state {key!r} of {name} is a {type(value).__name__}, not a tensor"
                     )
                 tensors[f"{key}/{name}"] = full(value)
         settings = {key: _plain(value) for key, value in group.items() if key != "params"}
-        groups.append({"parameters": members, **settings})
+        groups.append({"parameters": members, **settings, **({"scalars": scalars} if scalars else {})})
     return tensors, groups
 
 
@@ -198,14 +371,19 @@ def load_optimizer_state(
         for p in group["params"]
     }
     optimizer.state.clear()
-    for key, value in tensors.items():
+    scalars = {key: value for group in groups for key, value in group.get("scalars", {}).items()}
+    for key, value in [*tensors.items(), *scalars.items()]:
         kind, _, name = key.partition("/")
         parameter = parameters.get(name)
         if parameter is None:
             raise CheckpointError(f"optimizer state {key!r} belongs to no trainable parameter")
-        if value.shape == parameter.shape and kind != "step":
+        if not isinstance(value, Tensor):
+            target = value
+        elif value.shape == parameter.shape and kind != "step":
             target = torch.zeros_like(parameter, dtype=value.dtype)
             assign(target, value)
         else:
-            target = value.to(parameter.device if parameter in on_device else "cpu", copy=True)
+            # Torch keeps the counter of steps on the CPU unless a fused or captured step reads it.
+            counter = kind == "step" and parameter not in on_device
+            target = value.to("cpu" if counter else parameter.device, copy=True)
         optimizer.state[parameter][kind] = target

@@ -41,7 +41,8 @@ class TrainOptions:
             only) or ``selective`` (block inputs and scan states).
         shard: several processes keep a part of every parameter each instead of a copy.
         max_skips: fp16 overflows in a row that stop the run.
-        progress: progress bar on the main process; None shows one on a terminal only.
+        progress: how far the run is, on the main process: a bar on a terminal, a line of the log now and then
+            elsewhere.
         random_flip: mirror each sample's pixels left to right with probability 1/2.
 
     Raises:

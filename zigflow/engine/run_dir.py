@@ -17,6 +17,20 @@ log = logging.getLogger(__name__)
 
 MODEL_SECTIONS = ("model", "scan", "codec", "process")
 
+# Keys that checkpoints of 0.1 do not have, with what 0.1 did.
+_LATER_KEYS = {
+    "zigflow.codec.AutoencoderKLCodec": {
+        "shift": 0.0,
+        "latents_mean": None,
+        "latents_std": None,
+        "own_scale": None,
+    }
+}
+# How an old value is kept by name.
+_KEPT_BY = {"codec.scale": "codec.scale={before} codec.own_scale=true continues with the checkpoint's. "}
+# What says how a key is to be read, and not what the weights belong to.
+_SAYS_NOTHING = ("codec.own_scale",)
+
 
 class RunDir:
     """One run's files; used by the main process alone as a context manager that holds the lock.
@@ -117,18 +131,31 @@ def check_same_config(
     Raises:
         RunDirError: naming every contradicting key with both values.
     """
-    old, new = flat(stored), flat(given)
-    contradictions = []
+    old, new = (
+        flat({key: with_later_keys(key, value) for key, value in config.items()})
+        for config in (stored, given)
+    )
+    contradictions, kept = [], ""
     for key in sorted(set(old) | set(new)):
         before, now = old.get(key, "(absent)"), new.get(key, "(absent)")
-        if before == now:
+        if before == now or key in _SAYS_NOTHING:
             continue
         if key.split(".")[0] in sections:
             contradictions.append(f"{key}: the checkpoint has {before!r}, the command says {now!r}")
+            kept += _KEPT_BY.get(key, "").format(before=before)
         else:
             log.info("%s was %r in the checkpoint and is %r now", key, before, now)
     if contradictions:
-        raise RunDirError(f"{refusal}: {'; '.join(contradictions)}. {remedy}")
+        raise RunDirError(f"{refusal}: {'; '.join(contradictions)}. {kept}{remedy}")
+
+
+def with_later_keys(section: str, node: Any) -> Any:
+    """A section of a checkpoint's configuration with the keys that have come since, at what stood in their place."""
+    if section != "codec" or not isinstance(node, Mapping):
+        return dict(node) if isinstance(node, Mapping) else node
+    later = _LATER_KEYS.get(str(node.get("_target_")), {})
+    # Statistics take the place of a shift.
+    return {**(later if not node.get("latents_mean") else {**later, "shift": None}), **node}
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Everything that a training run is at one moment, to and from the files of a checkpoint."""
 
+import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,9 +17,12 @@ from .ema import EmaProfiles, check_names
 from .optim import load_optimizer_state, optimizer_state
 from .precision import LossScaler
 from .run_dir import flat
+from .scan_order import check_scan, scan_facts
 from .tensors import assign, clean_name, full
 
 __all__ = ["Counters", "RunState", "load_weights", "model_state", "versions"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -95,8 +99,10 @@ class RunState:
             files["paths.safetensors"] = paths
         seen = self.counters.batches * (self.data["global_batch"] or 0)
         size = self.data.get("epoch_size")
+        scan = scan_facts(self.model)
         files["trainer.json"] = {
             "format_version": FORMAT_VERSION,
+            **({} if scan is None else {"scan": scan}),
             "counters": asdict(self.counters),
             "data": {**self.data, "g": seen, "epoch": seen // size if size else None},
             "optimizer_groups": groups,
@@ -157,7 +163,16 @@ def check_data_identity(checkpoint: Checkpoint, now: Mapping[str, Any] | None) -
     before = checkpoint.trainer["data"].get("identity")
     if before is None:
         return
-    old, new = flat(before), flat(now or {})
+    before, now = dict(before), dict(now or {})
+    former, times, were = now.pop("former", None), now.pop("times", None), before.pop("times", None)
+    if former is not None and "former" not in before and before.get("fingerprint") == former:
+        log.info(
+            "%s was written when data was told apart by names and sizes alone: those are compared",
+            checkpoint.path,
+        )
+        before["fingerprint"] = now["fingerprint"]
+    before.pop("former", None)
+    old, new = flat(before), flat(now)
     different = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     if different:
         changes = (
@@ -167,6 +182,12 @@ def check_data_identity(checkpoint: Checkpoint, now: Mapping[str, Any] | None) -
             f"{checkpoint.path} was trained on other data or in another order: {'; '.join(changes)}; resume with the "
             "data as it was (its folder may move), or start a new run_dir"
         )
+    if times and were and times != were:
+        log.warning(
+            "the training data was written or copied since %s: %s of %s were compared by contents and are equal, so "
+            "the run goes on",
+            checkpoint.path, times["hashed"], times["files"],
+        )  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -225,6 +246,7 @@ def check_scan_state(model: nn.Module, checkpoint: Checkpoint) -> None:
                 f"scan order {name!r} of the model differs from the one that {checkpoint.path} was trained with; "
                 "use the same scan, its seed and the same resolution"
             )
+    check_scan(model, checkpoint)
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: str | None = None) -> str:

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from zigflow.data.contents import exact_fingerprint
 from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, decode
 from zigflow.data.feature_files import (
     FEATURE_LIMITS,
@@ -307,7 +308,7 @@ class _PromptRows:
 class _ShardRows:
     def __init__(self, folder: Path):
         self._reader = ShardReader(folder)
-        self.fingerprint = self._reader.fingerprint
+        self.fingerprint = exact_fingerprint(self._reader)
         suffixes = sorted(entry.suffix for entry in self._reader.sample(0, 0).entries)
         if _CAPTION_SUFFIX not in suffixes:
             raise ValueError(
@@ -331,7 +332,7 @@ class SourceRows:
 
     def __init__(self, source: Any):
         self._source = source
-        self.fingerprint = str(getattr(source, "fingerprint", ""))
+        self.fingerprint = exact_fingerprint(source)
 
     def __len__(self) -> int:
         return len(self._source)

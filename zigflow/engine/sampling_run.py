@@ -10,7 +10,6 @@ Legend: N samples, B batch, C channels, H x W pixels.
 
 import hashlib
 import io
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,26 +20,23 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from zigflow.codec import to_uint8
+from zigflow.data.limits import DecodeError
+from zigflow.data.picture import read_image
 from zigflow.keyed import KeyedDraws
 
 from . import durable
+from .claims import IDENTITY, SamplingFolderError, claim_folder
+from .log import tracked
 from .precision import autocast
 from .ranks import Ranks
 from .run_state import model_state
+from .scan_order import scan_facts
 
 __all__ = ["SamplingFolderError", "SamplingResult", "SamplingRun", "weights_hash"]
 
 log = logging.getLogger(__name__)
-
-IDENTITY = "sampling.json"
-MEASURED = "measuring.json"
-
-
-class SamplingFolderError(RuntimeError):
-    """The folder belongs to another sampling run, or its samples cannot be PNG files."""
 
 
 @dataclass(frozen=True)
@@ -72,30 +68,10 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def claim_folder(folder: Path, name: str, identity: Mapping[str, Any], started: bool) -> None:
-    """Write who a folder belongs to, or refuse one that another run has ``started`` to fill.
-
-    Raises:
-        SamplingFolderError: the folder holds results of another identity; what differs is named.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for other in {IDENTITY, MEASURED} - {name}:
-        if (folder / other).is_file():
-            raise SamplingFolderError(
-                f"{folder} holds {other} of a run of another kind; give another folder, sample_dir=PATH"
-            )
-    file = folder / name
-    wanted = json.loads(json.dumps(identity))
-    if started:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        different = sorted(k for k in set(found) | set(wanted) if found.get(k) != wanted.get(k))
-        if different:
-            detail = "; ".join(f"{k}: there {found.get(k)!r}, now {wanted.get(k)!r}" for k in different[:4])
-            raise SamplingFolderError(
-                f"{folder} holds samples of another run ({detail}); give another folder, "
-                "sample_dir=PATH, or remove its files"
-            )
-    durable.replace_json(file, wanted)
+def walked(model: nn.Module) -> dict[str, Any]:
+    """The fact about the order that the model's layers walk, if they walk one."""
+    scan = scan_facts(model)
+    return {} if scan is None else {"scan": scan}
 
 
 class SamplingRun:
@@ -175,6 +151,7 @@ class SamplingRun:
             "num_classes": num_classes,
             "mixed_precision": mixed_precision,
             "weights_sha256": weights_hash(model),
+            **walked(model),
             **(identity or {}),
         }
         self._evaluations: int | None = None
@@ -216,11 +193,8 @@ class SamplingRun:
 
     def _rounds(self) -> Iterator[dict[int, np.ndarray]]:
         self.open()
-        hidden = None if self.progress is None else not self.progress
         with self.ranks.together("sampling"):
-            for number in tqdm(
-                range(self.num_rounds), unit="batch", disable=hidden if self.ranks.is_main else True
-            ):
+            for number in tracked(range(self.num_rounds), self.progress if self.ranks.is_main else False):
                 yield self._round(number)
 
     @property
@@ -378,9 +352,8 @@ class SamplingRun:
         if not path.is_file():
             return None
         try:
-            with Image.open(path) as image:
-                array = np.asarray(image)
-        except (OSError, SyntaxError) as error:
+            array = read_image(path)[1]
+        except (OSError, DecodeError) as error:
             log.warning("%s cannot be read (%s) and is computed again", path, error)
             return None
         return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))

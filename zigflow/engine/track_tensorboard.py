@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
+from zigflow.data.picture import read_image
 
 from .trackers import TrackedRun
 
@@ -29,9 +28,9 @@ class TensorBoardTracker:
     """Writes events; what a run that is continued had written past its checkpoint is hidden."""
 
     def __init__(self, run: TrackedRun):
-        # TensorBoard drops the events of steps from purge_step on that were written before.
-        purge = run.step + 1 if run.step else None
-        self._writer = import_writer()(str(run.folder / "tensorboard"), purge_step=purge)
+        # TensorBoard drops the events of steps from purge_step on that were written before, those of a run that was cut
+        # before its first checkpoint included.
+        self._writer = import_writer()(str(run.folder / "tensorboard"), purge_step=run.step + 1)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -39,9 +38,8 @@ class TensorBoardTracker:
         self._writer.flush()
 
     def image(self, name: str, path: Path, step: int) -> None:
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-        self._writer.add_image(name, pixels, step, dataformats="HWC")
+        pixels = read_image(path)[1]
+        self._writer.add_image(name, pixels, step, dataformats="HWC" if pixels.ndim == 3 else "HW")
         self._writer.flush()
 
     def state(self) -> dict[str, Any]:

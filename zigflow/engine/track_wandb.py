@@ -54,8 +54,14 @@ def _has_key() -> bool:
         return False
 
 
+STEP = "trainer/step"
+
+
 class WandbTracker:
     """One run of wandb, with the same id after a resume, so that its charts go on.
+
+    Charts are drawn over ``trainer/step``. wandb's own steps only rise, and what is logged below the last one is
+    dropped in silence: a run that was cut behind its last checkpoint would not show the steps that it makes again.
 
     Args:
         run: our run; a first start takes our run id as wandb's.
@@ -81,16 +87,18 @@ class WandbTracker:
             dir=str(run.folder), config=dict(run.config),
             settings=wandb.Settings(console="off", silent=True, disable_code=True, disable_git=True),
         )  # fmt: skip
+        self._run.define_metric(STEP)
+        self._run.define_metric("*", step_metric=STEP)
         if run.stored:
             log.info("wandb run %s continues after step %s, %s", self.id, run.stored.get("step"), chosen)
         else:
             log.info("wandb run %s, %s", self.id, chosen)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
+        self._run.log({**values, STEP: step})
 
     def image(self, name: str, path: Path, step: int) -> None:
-        self._run.log({name: self._wandb.Image(str(path))}, step=step)
+        self._run.log({name: self._wandb.Image(str(path)), STEP: step})
 
     def state(self) -> dict[str, Any]:
         return {"id": self.id}

@@ -263,7 +263,7 @@ class Trainer:
     ) -> None:
         monitor = self.monitor
         monitor.observe(record)
-        progress.advance(record.loss, monitor.images_per_second)
+        progress.advance(f"loss {record.loss:.4f}, {monitor.images_per_second:.0f} images/s")
         if record.step == 1 or record.step % self.options.log_every == 0:
             values = monitor.line(record)
             if self.ranks.is_main:

@@ -63,7 +63,8 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
         covariance1, covariance2: (F, F), symmetric positive semi-definite.
 
     Returns:
-        The squared distance (the number that the literature calls FID), >= 0.
+        The squared distance (the number that the literature calls FID), >= 0: exactly 0 for equal Gaussians, and the
+        same bits whichever of two is named first.
 
     Raises:
         ValueError: shapes that do not fit together, an asymmetric covariance, a value that is not finite.
@@ -72,6 +73,12 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     mean2, covariance2 = _check_moments("second Gaussian", mean2, covariance2)
     if mean1.shape != mean2.shape:
         raise ValueError(f"the Gaussians have {mean1.numel()} and {mean2.numel()} dimensions")
+    different = torch.cat([mean1 - mean2.to(mean1), (covariance1 - covariance2.to(mean1)).flatten()])
+    first = different[different != 0][:1]
+    if not len(first):
+        return 0.0
+    if first < 0:
+        mean1, covariance1, mean2, covariance2 = mean2, covariance2, mean1, covariance1
     shift = (mean1 - mean2).square().sum()
     cross = torch.linalg.svdvals(_square_root(covariance1) @ _square_root(covariance2)).sum()
     distance = shift + covariance1.trace() + covariance2.trace() - 2.0 * cross
@@ -94,9 +101,10 @@ def read_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
 
 
 class FrechetStatistics:
-    """Count, sum and sum of outer products of feature vectors, in float64.
+    """Count, mean and centered outer products of feature vectors, in float64.
 
-    Sums of two instances, or of all processes through ``packed``, are the statistics of the union.
+    Products are formed about each batch's own mean and joined by the pairwise update of Chan, Golub and LeVeque (1979):
+    raw sums of squares would lose the digits that the mean has in excess of the spread.
 
     Args:
         num_features: F.
@@ -108,8 +116,8 @@ class FrechetStatistics:
             raise ValueError(f"num_features must be at least 1, got {num_features}")
         self.num_features = num_features
         self.count = 0
-        self.sum_F = torch.zeros(num_features, dtype=torch.float64, device=device)
-        self.outer_FF = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+        self.mean_F = torch.zeros(num_features, dtype=torch.float64, device=device)
+        self.centered_FF = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
 
     def update(self, features_NF: Tensor) -> "FrechetStatistics":
         """Add (N, F) feature vectors of any floating dtype; returns self.
@@ -123,30 +131,44 @@ class FrechetStatistics:
             )
         if not features_NF.isfinite().all():
             raise ValueError("a feature is not finite; the Frechet distance would be meaningless")
+        if not len(features_NF):
+            return self
         # Two moves: a float64 tensor cannot exist on every device that a float32 one can come from.
-        features_NF = features_NF.detach().to(self.sum_F.device).to(torch.float64)
-        self.count += len(features_NF)
-        self.sum_F += features_NF.sum(0)
-        self.outer_FF += features_NF.mT @ features_NF
+        features_NF = features_NF.detach().to(self.mean_F.device).to(torch.float64)
+        mean = features_NF.mean(0)
+        centered = features_NF - mean
+        return self._join(len(features_NF), mean, centered.mT @ centered)
+
+    def _join(self, count: int, mean_F: Tensor, centered_FF: Tensor) -> "FrechetStatistics":
+        if not count:
+            return self
+        whole = self.count + count
+        shift = mean_F - self.mean_F
+        # A first batch is taken as it is, so that equal sets have equal moments to the bit.
+        if self.count:
+            between = torch.outer(shift, shift) * (self.count * count / whole)
+            self.centered_FF = self.centered_FF + centered_FF + between
+            self.mean_F = self.mean_F + shift * (count / whole)
+        else:
+            self.mean_F, self.centered_FF = mean_F, centered_FF
+        self.count = whole
         return self
 
     def merge(self, other: "FrechetStatistics") -> "FrechetStatistics":
-        """Add another instance's sums; returns self.
+        """Add the vectors of another instance; returns self.
 
         Raises:
             ValueError: another number of features.
         """
         if other.num_features != self.num_features:
             raise ValueError(f"cannot merge {other.num_features} features into {self.num_features}")
-        self.count += other.count
-        self.sum_F += other.sum_F.to(self.sum_F.device)
-        self.outer_FF += other.outer_FF.to(self.outer_FF.device)
-        return self
+        device = self.mean_F.device
+        return self._join(other.count, other.mean_F.to(device), other.centered_FF.to(device))
 
     def packed(self) -> Tensor:
-        """(1 + F + F*F,) float64: what an all-reduce with SUM adds up."""
-        count = self.sum_F.new_tensor([self.count])
-        return torch.cat([count, self.sum_F, self.outer_FF.reshape(-1)])
+        """(1 + F + F*F,) float64: count, mean and products, for another process to unpack and merge."""
+        count = self.mean_F.new_tensor([self.count])
+        return torch.cat([count, self.mean_F, self.centered_FF.reshape(-1)])
 
     @classmethod
     def from_packed(cls, packed: Tensor, num_features: int) -> "FrechetStatistics":
@@ -159,8 +181,8 @@ class FrechetStatistics:
             raise ValueError(f"packed shape {tuple(packed.shape)} does not hold {num_features} features")
         new = cls(num_features, packed.device)
         new.count = round(float(packed[0]))
-        new.sum_F = packed[1 : 1 + num_features].to(torch.float64).clone()
-        new.outer_FF = packed[1 + num_features :].to(torch.float64).reshape(num_features, -1).clone()
+        new.mean_F = packed[1 : 1 + num_features].to(torch.float64).clone()
+        new.centered_FF = packed[1 + num_features :].to(torch.float64).reshape(num_features, -1).clone()
         return new
 
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -171,9 +193,8 @@ class FrechetStatistics:
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 feature vectors, got {self.count}")
-        mean = self.sum_F / self.count
-        covariance = (self.outer_FF - self.count * torch.outer(mean, mean)) / (self.count - 1)
-        return mean, (covariance + covariance.mT) / 2
+        covariance = self.centered_FF / (self.count - 1)
+        return self.mean_F, (covariance + covariance.mT) / 2
 
     def distance(self, other: "FrechetStatistics") -> float:
         """Squared Frechet distance between the Gaussians of two sets."""
@@ -188,18 +209,17 @@ def frechet_from_features(a_NF: Tensor, b_MF: Tensor) -> float:
     Raises:
         ValueError: other shapes, fewer than two vectors, a value that is not finite.
     """
-    return frechet_distance(*_centered_moments("first set", a_NF), *_centered_moments("second set", b_MF))
+    return frechet_distance(*_moments("first set", a_NF), *_moments("second set", b_MF))
 
 
-def _centered_moments(name: str, x_NF: Tensor) -> tuple[Tensor, Tensor]:
+def _moments(name: str, x_NF: Tensor) -> tuple[Tensor, Tensor]:
     if x_NF.ndim != 2 or len(x_NF) < 2:
         raise ValueError(f"{name}: expected at least two feature vectors (N, F), got {tuple(x_NF.shape)}")
-    if x_NF.device.type == "mps":
-        x_NF = x_NF.cpu()
-    x_NF = x_NF.detach().to(torch.float64)
-    mean = x_NF.mean(0)
-    x_NF = x_NF - mean
-    return mean, x_NF.mT @ x_NF / (len(x_NF) - 1)
+    device = "cpu" if x_NF.device.type == "mps" else x_NF.device
+    try:
+        return FrechetStatistics(x_NF.shape[1], device).update(x_NF).moments()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 class FrechetMetric(StreamingMetric):
@@ -208,7 +228,7 @@ class FrechetMetric(StreamingMetric):
     Args:
         features: maps uint8 images (B, C, H, W) to features (B, F); a module in eval mode or a function.
         reference: "train" or "heldout".
-        batch_size: images per call for the reference set.
+        batch_size: images per call of the network.
         name: the result's key.
 
     Raises:
@@ -236,8 +256,7 @@ class FrechetMetric(StreamingMetric):
         self._fake: FrechetStatistics | None = None
 
     def add_reference(self, images: Tensor) -> None:
-        for batch in check_images(f"{self.reference} images", images).split(self.batch_size):
-            self._real = self._add(self._real, batch)
+        self._real = self._add(self._real, check_images(f"{self.reference} images", images))
 
     def reference_state(self) -> dict[str, Tensor]:
         return {} if self._real is None else {"packed": self._real.packed().cpu()}
@@ -258,12 +277,14 @@ class FrechetMetric(StreamingMetric):
         return other if own is None else own.merge(other)
 
     @torch.no_grad()
-    def _add(self, statistics: FrechetStatistics | None, images: Tensor) -> FrechetStatistics:
-        features = self.features(images)
-        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
-            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"{self.name}: features must come as ({len(images)}, F), got {shape}")
-        return (statistics or FrechetStatistics(features.shape[1])).update(features)
+    def _add(self, statistics: FrechetStatistics | None, images: Tensor) -> FrechetStatistics | None:
+        for batch in images.split(self.batch_size):
+            features = self.features(batch)
+            if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(batch):
+                shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+                raise ValueError(f"{self.name}: features must come as ({len(batch)}, F), got {shape}")
+            statistics = (statistics or FrechetStatistics(features.shape[1])).update(features)
+        return statistics
 
     def _has_reference(self) -> bool:
         return self._real is not None and self._real.count > 1

@@ -1,29 +1,42 @@
-"""Images that were generated earlier: numbered PNG files, or an npz archive in the layout of ADM's evaluator."""
+"""Images that were generated earlier: files of a folder, or an npz archive in the layout of ADM's evaluator."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from zigflow.data.picture import read_image
+from zigflow.data.picture_files import KNOWN, LeftOut, scan_folder
+
 __all__ = ["StoredImages"]
+
+log = logging.getLogger(__name__)
+
+_FACTS = "sampling.json"
+# What our sampling writes beside its images.
+_OURS = (_FACTS, "results.json", "grid.png", "videos", "lock")
 
 
 class StoredImages:
     """Images in rounds, as a judge takes them.
 
-    A folder's PNG files are read in the order of their names; a file name that is a number is the sample's id (all or
-    none). ``sampling.json``, which our sampling writes, says how labels follow from ids. An archive holds ``arr_0``,
-    uint8 (N, H, W, C), and perhaps ``arr_1``, integer labels (N,).
+    A folder's images count once each, as a viewer shows them, in the order of their names. Names that are numbers
+    are the ids of the samples: all names or none. A ``grid`` that lies beside others is a picture of them and left
+    out; that, files of other kinds and sub-folders are logged in one line. ``sampling.json``, which our sampling
+    writes, says how labels follow from ids. An archive holds ``arr_0``, uint8 (N, H, W, C), and perhaps ``arr_1``,
+    integer labels (N,).
 
     Args:
         path: the folder or the ``.npz`` file.
         batch_size: images of a round.
 
     Raises:
-        FileNotFoundError: there is nothing, or a folder without PNG files.
-        ValueError: an archive of another layout, or one that holds Python objects.
+        FileNotFoundError: there is nothing, or a folder without images.
+        ValueError: some names are numbers and others are not, or two are the same number; an archive of another
+            layout, or one that holds Python objects.
     """
 
     def __init__(self, path: Path | str, batch_size: int = 100):
@@ -60,15 +73,9 @@ class StoredImages:
         return images, self.ids[part], labels
 
     def _open_folder(self) -> None:
-        self._files = sorted(self.path.glob("*.png"))
-        numbered = [file for file in self._files if file.stem.isdecimal()]
-        # Our folders hold a grid of the samples beside them.
-        self._files = numbered or self._files
-        if not self._files:
-            raise FileNotFoundError(f"{self.path} holds no PNG files")
-        ids = [int(file.stem) for file in numbered] or list(range(len(self._files)))
+        numbered, ids = self._list_files()
         self.ids = torch.tensor(ids, dtype=torch.int64)
-        facts = self.path / "sampling.json"
+        facts = self.path / _FACTS
         if numbered and facts.is_file():
             made = json.loads(facts.read_text(encoding="utf-8"))
             classes, chosen = made.get("num_classes", 0), made.get("labels")
@@ -93,20 +100,49 @@ class StoredImages:
         if "arr_1" in found:
             self._labels = torch.from_numpy(found["arr_1"].astype(np.int64))
 
-    def _read(self, file: Path) -> Tensor:
-        from PIL import Image
+    def _list_files(self) -> tuple[bool, list[int]]:
+        """Set the files; returns whether their names are numbers, and the ids."""
+        left = LeftOut()
+        ours = _OURS if (self.path / _FACTS).is_file() else ()
+        names, folders = scan_folder(self.path, self.path, left, ours)
+        for folder in folders:
+            left.add("folders", folder)
+        grids = [name for name in names if name.stem.lower() == "grid"]
+        if len(grids) < len(names):
+            names = [name for name in names if name not in grids]
+            for name in grids:
+                left.add("grids of samples", name)
+        if not names:
+            raise FileNotFoundError(
+                f"{self.path} holds no images ({KNOWN}){f'; it holds {left}' if left else ''}"
+            )
+        numbered = [name for name in names if name.stem.isdecimal()]
+        others = [name for name in names if not name.stem.isdecimal()]
+        if numbered and others:
+            raise ValueError(
+                f"{self.path} holds {len(numbered)} images whose names are numbers (first {numbered[0]}) and "
+                f"{len(others)} others (first {others[0]}): move away what is not meant, or give names of one kind"
+            )
+        ids: dict[int, Path] = {}
+        for place, name in enumerate(names):
+            number = int(name.stem) if numbered else place
+            if number in ids:
+                raise ValueError(
+                    f"{self.path}: {ids[number]} and {name} are both number {number}: move one away"
+                )
+            ids[number] = name
+        self._files = [self.path / name for name in names]
+        if left:
+            log.warning("%s: %d images are read; left out are %s", self.path, len(names), left)
+        return bool(numbered), list(ids)
 
-        try:
-            with Image.open(file) as image:
-                if image.mode not in ("L", "RGB"):
-                    image = image.convert("RGB")
-                array = np.array(image)
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{file} is no image: {error}") from error
+    def _read(self, file: Path) -> Tensor:
+        array = read_image(file)[1]
         array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         if getattr(self, "_shape", tensor.shape) != tensor.shape:
             raise ValueError(
-                f"{file} is {tuple(tensor.shape)}, the images before it are {tuple(self._shape)}"
+                f"{file} is {tuple(tensor.shape)} (channels, height, width), the images before it are "
+                f"{tuple(self._shape)}: judge images of one kind, or move it away"
             )
         return tensor

@@ -20,6 +20,8 @@ Differences from the published code:
   - any registered scan over the padded grid (``scan``);
   - the residual stream is float32 also where blocks compute in half precision (published: cast down in every block);
   - labels are dropped in the model (published: in the data sets), the null class being the last row of both tables;
+  - the published switches (``mlp_time_embed``, ``conv``, ``learn_sigma``, ``num_paths``, ``plain_blocks``,
+    ``smoother_dilation``) are keywords here, off by default; zigflow.official says which others are refused;
   - skip tuning is off by default; published configurations that name it run with it off in effect (``"as_published"``)
     where weights from 1 to 0.82 were meant (``"as_intended"``).
 
@@ -172,13 +174,14 @@ class SharedModulation(nn.Module):
 class PadsAndSmoothers(nn.Module):
     """The learned pad and split tokens, and the 3 x 3 depthwise convolutions before and after the blocks."""
 
-    def __init__(self, dim: int, num_pads: int, num_split: int, **factory):
+    def __init__(self, dim: int, num_pads: int, num_split: int, dilation: int = 1, **factory):
         super().__init__()
         if num_split:
             self.pad_token_dec_split = nn.Parameter(torch.empty(1, num_split, dim, **factory))
         self.pad_token = nn.Parameter(torch.empty(1, dim, num_pads, **factory))
-        self.first_smoother = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
-        self.last_smoother = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        taps = {"padding": dilation, "dilation": dilation, "groups": dim, **factory}
+        self.first_smoother = nn.Conv2d(dim, dim, 3, **taps)
+        self.last_smoother = nn.Conv2d(dim, dim, 3, **taps)
         self.num_split = num_split
 
     def tokens(self, batch: int) -> list[Tensor]:
@@ -198,14 +201,19 @@ class DiM(Backbone):
 
     Args:
         in_channels, img_dim, patch_size: the input; ``img_dim`` is a side or (height, width).
-        embed_dim, depth: width D and number of blocks: block 0, k blocks whose outputs are kept, k blocks that join
-            them; with an even depth there is a plain block in the middle.
+        embed_dim, depth: width D and number of blocks: ``plain_blocks`` blocks, k blocks whose outputs are kept, k
+            blocks that join them; where these do not add up to the depth, there is a plain block in the middle.
+        learn_sigma: C more output channels, the variance of the Gaussian process.
+        mlp_time_embed, conv: Linear, SiLU, Linear on the time token; a 3 x 3 convolution over the output.
+        plain_blocks: blocks before the first whose output is kept; they walk path 0.
+        smoother_dilation: of the convolutions before and after the blocks.
         num_classes, class_dropout_prob: classes, and how often a label is replaced by the null class in training. The
             tables always have a row for the null class; guidance needs ``class_dropout_prob`` > 0.
         unconditional: feed the null class always, as the published CIFAR-10 model, whose tables have ten rows that
             nothing reads.
         pad_layout, num_pads, num_split: see ``padded_layout``.
         scan: a registered scan over the padded grid; its paths are the cycle. "sweep4" is the published one.
+        num_paths: the cycle is the first so many paths of the scan; None: all.
         scan_seed: the seed of random scans.
         skip: the long skip connections. split_skip: two linear layers whose results are summed in the place of one
             on both; None: two above width 512, as published.
@@ -235,10 +243,16 @@ class DiM(Backbone):
         num_classes: int = 1000,
         class_dropout_prob: float = 0.1,
         unconditional: bool = False,
+        learn_sigma: bool = False,
+        mlp_time_embed: bool = False,
+        conv: bool = False,
+        plain_blocks: int = 1,
+        smoother_dilation: int = 1,
         pad_layout: str = "lateral",
         num_pads: int = 3,
         num_split: int = 3,
         scan: str = "sweep4",
+        num_paths: int | None = None,
         scan_seed: int = 0,
         skip: bool = True,
         split_skip: bool | None = None,
@@ -261,13 +275,22 @@ class DiM(Backbone):
             raise ValueError(f"depth is at least 1, got {depth}")
         if num_pads < 1 or num_split < 0:
             raise ValueError(f"num_pads is at least 1 and num_split at least 0, got {num_pads}, {num_split}")
+        if num_paths is not None and num_paths < 1:
+            raise ValueError(f"num_paths is at least 1, or None for all paths of the scan, got {num_paths}")
+        if not 0 <= plain_blocks <= depth or smoother_dilation < 1:
+            raise ValueError(
+                f"plain_blocks lies in 0..depth ({depth}) and smoother_dilation is at least 1, got {plain_blocks}, "
+                f"{smoother_dilation}"
+            )
         check_skip_tuning(official_skip_tuning)
         factory = {"device": device, "dtype": dtype}
-        self.out_channels = self.guided_channels = in_channels
+        self.guided_channels = in_channels
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.null_label = num_classes
         self.pad_layout, self.num_pads, self.num_split = pad_layout, num_pads, num_split
-        self.scan, self.scan_seed = scan, scan_seed
-        self.joining = (depth - 1) // 2 if skip else 0
+        self.scan, self.scan_seed, self.num_paths = scan, scan_seed, num_paths
+        self.plain_blocks = plain_blocks
+        self.joining = (depth - plain_blocks) // 2 if skip else 0
         self.official_skip_tuning, self.skip_tune_param = official_skip_tuning, tuple(skip_tune_param)
         self.residual_in_fp32 = residual_in_fp32
         split_skip = embed_dim > _SPLIT_SKIP_ABOVE if split_skip is None else split_skip
@@ -283,9 +306,19 @@ class DiM(Backbone):
         self.norm_out = nn.ModuleDict({"norm": RMSNorm(embed_dim, **factory)})
         self.adaln_single = SharedModulation(embed_dim, num_classes + 1, **factory)
         self.label_emb = nn.Embedding(num_classes + 1, embed_dim, **factory)
-        self.a4m_adapter = PadsAndSmoothers(embed_dim, num_pads, num_split, **factory)
-        self.proj_out_2 = nn.Linear(embed_dim, patch_size * patch_size * in_channels, **factory)
+        self.time_embed = nn.Identity()
+        if mlp_time_embed:
+            self.time_embed = nn.Sequential(
+                nn.Linear(embed_dim, 4 * embed_dim, **factory),
+                nn.SiLU(),
+                nn.Linear(4 * embed_dim, embed_dim, **factory),
+            )
+        self.a4m_adapter = PadsAndSmoothers(embed_dim, num_pads, num_split, smoother_dilation, **factory)
+        self.proj_out_2 = nn.Linear(embed_dim, patch_size * patch_size * self.out_channels, **factory)
         self.proj_out_1 = nn.Linear(embed_dim, 2 * embed_dim, **factory)
+        self.final_layer = nn.Identity()
+        if conv:
+            self.final_layer = nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1, **factory)
         self.set_checkpoint_policy("block" if use_checkpoint else "none")
         self._plans: OrderedDict[tuple, Plan] = OrderedDict()
         self._register_plan(device)
@@ -318,7 +351,8 @@ class DiM(Backbone):
         layout = padded_layout(*grid, self.num_pads, self.pad_layout, self.num_split)
         scan = get_scan(self.scan)
         options = {"seed": self.scan_seed} if "seed" in scan.options else {}
-        schedule = mirrored_schedule(layout, scan(*layout.body_shape, **options), self.depth)
+        paths = scan(*layout.body_shape, **options)[: self.num_paths]
+        schedule = mirrored_schedule(layout, paths, self.depth, self.plain_blocks)
         return schedule, composed_walk(layout, schedule)
 
     def _register_plan(self, device) -> None:
@@ -365,6 +399,16 @@ class DiM(Backbone):
                 self._plans.popitem(last=False)
         return self._plans[key]
 
+    @property
+    def scan_name(self) -> str:
+        """What the configuration calls the scan."""
+        return self.scan
+
+    def scan_walks(self) -> list[tuple[Tensor | None, ...]]:
+        """The gathers over the built grid: on entering, before each block, on leaving; None where tokens stay."""
+        plan = self._plan(self.grid, self.enter.device)
+        return [(plan.enter,), *plan.moves, (plan.leave,)]
+
     def scan_state(self) -> dict[str, Tensor]:
         """The orders that a checkpoint must carry: those of random scans, by layer; else nothing."""
         if "seed" not in get_scan(self.scan).options:
@@ -387,7 +431,7 @@ class DiM(Backbone):
         plan = self._plan(grid, x.device)
         labels = self._labels(y, batch, x.device)
         dtype = self.additional_embed.dtype
-        time = sinusoidal_embedding(t, self.embed_dim).to(dtype)
+        time = self.time_embed(sinusoidal_embedding(t, self.embed_dim).to(dtype))
         label = self.label_emb(labels)
         extras, table = self.additional_embed[:, :2], self.additional_embed[:, 2:]
         table = interpolate_positions(table, (1, *self.grid), (1, *grid), mode=self.position_mode)
@@ -408,7 +452,8 @@ class DiM(Backbone):
                 layout: time, class, split tokens, padded grid.
 
         Returns:
-            The prediction, shaped like ``x``; with ``return_features`` also a dict of features.
+            (B, out_channels, H, W): C channels of prediction, with ``learn_sigma`` C of variance; with
+            ``return_features`` also a dict of features.
         """
         hidden, modulation, condition, grid, plan = self._embed(x, t, y)
         if self.residual_in_fp32:
@@ -423,7 +468,7 @@ class DiM(Backbone):
                 # The first joining block joins its own input, which torch.compile would make a graph of its own for.
                 skip = skip.view_as(skip)
             hidden = block(hidden, modulation, *move, skip, weight)
-            if 1 <= i <= self.joining:
+            if self.plain_blocks <= i < self.plain_blocks + self.joining:
                 kept.append(hidden)
             if (name := f"transformer_blocks.{i}") in return_features:
                 home = torch.from_numpy(self.walk(grid)[1].homes[i].order.copy())
@@ -433,7 +478,7 @@ class DiM(Backbone):
         out = self.a4m_adapter.smooth(self.a4m_adapter.last_smoother, out, grid)
         shift, scale = self.proj_out_1(nn.functional.silu(condition)).chunk(2, dim=-1)
         out = self.proj_out_2(modulate(self.norm_out["norm"](out).to(shift.dtype), shift, scale))
-        out = unpatchify(out, *grid, self.patch_size, self.in_channels)
+        out = self.final_layer(unpatchify(out, *grid, self.patch_size, self.out_channels))
         return self.with_features(out, features, return_features)
 
 

@@ -165,14 +165,15 @@ class DiS(Backbone):
             num_classes=num_classes, class_dropout_prob=class_dropout_prob, has_text=False, d_context=0,
             n_context_token=0,
         )  # fmt: skip
-        if guided_channels is not None and not 1 <= guided_channels <= in_channels:
-            raise ValueError(
-                f"guided_channels is 1..{in_channels} (in_channels), or None for all, got {guided_channels}"
-            )
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate lies in [0, 1), got {drop_path_rate}")
         factory = {"device": device, "dtype": dtype}
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        if guided_channels is not None and not 1 <= guided_channels <= self.out_channels:
+            raise ValueError(
+                f"guided_channels is 1..{self.out_channels} (output channels), or None for the prediction, "
+                f"got {guided_channels}"
+            )
         self.guided_channels = in_channels if guided_channels is None else guided_channels
         self.residual_in_fp32 = residual_in_fp32
         self.skip = skip
@@ -269,6 +270,15 @@ class DiS(Backbone):
         if orders is None:
             return [(None, None)] * (2 * (self.depth // 2) + 1)
         return [(both[0], both[1]) for both in orders.unbind()]
+
+    @property
+    def scan_name(self) -> str:
+        """What the configuration calls the scan."""
+        return "from_model" if self.scan_spec is None else self.scan_spec.scan
+
+    def scan_walks(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Each block's order of all tokens of the built grid and its inverse; None where it takes the raster."""
+        return self._walks(self.grid, self.pos_embed.device)
 
     def scan_state(self) -> dict[str, Tensor]:
         """The orders that a checkpoint must carry: those of random scans, by block; else nothing."""

@@ -166,14 +166,15 @@ class DiT(Backbone):
             )
         if drop_sigma and not learn_sigma:
             raise ValueError("drop_sigma=True leaves out the channels of learn_sigma=True, which is off")
-        if guided_channels is not None and not 1 <= guided_channels <= in_channels:
-            raise ValueError(
-                f"guided_channels is 1..{in_channels} (in_channels), or None for all, got {guided_channels}"
-            )
         factory = {"device": device, "dtype": dtype}
         self.guided_channels = in_channels if guided_channels is None else guided_channels
         self.head_channels = 2 * in_channels if learn_sigma else in_channels
         self.out_channels = in_channels if drop_sigma else self.head_channels
+        if guided_channels is not None and not 1 <= guided_channels <= self.out_channels:
+            raise ValueError(
+                f"guided_channels is 1..{self.out_channels} (output channels), or None for the prediction, "
+                f"got {guided_channels}"
+            )
         self.rope = rope
 
         tokens = self.grid[0] * self.grid[1]

@@ -5,6 +5,7 @@ the types that the family's layout holds; anything else in the file is refused b
 """
 
 import importlib
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,10 +18,21 @@ from torch import Tensor, nn
 
 from zigflow.registry import unknown_name
 
-from .dim import dim_arguments, implied_by_weights
-from .dis import dis_arguments, dis_kwargs
+from .dim import DIM_KEYWORDS, dim_arguments, implied_by_weights
+from .dis import DIS_KEYWORDS, dis_arguments, dis_kwargs
+from .keywords import Keyword, read_keywords
 from .names import namespace
-from .transformers import dit_arguments, dit_kwargs, sit_arguments, uvit_arguments, uvit_text_arguments
+from .transformers import (
+    DIT_KEYWORDS,
+    UVIT_KEYWORDS,
+    UVIT_TEXT_KEYWORDS,
+    dit_arguments,
+    dit_kwargs,
+    sit_arguments,
+    uvit_arguments,
+    uvit_text_arguments,
+)
+from .zigma import ZIGMA_KEYWORDS
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +45,9 @@ class Family:
 
     Attributes:
         target: our class, as a configuration names it.
+        keywords: the published constructor's, and what becomes of each.
         allowed_types: what its files may hold beside tensors and plain containers.
-        arguments: the published constructor's keywords, with ours, as keywords of our class.
+        arguments: those keywords in our words, with ours beside them, as keywords of our class.
         optional_keys: weights that an official file need not have.
         check: refuses what cannot be loaded.
         ctor_kwargs: the constructor's keywords from the training arguments that a file holds, or None.
@@ -43,6 +56,7 @@ class Family:
     """
 
     target: str
+    keywords: Mapping[str, Keyword]
     allowed_types: Callable[[], list[Any]] = list
     arguments: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda given, ours: {
         **given,
@@ -100,26 +114,45 @@ _UVIT_WEIGHTS = "nnet_ema.pth"
 FAMILIES: dict[str, Family] = {
     "dim": Family(
         "zigflow.models.dim.DiM",
+        DIM_KEYWORDS,
         arguments=dim_arguments,
         implied=implied_by_weights,
         processes=("sd_discrete", "vp"),
     ),
     "zigma": Family(
         "model_zigma.ZigMa",
+        ZIGMA_KEYWORDS,
         _zigma_types,
         optional_keys=lambda k: k.startswith("blocks.") and k.endswith(".pos_embed"),
         check=_check_zigma,
         ctor_kwargs=_zigma_kwargs,
     ),
     "dis": Family(
-        "zigflow.models.dis.DiS", namespace, dis_arguments, ctor_kwargs=dis_kwargs, processes=("gaussian",)
+        "zigflow.models.dis.DiS",
+        DIS_KEYWORDS,
+        namespace,
+        dis_arguments,
+        ctor_kwargs=dis_kwargs,
+        processes=("gaussian",),
     ),
     "dit": Family(
-        "zigflow.models.dit.DiT", namespace, dit_arguments, ctor_kwargs=dit_kwargs, processes=("gaussian",)
+        "zigflow.models.dit.DiT",
+        DIT_KEYWORDS,
+        namespace,
+        dit_arguments,
+        ctor_kwargs=dit_kwargs,
+        processes=("gaussian",),
     ),
-    "sit": Family("zigflow.models.dit.DiT", namespace, sit_arguments, ctor_kwargs=dit_kwargs),
-    "uvit": Family("zigflow.models.uvit.UViT", arguments=uvit_arguments, processes=("vp", "sd_discrete")),
-    "uvit_t2i": Family("zigflow.models.uvit.UViT", arguments=uvit_text_arguments, processes=("sd_discrete",)),
+    "sit": Family("zigflow.models.dit.DiT", DIT_KEYWORDS, namespace, sit_arguments, ctor_kwargs=dit_kwargs),
+    "uvit": Family(
+        "zigflow.models.uvit.UViT", UVIT_KEYWORDS, arguments=uvit_arguments, processes=("vp", "sd_discrete")
+    ),
+    "uvit_t2i": Family(
+        "zigflow.models.uvit.UViT",
+        UVIT_TEXT_KEYWORDS,
+        arguments=uvit_text_arguments,
+        processes=("sd_discrete",),
+    ),
 }
 
 
@@ -196,11 +229,23 @@ def strip_wrappers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def official_arguments(family: str, ctor_kwargs: Mapping[str, Any], **ours: Any) -> dict[str, Any]:
     """The keywords of our class for a published model, what is implied there made explicit.
 
+    Args:
+        ctor_kwargs: keywords of the published constructor, or of our class.
+        ours: keywords of our class alone.
+
     Raises:
-        UnknownNameError: the family is not known.
-        ValueError: a keyword is given twice, or cannot be taken over.
+        UnknownNameError: the family, or a keyword, is not known; near matches are named.
+        ValueError: a keyword is given twice, or has a value that is not served.
     """
-    return _family(family).arguments(ctor_kwargs, ours)
+    known = _family(family)
+    own = [name for name in inspect.signature(_class_of(known)).parameters if name != "self"]
+    given = read_keywords(family, known.keywords, ctor_kwargs, own)
+    return known.arguments(given, read_keywords(family, {}, ours, own))
+
+
+def _class_of(family: Family) -> Callable[..., nn.Module]:
+    module, _, name = family.target.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def load_official(
@@ -227,19 +272,18 @@ def load_official(
         The module in eval mode, float32.
 
     Raises:
-        UnknownNameError: the family is not known.
-        ValueError: keys are missing, left over or of another shape, the first ones are named; or the checkpoint was
-            trained along random orders, which it does not hold, and ``scan_seed`` is not given; or a null text is
-            needed and not given.
+        UnknownNameError: the family, or a keyword, is not known.
+        ValueError: a keyword has a value that is not served; keys are missing, left over or of another shape, the
+            first ones are named; the checkpoint was trained along random orders, which it does not hold, and
+            ``scan_seed`` is not given; or a null text is needed and not given.
     """
     known = _family(family)
     known.check(ctor_kwargs, ours)
     if null_text is not None:
         ours = {"class_dropout_prob": ctor_kwargs.get("class_dropout_prob", 0.1), **ours}
-    module, _, name = known.target.rpartition(".")
-    build = getattr(importlib.import_module(module), name)
     given = {k: v.float() if v.is_floating_point() else v for k, v in strip_wrappers(state_dict).items()}
-    model = build(**{**known.implied(given), **official_arguments(family, ctor_kwargs, **ours)}).float()
+    arguments = official_arguments(family, ctor_kwargs, **ours)
+    model = _class_of(known)(**{**known.implied(given), **arguments}).float()
     own = model.state_dict()
     if null_text is not None:
         given["null_text"] = null_text.float()

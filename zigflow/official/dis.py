@@ -3,26 +3,37 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .names import renamed
+from .keywords import Keyword, inert, only, served
+from .names import PLACEMENT
 
-_NAMES = {"img_size": "img_dim", "channels": "in_channels"}
-# Keywords of the published constructor that change no output: the fused path computes the same, the others are not read
-# by it, and the initialization is replaced by the weights.
-_WITHOUT_EFFECT = ("fused_add_norm", "initializer_cfg", "conv", "if_cls_token", "drop_rate")
+DIS_KEYWORDS: dict[str, Keyword] = {
+    "img_size": served("img_dim"),
+    "channels": served("in_channels"),
+    **{
+        name: served(name)
+        for name in (
+            "patch_size", "embed_dim", "depth", "num_classes", "ssm_cfg", "drop_path_rate", "norm_epsilon", "rms_norm",
+            "residual_in_fp32", "learn_sigma", "mlp_time_embed", "skip", "class_dropout_prob",
+        )
+    },
+    # These change no output: the fused path computes the same, the others are not read by the published constructor,
+    # and the initialization is replaced by the weights.
+    **{name: inert() for name in ("fused_add_norm", "initializer_cfg", "conv", "if_cls_token", "drop_rate")},
+    "bimamba_type": only("v2", because="the published code runs with 'v2' alone"),
+    **PLACEMENT,
+}  # fmt: skip
 
 
 def dis_arguments(given: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """Guidance acts on three channels, and a model with classes has the null class, unless said otherwise."""
-    arguments = renamed({k: v for k, v in given.items() if k not in _WITHOUT_EFFECT}, _NAMES)
-    mixer = arguments.pop("bimamba_type", "v2")
-    if mixer != "v2":
-        raise ValueError(f"bimamba_type={mixer!r}: the published code runs with 'v2' alone")
+    arguments = dict(given)
     if arguments.get("num_classes", -1) > 0:
         arguments = {"class_dropout_prob": 0.1, **arguments}
     else:
         # The published default of 0.1 is not read without classes.
         arguments.pop("class_dropout_prob", None)
-    return {"guided_channels": 3, **arguments, **ours}
+    channels = arguments.get("in_channels", 3) * (2 if arguments.get("learn_sigma", True) else 1)
+    return {"guided_channels": min(3, channels), **arguments, **ours}
 
 
 def dis_kwargs(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

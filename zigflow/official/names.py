@@ -1,7 +1,18 @@
-"""What the published code bases share: how files name things, and keywords of theirs as ours."""
+"""What the published code bases share: how files name things, and where a model is placed."""
 
-from collections.abc import Mapping
 from typing import Any
+
+import torch
+
+from .keywords import inert, only
+
+# Official weights are loaded on the CPU in float32; the caller moves and casts the module.
+PLACEMENT = {
+    "device": inert(),
+    "dtype": only(
+        None, torch.float32, "float32", because="weights are loaded in float32; cast the module afterwards"
+    ),
+}
 
 
 def namespace() -> list[Any]:
@@ -9,11 +20,3 @@ def namespace() -> list[Any]:
     from argparse import Namespace
 
     return [Namespace]
-
-
-def renamed(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """``given`` with official keywords as ours; our own names stay."""
-    both = [(old, new) for old, new in names.items() if old in given and new in given]
-    if both:
-        raise ValueError(f"{' and '.join(both[0])} are one keyword: give one of them")
-    return {names.get(key, key): value for key, value in given.items()}

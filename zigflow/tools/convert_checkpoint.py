@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     from zigflow.engine import checkpoint as checkpoints
     from zigflow.engine.ranks import Ranks
     from zigflow.engine.run_state import model_state, scan_state, versions
+    from zigflow.engine.scan_order import scan_facts
     from zigflow.official import (
         family_of,
         load_official,
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> int:
         read_official,
         target_of,
     )
+    from zigflow.preflight import scaled_codec
 
     experiment = any(o.startswith("+experiment=") for o in args.overrides)
     named = experiment or any(o.startswith("model=") for o in args.overrides)
@@ -68,6 +70,7 @@ def main(argv: list[str]) -> int:
         config["model"] = {**names, **kwargs, **seed}
         frames = config["model"].get("video_frames", 0)
         config["data"] |= {"video_frames": frames, "num_classes": config["model"].get("num_classes", -1)}
+        config["codec"] = scaled_codec(config["codec"])
         plugins.Settings.from_mapping(config)
     except Exception as error:
         line = plugins.explain(error, "default")
@@ -85,6 +88,9 @@ def main(argv: list[str]) -> int:
         "plugins": [],
         "converted_from": {"family": family, "file": args.file.name},
     }
+    scan = scan_facts(model)
+    if scan is not None:
+        facts["scan"] = scan
     paths = scan_state(model)
     shared = {"model.safetensors": model_state(model), "config.json": config, "trainer.json": facts}
     if paths:

@@ -10,8 +10,9 @@ from zigflow.settings import SettingsError
 
 USAGE = """usage: python -m zigflow.tools evaluate samples=FOLDER|FILE.npz [output=FILE] [GROUP=CHOICE] [KEY=VALUE]
 
-Judge PNG files of a folder, or the arrays of an npz file (arr_0: uint8 (N, H, W, C); arr_1, if it is there: labels),
-with the metrics and the real images of a configuration, as train_acc.py composes it (data=..., metrics=...).
+Judge the images of a folder (all of one size and kind; names are all numbers or none; a grid beside them is left out),
+or the arrays of an npz file (arr_0: uint8 (N, H, W, C); arr_1, if it is there: labels), with the metrics and the real
+images of a configuration, as train_acc.py composes it (data=..., metrics=...).
 The result is written to FOLDER/results.json (FILE.results.json for an archive) with its protocol."""
 
 
@@ -22,7 +23,7 @@ def main(argv: list[str]) -> int:
         return 0
     given = dict(argument.split("=", 1) for argument in argv if argument.startswith(("samples=", "output=")))
     if "samples" not in given:
-        raise SettingsError("samples is missing: give samples=FOLDER of PNG files, or samples=FILE.npz")
+        raise SettingsError("samples is missing: give samples=FOLDER of images, or samples=FILE.npz")
     overrides = [argument for argument in argv if argument.partition("=")[0] not in given]
     try:
         settings = plugins.validated(plugins.compose_config([*overrides, "run_dir=outputs/evaluated"]))

@@ -1,6 +1,7 @@
 """``make-shards``: write indexed shards from the digits, images, idx files (MNIST and its kin), or published features.
 
-Training and held-out parts go to OUTPUT/train and OUTPUT/heldout; without a split everything goes to OUTPUT.
+Training and held-out parts go to OUTPUT/train and OUTPUT/heldout; without a split everything goes to OUTPUT. Samples
+are written in mixed order, the same for the same seed: whoever reads a few shards at a time sees all classes.
 """
 
 import argparse
@@ -11,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, decode_image
 from zigflow.data.files import publishing_folder
+from zigflow.data.picture import WHITE, background_color, read_image
 from zigflow.data.published_crops import CROPS
 from zigflow.data.shard_index import INDEX_NAME, load_folder_index
 from zigflow.data.split import stratified_split
-from zigflow.data.writer import ShardWriter, encode_npy, encode_png
+from zigflow.data.writer import ORDERS, ShardWriter, encode_npy, encode_png, writing_order
 
 _IDX_KINDS = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _MAX_IDX = 1 << 31
+_MEMBERS = {"jpeg": "jpg", "tif": "tiff"}
 _INPUTS = {
     "folder": "the folder of images",
     "idx": "the idx file of the images",
@@ -141,6 +143,8 @@ def _write(
     with publishing_folder(args.output, marker) as folder:
         for split, part in parts.items():
             meta = {"name": split or args.kind, "num_classes": len(classes), "class_names": classes}
+            part, mixing = writing_order(part, args.order, args.seed, split)
+            meta |= mixing
             with ShardWriter(folder / split, args.shard_size, args.kind, meta) as writer:
                 for index in part:
                     writer.add(f"{args.kind}-{index:08d}", members(int(index)))
@@ -151,7 +155,8 @@ def _run_digits(args: argparse.Namespace) -> None:
 
     if args.seed:
         raise ValueError("the digits have one split, --seed does not apply")
-    write_digits(args.output, 0.5 if args.split_fraction is None else args.split_fraction, args.shard_size)
+    fraction = 0.5 if args.split_fraction is None else args.split_fraction
+    write_digits(args.output, fraction, args.shard_size, args.order)
 
 
 def _run_folder(args: argparse.Namespace) -> None:
@@ -159,25 +164,25 @@ def _run_folder(args: argparse.Namespace) -> None:
 
     from zigflow.datasets.image_folder import list_images
 
-    files, labels, classes = list_images(args.input)
+    background = WHITE if args.background is None else background_color(args.background)
+    if args.background is not None and not args.resize:
+        raise ValueError(
+            "--background needs --resize: without it files are kept as they are, and data.source.background of a run "
+            "counts"
+        )
+    files, labels, classes, _ = list_images(args.input)
     args.count = len(files)
     args.sizes = set()
 
     def members(index: int) -> dict[str, bytes]:
         path = args.input / files[index]
-        if path.stat().st_size > DEFAULT_LIMITS.max_bytes:
-            raise ValueError(f"{path} is larger than {DEFAULT_LIMITS.max_bytes} bytes")
-        data = path.read_bytes()
-        try:
-            image = decode_image(data)
-        except DecodeError as error:
-            raise DecodeError(f"{path}: {error}") from error
+        data, image = read_image(path, background=background)
         if args.resize:
             image = np.array(CROPS[args.crop](Image.fromarray(image), args.resize))
             out = {"image.png": encode_png(image)}
         else:
             args.sizes.add(image.shape[:2])
-            out = {"image.png" if path.suffix.lower() == ".png" else "image.jpg": data}
+            out = {f"image.{_MEMBERS.get(suffix := path.suffix.lower()[1:], suffix)}": data}
         return {**out, "cls_id.cls": str(labels[index]).encode()} if classes else out
 
     _write(args, np.asarray(labels) if classes else None, list(classes), members)
@@ -227,10 +232,8 @@ def _run_latent_features(args: argparse.Namespace) -> None:
 def _run_coco_features(args: argparse.Namespace) -> None:
     from zigflow.datasets.coco_features import EMPTY, SPLITS, CocoFeaturesSource
 
-    if args.split_fraction is not None or args.seed:
-        raise ValueError(
-            "the COCO features come in two parts, train and val: leave out --split-fraction and --seed"
-        )
+    if args.split_fraction is not None:
+        raise ValueError("the COCO features come in two parts, train and val: leave out --split-fraction")
     parts = {name: split for name, split in zip(("train", "heldout"), SPLITS, strict=True)
              if (args.input / split).is_dir()}  # fmt: skip
     if not parts:
@@ -238,8 +241,10 @@ def _run_coco_features(args: argparse.Namespace) -> None:
     with publishing_folder(args.output, f"{list(parts)[-1]}/{INDEX_NAME}") as folder:
         for name, split in parts.items():
             source = CocoFeaturesSource(args.input, split)
-            with ShardWriter(folder / name, args.shard_size, "coco", {"name": f"coco/{split}"}) as writer:
-                for index in range(len(source)):
+            part, mixing = writing_order(np.arange(len(source)), args.order, args.seed, name)
+            meta = {"name": f"coco/{split}", **mixing}
+            with ShardWriter(folder / name, args.shard_size, "coco", meta) as writer:
+                for index in map(int, part):
                     sample = source[index]
                     fields = {"moments.npy": sample["moments"], "caption_feature.npy": sample["tokens"]}
                     writer.add(f"{split}-{index:08d}", {k: encode_npy(v.numpy()) for k, v in fields.items()})
@@ -255,7 +260,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--output", type=Path, required=True, help="an empty or new folder")
         sub.add_argument("--shard-size", type=int, default=1000, help="samples per shard (1000)")
         sub.add_argument("--split-fraction", type=float, help="part of every class for training")
-        sub.add_argument("--seed", type=int, default=0, help="seed of the split (0)")
+        sub.add_argument("--seed", type=int, default=0, help="seed of the split and of the order (0)")
+        order = "given" if name == "digits" else "mixed"
+        sub.add_argument(
+            "--order", choices=ORDERS, default=order,
+            help=f"mixed, keyed by --seed, or as given: that of the input, folders sorted by path ({order})",
+        )  # fmt: skip
         if name != "digits":
             sub.add_argument("--input", type=Path, required=True, help=_INPUTS[name])
         if name == "folder":
@@ -264,6 +274,11 @@ def _parser() -> argparse.ArgumentParser:
                 "--crop", choices=list(CROPS), default="cover", help="how --resize crops; adm: ADM and DiT's ImageNet, "
                 "lanczos: U-ViT's COCO (cover)",
             )  # fmt: skip
+            sub.add_argument(
+                "--background",
+                type=int,
+                help="grey level that shows through transparent images, with --resize (255)",
+            )
         if name == "latent-features":
             sub.add_argument(
                 "--num-classes", type=int, default=1000, help="number of labels (1000), 0 to leave them out"
@@ -275,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _kinds() -> Iterator[tuple[str, Callable[[argparse.Namespace], None], str]]:
     yield "digits", _run_digits, "scikit-learn's digits, half of every class for training"
-    yield "folder", _run_folder, "PNG and JPEG files, one sub-folder per class"
+    yield "folder", _run_folder, "PNG, JPEG, WebP, BMP, TIFF and AVIF files, one sub-folder per class"
     yield "idx", _run_idx, "idx files as MNIST and Fashion-MNIST come in, gzipped or not"
     yield (
         "latent-features",

@@ -21,14 +21,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--height", type=int, default=16, help="tokens down (default 16)")
     parser.add_argument("--width", type=int, default=16, help="tokens across (default 16)")
     parser.add_argument("--frames", type=int, help="draw the joint walk through this many frames")
-    parser.add_argument("--output", help="picture to write (default scans.png, or none with --animate)")
+    parser.add_argument(
+        "--output", help="picture to write (default outputs/scans.png, or none with --animate)"
+    )
     parser.add_argument("--animate", metavar="FILE.gif", help="write an animation of the growing paths")
     options = parser.parse_args(argv)
     drawings: list[tuple[Callable[..., Path], str]] = (
         [(animate_scans, options.animate)] if options.animate else []
     )
     if options.output or not drawings:
-        drawings.append((plot_scans, options.output or "scans.png"))
+        drawings.append((plot_scans, options.output or "outputs/scans.png"))
     for draw, output in drawings:
         try:
             print(draw(options.scan, options.height, options.width, output, options.frames))

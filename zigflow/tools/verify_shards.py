@@ -6,7 +6,7 @@ All problems are reported, each by shard, offset and key. Exit code 0: all is we
 import argparse
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ class _Check:
             if digest != shard.sha256:
                 self.budget.report(ShardError("the tar does not have the hash of its index", name))
 
-    def _compare(self, listed: list[Sample], scanned: list[Sample], name: str) -> None:
+    def _compare(self, listed: Sequence[Sample], scanned: Sequence[Sample], name: str) -> None:
         """The tar's headers must place every member where the index does."""
         for ours, theirs in zip(listed, scanned, strict=False):
             places = [[(e.suffix, e.offset, e.size) for e in sample.entries] for sample in (ours, theirs)]

@@ -1,0 +1,144 @@
+"""A key is set in one way, whatever the chosen YAML lists; what is no key, and null, is one line."""
+
+import pytest
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from zigflow import plugins
+from zigflow.overrides import compose_leniently
+from zigflow.settings import Settings, SettingsError
+from zigflow.stored_config import complete_from_checkpoint
+
+
+def plain(overrides, name="default"):
+    return OmegaConf.to_container(plugins.compose_config(["run_dir=unused", *overrides], name), resolve=True)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.num_classes=7",  # in some YAML files and not in others
+        "+model.num_classes=7",
+        "++model.norm_epsilon=0.001",
+        "model.norm_epsilon=0.001",
+        "model.ssm_cfg.d_conv=3",
+        "process.time_law=uniform",
+        "metrics.k=3",
+        "data.random_flip=true",
+        "+data.source.split=heldout",
+        "+optim.lr=1",
+    ],
+)
+def test_a_key_of_the_reader_needs_no_sign_and_bears_any(override):
+    key, _, value = override.lstrip("+").partition("=")
+    found = OmegaConf.create(plain([override]))
+    assert str(OmegaConf.select(found, key)).lower() == value
+
+
+@pytest.mark.parametrize("model", ["zigzag8_b1", "dit_s_2", "uvit_small"])
+def test_the_number_of_classes_is_set_alike_for_every_model(model):
+    assert plain([f"model={model}", "data=none", "model.num_classes=5"])["model"]["num_classes"] == 5
+
+
+def test_the_command_line_that_hydra_gets_is_complete(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    typed = ["model.norm_epsilon=0.01", "+optim.lr=1e-3", "data.batch_size=8", "run_dir=x"]
+    want = ["++model.norm_epsilon=0.01", "++optim.lr=1e-3", "data.batch_size=8", "run_dir=x"]
+    assert plugins.check_command_line(typed, "default") == want
+    sweep = plugins.check_command_line(["-m", "model.norm_epsilon=0.01,0.02"], "default")
+    assert sweep == ["-m", "++model.norm_epsilon=0.01,0.02"]
+    shown = plugins.check_command_line(["--cfg", "job", "model.norm_epsilon=0.01"], "default")
+    assert shown == ["--cfg", "job", "++model.norm_epsilon=0.01"]
+
+
+@pytest.mark.parametrize(
+    "override, hint",
+    [
+        ("model.num_clases=7", "did you mean model.num_classes?"),
+        ("process.time_lw=uniform", "did you mean process.time_law?"),
+        ("optim.lrr=1", "did you mean optim.lr?"),
+        ("data.source.splitt=heldout", "did you mean data.source.split?"),
+    ],
+)
+def test_what_nothing_reads_is_refused_with_near_matches(override, hint):
+    with pytest.raises(HydraException) as refused:
+        plain([override])
+    assert hint in plugins.explain(refused.value, "default")
+
+
+def test_a_metric_of_ones_own_needs_no_sign_when_sampling():
+    typed = ["metrics.k=3", "metrics._target_=zigflow.metrics.digit_judge.DigitJudge"]
+    given = plain(["ckpt=x", *typed], "sample")
+    assert given["metrics"] == {
+        "name": "from_checkpoint", "_target_": "zigflow.metrics.digit_judge.DigitJudge", "k": 3,
+    }  # fmt: skip
+    stored = plain([]) | {"metrics": {"_target_": "another.Metric", "size": 2}}
+    own = {"_target_": "zigflow.metrics.digit_judge.DigitJudge", "k": 3}
+    assert complete_from_checkpoint(given, stored, "x")["metrics"] == own
+    # A keyword alone is for the checkpoint's own metric.
+    given = plain(["ckpt=x", "metrics.k=3"], "sample")
+    assert complete_from_checkpoint(given, stored, "x")["metrics"] == stored["metrics"] | {"k": 3}
+    with pytest.raises(SettingsError, match=r"metrics\.k is a keyword .* give metrics=NAME"):
+        complete_from_checkpoint(given, stored | {"metrics": None}, "x")
+    with pytest.raises(HydraException):
+        plain(["ckpt=x", "metrics.kk=3", "metrics._target_=zigflow.metrics.digit_judge.DigitJudge"], "sample")
+
+
+def test_an_unknown_key_of_the_checkpoint_s_model_is_told_when_sampling():
+    given = plain(["ckpt=x", "model.embed_dmi=3"], "sample")
+    with pytest.raises(SettingsError, match=r"unknown key model\.embed_dmi: did you mean model\.embed_dim\?"):
+        complete_from_checkpoint(given, plain([]), "x")
+
+
+def test_nothing_is_composed_twice_without_need():
+    asked = []
+    made, overrides = compose_leniently(lambda given: asked.append(given) or "made", ["optim.lr=1"])
+    assert (made, overrides, asked) == ("made", ["optim.lr=1"], [["optim.lr=1"]])
+
+
+GROUPS = (
+    "wandb",
+    "ode",
+    "model",
+    "data",
+    "loop",
+    "codec",
+    "metrics",
+    "process",
+    "scan",
+    "optim",
+    "train",
+    "text",
+)
+
+
+@pytest.mark.parametrize(
+    "override", [*(f"{group}=null" for group in GROUPS), "model=3", "ode=", "+experiment=null"]
+)
+@pytest.mark.parametrize("name", ["default", "sample"])
+def test_null_for_a_group_is_one_line_with_the_choices(override, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError) as refused:
+        plugins.check_command_line([override, "run_dir=x"], name)
+    group = override.lstrip("+").partition("=")[0]
+    assert str(refused.value).startswith(f"{override.lstrip('+')} does not exist: ")
+    assert "known: " in str(refused.value)
+    assert plugins.group_choices(group)[0] in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "override, part",
+    [
+        ("model._target_=null", "model names no class: choose model=NAME"),
+        ("process._target_=null", "process names no class"),
+        ("codec._target_=null", "codec names no class"),
+        ("data.source._target_=null", "data.source of data=digits names no class"),
+        ("data.source=3", "data.source=3 must be a group of keys"),
+        ("data.batch_size=null", "data.batch_size=None must be an integer"),
+        ("loop.ema_half_life=null", "loop.ema_half_life=None must be a list"),
+    ],
+)
+def test_null_for_a_key_that_needs_a_value_is_one_line(override, part):
+    with pytest.raises(SettingsError) as refused:
+        Settings.from_mapping(plain([override]))
+    assert part in str(refused.value)

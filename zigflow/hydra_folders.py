@@ -1,0 +1,84 @@
+"""One run, one folder: Hydra's own settings of folders and ``run_dir`` never name two.
+
+Hydra writes the command line and the log, we write everything else. ``hydra.run.dir`` (a single run),
+``hydra.sweep.dir`` and ``hydra.sweep.subdir`` (a sweep) name the run's folder as ``run_dir=`` does;
+``hydra.job.chdir=true`` changes no path. Torch-free.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from zigflow.settings import SettingsError
+
+__all__ = ["check_folders", "default_run_dir", "one_folder", "typed_run_dir"]
+
+log = logging.getLogger(__name__)
+
+
+def default_run_dir(run_id: Callable[[], str]) -> str:
+    """Where a run goes that ``run_dir=`` does not name: where Hydra's settings say, else outputs/JOB/ID."""
+    hydra = HydraConfig.get()
+    if OmegaConf.is_missing(hydra.runtime, "output_dir"):
+        # Hydra asks where to go.
+        return f"outputs/{hydra.job.name}/{run_id()}"
+    place, start = Path(hydra.runtime.output_dir), Path(hydra.runtime.cwd)
+    return str(place.relative_to(start) if place.is_relative_to(start) else place)
+
+
+def typed_run_dir(arguments: Sequence[str]) -> str | None:
+    """The run directory that a command line names, by ``run_dir=`` or by ``hydra.run.dir=``.
+
+    Raises:
+        SettingsError: both, and they differ.
+    """
+    found = {
+        key: [a.removeprefix(f"{key}=").strip("'\"") for a in arguments if a.startswith(f"{key}=")]
+        for key in ("run_dir", "hydra.run.dir")
+    }
+    ours, theirs = (names[-1] if names else None for names in found.values())
+    if ours is not None and theirs is not None and Path(ours) != Path(theirs):
+        raise SettingsError(
+            f"run_dir={ours} and hydra.run.dir={theirs} are two folders for one run: drop hydra.run.dir="
+        )
+    return ours if ours is not None else theirs
+
+
+def check_folders(hydra: DictConfig, jobs: int) -> None:
+    """Refuse a sweep whose jobs would share one folder, each continuing the one before.
+
+    Args:
+        hydra: the composed node ``hydra``.
+        jobs: their number.
+
+    Raises:
+        SettingsError: ``hydra.sweep.subdir`` names one folder for all.
+    """
+    subdir = OmegaConf.to_container(hydra.sweep, resolve=False)["subdir"]  # type: ignore[call-overload,index]
+    if jobs > 1 and "${" not in str(subdir):
+        raise SettingsError(
+            f"hydra.sweep.subdir={subdir} puts the {jobs} runs of the sweep into one folder: drop it, or give one that "
+            "tells them apart, such as '${hydra.job.override_dirname}'"
+        )
+
+
+def one_folder(cfg: DictConfig) -> None:
+    """Before a job begins: back to the folder that the command was typed in, and a last look at the run's own.
+
+    Raises:
+        SettingsError: ``run_dir`` is another folder than that of Hydra's log.
+    """
+    hydra = HydraConfig.get()
+    start = Path(hydra.runtime.cwd)
+    if Path.cwd() != start:
+        os.chdir(start)
+        log.info("hydra.job.chdir=true changes no path here: the files of a run are all in run_dir")
+    place = Path(hydra.runtime.output_dir)
+    if (start / cfg.run_dir).resolve() != place.resolve():
+        raise SettingsError(
+            f"run_dir={cfg.run_dir} and hydra.run.dir={place} are two folders for one run: drop one of them"
+        )
