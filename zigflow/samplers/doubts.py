@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LONG = 2.5
+LONG = 1.5
 """In lambda, for single steps of the noise form and for multistep without lower orders at the end, on grids in time."""
-LONG_EVERYWHERE = 1.5
-"""The same for third order in the noise form where all steps are that long, on the grid in lambda."""
+LONG_EVERYWHERE = 1.0
+"""For single steps of the noise form on the grid in lambda, where all are that long."""
 LONG_EQUAL_SPANS = 2.0
 """For "fast_equal_spans" on grids in time, whose low order at the end has as long a step as the others."""
-FEW_INTERVALS = 12
+FEW_CALLS, FEW_CALLS_AT_ENDS = 32, 64
+"""Of an ODE method with several stages; of one that asks for the drift at a step's end, which beside the data is steep."""
 STEEP = 0.7
+"""The sigma after a tenth of the time, beside the data, from which steps even in time are doubted at any number."""
 
 
 class Doubts:
@@ -70,7 +72,7 @@ def _limit(sampler: "DpmSolver") -> float:
         return LONG if in_time and not sampler.lower_order_final else math.inf
     if in_time:
         return LONG_EQUAL_SPANS if sampler.variant == "fast_equal_spans" else LONG if noise else math.inf
-    return LONG_EVERYWHERE if noise and sampler.order == 3 else math.inf
+    return LONG_EVERYWHERE if noise else math.inf
 
 
 def _length(path: Any, span: Span) -> float:
@@ -78,10 +80,11 @@ def _length(path: Any, span: Span) -> float:
     return (last - first) / 2
 
 
-def ode_doubts(method: str, stages: int, intervals: int, path: Any) -> list[str]:
-    """What is doubtful about a fixed-step solver of the ODE in time, on a variance-preserving path."""
+def ode_doubts(solver: Any, intervals: int, path: Any) -> list[str]:
+    """What is doubtful about a fixed-step solver (a tableau) of the ODE in time, on a variance-preserving path."""
     if not isinstance(path, VP):
         return []
+    method, stages = solver.name, len(solver.b)
     sigma = float(path.sigma(torch.tensor(0.9, dtype=torch.float64)))
     if sigma > STEEP:
         return [
@@ -89,9 +92,11 @@ def ode_doubts(method: str, stages: int, intervals: int, path: Any) -> list[str]
             f"noise beside the data (sigma is {sigma:.2f} after a tenth of the time): take ddim, or dpm_solver++ with "
             "grid=logSNR"
         ]
-    if stages > 1 and intervals < FEW_INTERVALS:
+    at_ends = any(sum(weights) > 0.999 for weights in solver.a)
+    few = FEW_CALLS_AT_ENDS if at_ends else FEW_CALLS
+    if stages > 1 and stages * intervals < few:
         return [
             f"{method} with {intervals} steps can be several times as far off as DDIM with as many calls of the model: "
-            f"take {FEW_INTERVALS} steps or more, ddim, or dpm_solver++ with grid=logSNR"
+            f"take {-(-few // stages)} steps or more, ddim, or dpm_solver++ with grid=logSNR"
         ]
     return []

@@ -149,6 +149,12 @@ class DpmSolver:
         ends, path = self.time_range(process), getattr(process, "path", None)
         return plan(self.variant, self.grid, self.num_steps, self.order, path, ends.start, ends.stop)
 
+    def doubts(self, process: Process) -> list[str]:
+        """What is known to be worse than DDIM with as many calls; the warnings of a run."""
+        if self.variant == "adaptive":
+            return []
+        return dpm_doubts(self, getattr(process, "path", None), self.spans(process))
+
     @torch.no_grad()
     def sample(
         self,
@@ -202,9 +208,8 @@ class DpmSolver:
         if self.variant == "adaptive":
             x = self._adaptive(steps, evaluate, x, first, last, after)
         else:
-            spans = self.spans(process)
-            self._doubts.tell(dpm_doubts(self, path, spans))
-            x = self._fixed(steps, evaluate, x, spans, after)
+            self._doubts.tell(self.doubts(process))
+            x = self._fixed(steps, evaluate, x, self.spans(process), after)
         if self.last_step:
             self.num_function_evaluations += 1
             x = last_step_to_data(process, model, x, high, y, made + 1, callback)

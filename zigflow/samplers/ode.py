@@ -17,6 +17,7 @@ from .conditions import map_tensors, padding_index
 from .doubts import Doubts, ode_doubts
 from .guidance import Guided
 from .likelihood import Likelihood, Probe, augmented_drift, prior_log_density, probe_source
+from .ode_fixed import FixedStep
 from .solver import (
     SAMPLERS,
     Callback,
@@ -106,6 +107,12 @@ class OdeSampler:
         low, high = process.interval("ode") if self.interval is None else self.interval
         return torch.linspace(low, high, self.num_steps, dtype=torch.float64).tolist()
 
+    def doubts(self, process: Process) -> list[str]:
+        """What is known to be worse than DDIM with as many calls; the warnings of a run."""
+        if not isinstance(self.solver, FixedStep):
+            return []
+        return ode_doubts(self.solver, self.num_intervals, getattr(process, "path", None))
+
     @torch.no_grad()
     def sample(
         self,
@@ -129,10 +136,7 @@ class OdeSampler:
         Raises:
             SamplingError: a state is not finite, or an adaptive step vanished; the samples are named.
         """
-        if not self.solver.adaptive:
-            stages = len(getattr(self.solver, "b", (1,)))
-            path = getattr(process, "path", None)
-            self._doubts.tell(ode_doubts(self.method, stages, self.num_intervals, path))
+        self._doubts.tell(self.doubts(process))
         finish = self.time_range(process).last_step is not None
         return self._run(process, model, x0, y, self.times(process), callback, return_trajectory, finish)
 
