@@ -27,7 +27,7 @@ LONG_EVERYWHERE = 1.0
 LONG_EQUAL_SPANS = 2.0
 """For "fast_equal_spans" on grids in time, whose low order at the end has as long a step as the others."""
 FEW_CALLS, FEW_CALLS_AT_ENDS = 32, 64
-"""Of an ODE method with several stages; of one that asks for the drift at a step's end, which beside the data is steep."""
+"""Of an ODE method with several stages; of one that asks at a step's end, where the drift is steep beside the data."""
 STEEP = 0.7
 """The sigma after a tenth of the time, beside the data, from which steps even in time are doubted at any number."""
 
