@@ -24,8 +24,8 @@ LONG = 1.5
 """In lambda, for single steps of the noise form and for multistep without lower orders at the end, on grids in time."""
 LONG_EVERYWHERE = 1.0
 """For single steps of the noise form on the grid in lambda, where all are that long."""
-LONG_EQUAL_SPANS = 2.0
-"""For "fast_equal_spans" on grids in time, whose low order at the end has as long a step as the others."""
+LONG_DATA = 3.0
+"""For "singlestep" of the data form on grids in time; its "fast" is not doubted."""
 FEW_CALLS, FEW_CALLS_AT_ENDS = 32, 64
 """Of an ODE method with several stages; of one that asks at a step's end, where the drift is steep beside the data."""
 STEEP = 0.7
@@ -48,7 +48,7 @@ class Doubts:
 def dpm_doubts(sampler: "DpmSolver", path: Any, spans: list[Span]) -> list[str]:
     """What is doubtful about the steps ``spans`` of a fixed variant on a path of alpha and sigma."""
     method, variant, grid, order = sampler.method, sampler.variant, sampler.grid, sampler.order
-    name = f"{method} variant={variant} order={order} grid={grid} with {sampler.num_steps} calls"
+    name = f"{method} variant={variant} order={order} grid={grid} num_steps={sampler.num_steps}"
     if order == 1:
         if grid != "logSNR":
             return []
@@ -70,8 +70,10 @@ def _limit(sampler: "DpmSolver") -> float:
     in_time, noise = sampler.grid != "logSNR", sampler.method == "dpm_solver"
     if sampler.variant == "multistep":
         return LONG if in_time and not sampler.lower_order_final else math.inf
+    if in_time and sampler.variant == "fast_equal_spans":
+        return 0.0  # its low order at the end has as long a step as the others, which is too long for it
     if in_time:
-        return LONG_EQUAL_SPANS if sampler.variant == "fast_equal_spans" else LONG if noise else math.inf
+        return LONG if noise else LONG_DATA if sampler.variant == "singlestep" else math.inf
     return LONG_EVERYWHERE if noise else math.inf
 
 
