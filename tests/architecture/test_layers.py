@@ -16,7 +16,9 @@ LAYERS = {
         "zigflow.compvis", "zigflow.text"],
     4: ["zigflow.engine", "zigflow.official"],
     5: ["zigflow.build", "zigflow.evaluation_job", "zigflow.sample_job", "zigflow.stored_config", "zigflow.plugins",
-        "zigflow.tools", "zigflow.preflight", "zigflow.start_job", "zigflow.real_sets"],
+        "zigflow.tools", "zigflow.preflight", "zigflow.start_job", "zigflow.real_sets",
+        "zigflow.sources", "zigflow.nodes", "zigflow.typed_arguments",
+        "zigflow.hydra_folders", "zigflow.objective", "zigflow.overrides", "zigflow.wandb_key"],
     6: ["train_acc", "sample_acc", "zigflow.cli"],
 }  # fmt: skip
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
@@ -33,6 +35,8 @@ ENTRY_IMPORTS = {
     "omegaconf",
     "zigflow.plugins",
     "zigflow.paths",
+    "zigflow.typed_arguments",
+    "zigflow.hydra_folders",
     "scans",
     "zigflow.cli",
 }
@@ -151,9 +155,10 @@ def test_entries_import_nothing_heavy(module):
 
 
 def test_file_sizes():
-    limits = {"train_acc": 60, "sample_acc": 60, "model_zigma": 600}
+    # A file ends where its subject ends; one that outgrows this has two.
+    limits = {"train_acc": 60, "sample_acc": 60}
     for module, path in MODULES.items():
-        limit = limits.get(module, 600 if module.startswith("zigflow.models.") else 400)
+        limit = limits.get(module, 600)
         lines = len(path.read_text().splitlines())
         assert lines <= limit, f"{path.relative_to(ROOT)} has {lines} lines, {limit} allowed"
 

@@ -244,7 +244,12 @@ def dim_network(p: dict, kwargs: dict, x: Tensor, t: Tensor, y: Tensor) -> Tenso
         time = linear(p, "time_embed.2", F.silu(linear(p, "time_embed.0", time)))
     label = p["label_emb.weight"][y]
     front = torch.stack([time, label], 1) + p["additional_embed"][:, :2]
-    tokens = tokens + p["additional_embed"][:, 2:]
+    table = p["additional_embed"][:, 2:]
+    if table.shape[1] != h * w:
+        side = math.isqrt(table.shape[1])
+        table = table.transpose(1, 2).reshape(1, width, side, side)
+        table = F.interpolate(table, (h, w), mode="bilinear").flatten(2).transpose(1, 2)
+    tokens = tokens + table
 
     def smooth(name: str, z: Tensor) -> Tensor:
         z = z.transpose(1, 2).reshape(len(z), width, h, w)
@@ -296,9 +301,19 @@ def dim_network(p: dict, kwargs: dict, x: Tensor, t: Tensor, y: Tensor) -> Tenso
 
 
 def zigma(
-    p: dict, kwargs: dict, orders: list[list[int]], x: Tensor, t: Tensor, y: Tensor | None = None
+    p: dict,
+    kwargs: dict,
+    orders: list[list[int]],
+    x: Tensor,
+    t: Tensor,
+    y: Tensor | None = None,
+    dropped: list | None = None,
 ) -> Tensor:
-    """ZigMa on images; layer i gathers by ``orders[i]`` before its mixer and by the inverse after it."""
+    """ZigMa on images; layer i gathers by ``orders[i]`` before its mixer and by the inverse after it.
+
+    ``dropped`` has, for the input of each block and of the last norm, a factor (B, 1, 1) of drop path.
+    """
+    dropped = dropped or [1.0] * (kwargs["depth"] + 1)
     tokens, h, w = patches(p, "x_embedder.proj", x)
     if "pos_embed" in p:
         tokens = tokens + p["pos_embed"]
@@ -311,11 +326,11 @@ def zigma(
         return rms_norm(p, name, z, eps) if f"{name}.bias" not in p else layer_norm(z, eps, p, name)
 
     for i in range(kwargs["depth"]):
-        residual = residual + tokens
+        residual = residual + dropped[i] * tokens
         normed = norm(f"blocks.{i}.norm", residual)
         shift, scale, gate = linear(p, f"blocks.{i}.adaLN_modulation.1", F.silu(c))[:, None].chunk(3, -1)
         order = torch.tensor(orders[i])
         mixed = mamba(p, f"blocks.{i}.mixer", (normed * (1 + scale) + shift)[:, order])
         tokens = normed + gate * mixed[:, torch.argsort(order)]
-    out = layer_norm(norm("norm_f", residual + tokens), 1e-6)
+    out = layer_norm(norm("norm_f", residual + dropped[-1] * tokens), 1e-6)
     return image(linear(p, "final_layer.linear", out), h, w, kwargs["patch_size"])

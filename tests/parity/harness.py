@@ -9,7 +9,7 @@ import json
 import os
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.parity.recording import Recorded, documentary
+
+# Keys under which a fixture says in words what it is, and how a number is written there: 4, .3, 1e-3, 1/1000.
+PROSE = ("note", "notes", "meaning", "legend", "desc", "conventions")
+NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?(?:/\d+)?"
 
 ROOT = Path(os.environ.get("PARITY_FIXTURES") or Path(__file__).parent / "fixtures")
 
@@ -59,20 +63,48 @@ class Fixture:
         found = (re.match(re.escape(prefix) + r"(\d+)", k) for k in self.tensors)
         return sorted({int(match[1]) for match in found if match})
 
-    def setting(self, name: str, *patterns: str, default: Any = None) -> Any:
-        """A number of the JSON by its key; else as the prose says it, in the first group of a pattern; else default.
+    def setting(self, name: str, *patterns: str, told: Mapping[str, float] | None = None) -> Any:
+        """A number of the JSON by its key; else of the prose, by its name or in the first group of a pattern; else of
+        the published script that the prose names.
+
+        Args:
+            patterns: tried before the name itself ("eps 1e-3", "eps=1/1000", "eps = .3").
+            told: the value that words of the prose stand for, such as the name of a script whose default it is.
 
         Raises:
-            AssertionError: it stands nowhere and has no default.
+            AssertionError: it stands nowhere.
         """
         if name in self.meta:
             return self.meta[name]
-        prose = " ".join(_texts(self.meta._content.get(key) for key in ("note", "meaning", "legend", "desc")))
-        for pattern in patterns:
-            if match := re.search(pattern, prose):
-                return float(match[1])
-        assert default is not None, f"{self.path.name} does not say {name}"
-        return default
+        words = re.escape(name).replace("_", "[ _]")
+        for pattern in (*patterns, rf"(?<![\w.]){words}(?: ?[:=]| is| of)? ?({NUMBER})"):
+            if match := re.search(pattern, self.prose):
+                top, _, bottom = match[1].partition("/")
+                return float(top) / float(bottom or 1)
+        return self._told(name, told)
+
+    def word(self, name: str, *patterns: str, told: Mapping[str, str] | None = None) -> str:
+        """As :meth:`setting`, of a name."""
+        if name in self.meta:
+            return self.meta[name]
+        for pattern in (*patterns, rf"(?<![\w.]){re.escape(name)} ?[:=] ?(\w+)"):
+            if match := re.search(pattern, self.prose):
+                return match[1]
+        return self._told(name, told)
+
+    def _told(self, name: str, told: Mapping[str, Any] | None) -> Any:
+        """What the first of the words that the prose has stands for."""
+        for words, value in (told or {}).items():
+            if words in self.prose:
+                return value
+        raise AssertionError(
+            f"{self.path.name} does not say {name}: neither a key nor its prose, nor any of {list(told or {})}"
+        )
+
+    @cached_property
+    def prose(self) -> str:
+        """The JSON's sentences, in one."""
+        return " ".join(_texts(self.meta._content.get(key) for key in PROSE))
 
     def tolerance(self) -> float:
         """What the fixture says of float32's own error, four times."""

@@ -14,8 +14,9 @@ def check_statistics(name: str, got: torch.Tensor, want: dict) -> None:
     n = got.numel()
     centered = got.double() - got.double().mean()
     kurtosis = centered.pow(4).mean().item() / max(centered.pow(2).mean().item() ** 2, 1e-300)
-    # Var(s) = sigma^2 (kurtosis - 1) / (4 n), for the difference of two samples twice that.
-    error = want["std"] * math.sqrt(max(kurtosis - 1, 0.05) / (4 * n) * 2)
+    # Var(s) = sigma^2 (kurtosis - 1) / (4 n), for the difference of two samples twice that. Nothing is drawn from a
+    # flatter law than the uniform one, of kurtosis 1.8; that of a few values may come out lower.
+    error = want["std"] * math.sqrt(max(kurtosis - 1, 0.8) / (4 * n) * 2)
     assert abs(got.double().std().item() - want["std"]) <= 5 * error, (
         name,
         got.std().item(),

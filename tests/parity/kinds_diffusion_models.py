@@ -3,12 +3,13 @@
 import torch
 
 from tests.assertions import GRADIENT_RTOL_OF_MAX, OUTPUT_RTOL_OF_MAX, assert_close
-from tests.parity.harness import Fixture, parity_kind
+from tests.parity.harness import NUMBER, Fixture, parity_kind
 from tests.parity.kinds_diffusion import gaussian_process
+from tests.parity.settings import dpm_solver, is_continuous
 from zigflow.official import load_official
 from zigflow.processes import StableDiffusion, VariancePreserving
 from zigflow.processes.process import predict
-from zigflow.samplers import ChainSampler, DpmSolver, Guided
+from zigflow.samplers import ChainSampler, Guided
 
 
 def sibling(fixture: Fixture, name: str) -> Fixture:
@@ -58,7 +59,7 @@ def given(fixture: Fixture, *names: str):
 @parity_kind("uvit.end_to_end")
 def check_uvit(fixture: Fixture, case: str) -> None:
     meta, stored, model = fixture.meta, fixture.tensors, load(fixture)
-    continuous = "eval_ldm.py" in meta["meaning"]
+    continuous = is_continuous(fixture)
     process = VariancePreserving() if continuous else StableDiffusion()
     condition, sampled = given(fixture, "y", "context"), model
     if "scale" in meta and condition is not None:
@@ -69,21 +70,7 @@ def check_uvit(fixture: Fixture, case: str) -> None:
         t = process.process_time(torch.full((len(stored["z"]),), float(net_time), dtype=torch.float64), model)
         got = predict(process, sampled, stored["z"], t, condition)
         assert_close(f"at net time {net_time}", got, stored[f"cfg_out_t{net_time}"])
-    method, variant, grid = (
-        ("dpm_solver", "fast_equal_spans", "logSNR")
-        if continuous
-        else ("dpm_solver++", "fast", "time_uniform")
-    )
-    eps = fixture.setting("eps", r"eps=([\d.e-]+\d)", default=1e-4 if continuous else 1e-3)
-    sampler = DpmSolver(
-        method,
-        variant,
-        meta["steps"],
-        meta.get("order", 3),
-        meta.get("skip_type", grid),
-        interval=(0.0, 1 - eps),
-        last_step=False,
-    )
+    sampler = dpm_solver("dpm_solver" if continuous else "dpm_solver++", meta["steps"], fixture, continuous)
     got = sampler.sample(process, sampled, stored["z"], condition)
     # The published continuous sampler loses up to 1e-3 in its float32 lambda (see the dpm_cont fixtures).
     assert_close("final", got, stored["final"], of_max=1e-3 if continuous else 1e-4)
@@ -103,22 +90,26 @@ class WithNothing:
         return torch.full_like(y, last) if self.tokens is None else self.tokens.expand_as(y)
 
 
-def optimizer_of(fixture: Fixture, parameters, defaults: dict) -> torch.optim.AdamW:
-    """AdamW with the JSON's settings, and where it has none those of the prose."""
+# PyTorch's own settings of AdamW, which a script that gives no others trains with.
+ADAM = {"lr": 1e-3, "weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}
+
+
+def optimizer_of(fixture: Fixture, parameters) -> torch.optim.AdamW:
+    """AdamW with the JSON's settings, and where it has none those of the prose, which else names AdamW alone."""
     told = fixture.meta["optimizer"].plain() if "optimizer" in fixture.meta else {}
-    number = r"([\d.]+(?:e-?\d+)?)"
     prose = {
-        "lr": (rf"lr ?= ?{number}",),
-        "weight_decay": (rf"wd ?= ?{number}", rf"weight_decay ?= ?{number}"),
-        "eps": (rf"eps[ =]{number}",),
+        "lr": (rf"\blearning rate(?: of|[:=])? ?({NUMBER})",),
+        "weight_decay": (rf"\bwd ?[:=]? ?({NUMBER})",),
+        "eps": (),
     }
     settings = {
-        name: told.pop(name) if name in told else fixture.setting(name, *patterns, default=defaults[name])
+        name: told.pop(name) if name in told else fixture.setting(name, *patterns, told={"AdamW": ADAM[name]})
         for name, patterns in prose.items()
     }
+    pair, gap = r"\bbetas? ?[:=]? ?[\[(]?", r"(?:/| ?, ?| and )"
     betas = told.pop("betas", None) or fixture.meta.get("betas") or (
-        fixture.setting("beta1", rf"betas {number}/", default=defaults["betas"][0]),
-        fixture.setting("beta2", rf"betas [\d.]+/{number}", default=defaults["betas"][1]),
+        fixture.setting("beta1", rf"{pair}({NUMBER}){gap}", told={"AdamW": ADAM["betas"][0]}),
+        fixture.setting("beta2", rf"{pair}{NUMBER}{gap}({NUMBER})", told={"AdamW": ADAM["betas"][1]}),
     )  # fmt: skip
     assert not told, f"{fixture.path.name}: the optimizer's {sorted(told)} are not read"
     return torch.optim.AdamW(parameters, betas=tuple(betas), **settings)
@@ -128,7 +119,7 @@ class Average:
     """The published average of all weights; its decay by the JSON or the prose."""
 
     def __init__(self, fixture: Fixture, model: torch.nn.Module):
-        self.decay = fixture.setting("ema_decay", r"EMA (?:decay )?(0?\.\d+)", default=0.9999)
+        self.decay = fixture.setting("ema_decay", rf"(?:EMA|ema)(?: decay| rate)?(?: of|[:=])? ?({NUMBER})")
         self.state = {k: v.clone() for k, v in model.state_dict().items()}
 
     def update(self, model: torch.nn.Module) -> None:
@@ -143,7 +134,6 @@ def check_dit_training(fixture: Fixture, case: str) -> None:
     optimizer = optimizer_of(
         fixture,
         [p for p in model.parameters() if p.requires_grad],
-        {"lr": 1e-4, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8},
     )
     average = Average(fixture, model)
     numbers = fixture.numbered("step")
@@ -171,9 +161,7 @@ def check_uvit_training(fixture: Fixture, case: str) -> None:
     family = "uvit_t2i" if {"clip_dim", "num_clip_token"} & set(kwargs) else "uvit"
     model = load_official(family, kwargs, fixture.under("state.")).train()
     process = StableDiffusion()
-    optimizer = optimizer_of(
-        fixture, model.parameters(), {"lr": 2e-4, "weight_decay": 0.03, "betas": (0.99, 0.99), "eps": 1e-8}
-    )
+    optimizer = optimizer_of(fixture, model.parameters())
     rate, warmup = optimizer.param_groups[0]["lr"], meta["warmup_steps"]
     average = Average(fixture, model)
     numbers = fixture.numbered("step")

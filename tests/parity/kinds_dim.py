@@ -7,15 +7,16 @@ import torch
 
 from scans import composed_walk, get_scan, mirrored_schedule
 from tests.assertions import GRADIENT_RTOL_OF_MAX, assert_close
-from tests.parity.harness import Fixture, parity_kind
+from tests.parity.harness import NUMBER, Fixture, parity_kind
 from tests.parity.initialization import check_statistics
 from tests.parity.kinds_diffusion_models import sibling
 from tests.parity.kinds_dim_upsample import check_upsampled, check_upsampled_sample
+from tests.parity.settings import dpm_solver
 from zigflow.models.dim import PAD_LAYOUTS, DiM, padded_layout
 from zigflow.nn import interpolate_positions
 from zigflow.official import load_official, official_arguments
 from zigflow.processes import BETAS, StableDiffusion, VariancePreserving
-from zigflow.samplers import DpmSolver, Guided, SdeSampler
+from zigflow.samplers import Guided, SdeSampler
 
 # Published name of a direction -> path of the scan "sweep4".
 DIRECTIONS = {0: 0, -2: 1, 1: 2, -1: 3}
@@ -120,7 +121,7 @@ def check_layouts(fixture: Fixture, case: str) -> None:
 @parity_kind("dim.pos_interp")
 def check_positions(fixture: Fixture, case: str) -> None:
     table = fixture.tensors["in.pos"]
-    extras = int(fixture.setting("extras", r"extra \((\d+)\) tokens", default=2))
+    extras = int(fixture.setting("extras", r"extra \((\d+)\) tokens", r"(\d+) extra tokens"))
     side = math.isqrt(table.shape[1] - extras)
     assert side**2 == table.shape[1] - extras
     for name, want in fixture.under("out.").items():
@@ -153,10 +154,11 @@ def stored_model(fixture: Fixture) -> torch.nn.Module:
 def check_vpsde(fixture: Fixture, case: str) -> None:
     t, model = fixture.tensors, stored_model(fixture)
     process = VariancePreserving(
-        beta_min=fixture.setting("beta_min", r"beta ([\d.]+)\.\.", default=0.1),
-        beta_max=fixture.setting("beta_max", r"beta [\d.]+\.\.([\d.]+)", default=20.0),
+        beta_min=fixture.setting("beta_min", rf"betas? (?:from )?({NUMBER})(?:\.\.| to )"),
+        beta_max=fixture.setting("beta_max", rf"betas? (?:from )?{NUMBER}(?:\.\.| to )({NUMBER})"),
     )
-    eps = fixture.setting("eps", r"linspace\(([\d.e-]+),", default=1e-3)
+    assert process.net_scale == fixture.setting("net_scale", rf"net time ({NUMBER}) ?\* ?t")
+    eps = fixture.setting("eps", rf"linspace\(({NUMBER}),")
     condition = t.get("in.y", None)
     time = 1 - t["in.t"]
     assert_close("x_t", process.interpolate(t["in.x0"], t["in.noise"], time), t["x_t"])
@@ -175,14 +177,17 @@ def check_vpsde(fixture: Fixture, case: str) -> None:
     assert not fixture.names("out.") or t["noises"].shape[0] >= fixture.meta["steps"] - 1
 
 
-def guided_model(fixture: Fixture, model, process, condition, *more: Fixture):
-    """With the published scale s = w - 1 of the JSON, its prose, or that of ``more`` files; unguided without labels."""
+def guided_model(fixture: Fixture, model, process, condition, *more):
+    """With the published scale s = w - 1 of the JSON, of ``more`` mappings, or the prose; unguided without labels."""
     if condition is None:
         return model
-    scales = [f.setting("cfg_scale", r"cfg scale ([\d.]+)", default=-1.0) for f in (fixture, *more)]
-    told = [scale for scale in scales if scale != -1.0]
-    assert told, f"{fixture.path.name} does not say its cfg_scale"
-    return Guided(model, 1 + told[0], process=process)
+    told = [settings["cfg_scale"] for settings in (fixture.meta, *more) if "cfg_scale" in settings]
+    scale = (
+        told[0]
+        if told
+        else fixture.setting("cfg_scale", rf"(?:cfg|guidance) scale(?: ?[:=]| of)? ?({NUMBER})")
+    )
+    return Guided(model, 1 + scale, process=process)
 
 
 @parity_kind("dim.sample")
@@ -191,7 +196,9 @@ def check_sample(fixture: Fixture, case: str) -> None:
     condition = t.get("in.y", None)
     if "m" in meta:
         source = source_of(fixture)
-        guided = guided_model(fixture, model, process, condition, source)
+        guided = guided_model(
+            fixture, model, process, condition, source.meta, source.meta.get("upsample", {})
+        )
         check_upsampled_sample(guided, process, fixture, source, condition)
         return
     guided = guided_model(fixture, model, process, condition)
@@ -200,17 +207,6 @@ def check_sample(fixture: Fixture, case: str) -> None:
     for steps in counts:
         got = dpm_solver("dpm_solver++", steps, fixture).sample(process, guided, t["in.z"], condition)
         assert_close(f"{steps} steps", got, t[f"out.{steps}"])
-
-
-def dpm_solver(method: str, steps: int, fixture: Fixture) -> DpmSolver:
-    """The published sampler with the settings of the JSON, and where it has none those of the published script."""
-    meta = fixture.meta
-    eps = fixture.setting("eps", r"eps[ =]1/(\d+)", r"eps[ =]([\d.]+e-\d+)", default=1e-3)
-    eps = 1 / eps if eps > 1 else eps
-    return DpmSolver(
-        method, "fast", steps, meta.get("order", 3), meta.get("skip_type", "time_uniform"),
-        meta.get("solver_type", "dpm_solver"), interval=(0.0, 1 - eps), last_step=False,
-    )  # fmt: skip
 
 
 @parity_kind("dim.dpm_solver")

@@ -3,24 +3,24 @@
 import torch
 
 from tests.assertions import assert_close
-from tests.parity.harness import Fixture, parity_kind
+from tests.parity.harness import NUMBER, Fixture, parity_kind
+from tests.parity.settings import dpm_solver
 from zigflow.processes import StableDiffusion
-from zigflow.samplers import DpmSolver, Guided, Upsampled
-from zigflow.samplers.upsampling import match_as_published, match_exactly, pool
+from zigflow.samplers import Guided, Upsampled
+from zigflow.samplers.upsampling import match_as_published, match_exactly, pool, repeat
 
 
 def upsampled_model(guided, process, fixture: Fixture, settings) -> Upsampled:
-    """With the JSON's settings, and where it has none those of the prose; w acts for t >= (1 - eta) T."""
+    """With the given settings, else the JSON's, else those of the prose; w acts for t >= (1 - eta) T."""
 
-    def read(name: str, default: float) -> float:
-        if settings is not None and name in settings:
+    def read(name: str) -> float:
+        if name in settings:
             return settings[name]
-        return fixture.setting(name, name.removeprefix("ug_") + r" ([\d.]+)", default=default)
+        return fixture.setting(name, rf"\b{name.removeprefix('ug_')}[ =:]+({NUMBER})")
 
-    end, eta = read("ug_T", 1.0), read("ug_eta", 0.3)
-    factor = fixture.meta["m"] if settings is None or "m" not in settings else settings["m"]
+    end, eta = read("ug_T"), read("ug_eta")
     return Upsampled(
-        guided, process, factor, 1 - (1 - eta) * end, read("ug_theta", 1.0), matching="as_published"
+        guided, process, settings["m"], 1 - (1 - eta) * end, read("ug_theta"), matching="as_published"
     )
 
 
@@ -63,14 +63,7 @@ def check_upsampled_sample(guided, process, fixture: Fixture, source: Fixture, c
         **{k: meta[k] for k in meta if k[:3] == "ug_"},
     }
     upsampled = upsampled_model(guided, process, fixture, {**own, "m": meta["m"]})
-    sampler = DpmSolver(
-        "dpm_solver",
-        "fast",
-        meta["steps"],
-        meta.get("order", 3),
-        meta.get("skip_type", "time_uniform"),
-        last_step=False,
-    )
+    sampler = dpm_solver("dpm_solver", meta["steps"], fixture)
     assert_close("out", sampler.sample(process, upsampled, t["in.z"], condition), t["out"])
 
 
@@ -88,7 +81,14 @@ def check_tau(fixture: Fixture, case: str) -> None:
     exact, exact_scale = match_exactly(process, t, m)
     assert_close("exact tau", exact, tau, floor=3e-3)
     assert_close("exact scale", exact_scale, scale, floor=5e-3)
-    acts = Upsampled(lambda x, t, y: x, process, m)
+    # The table tells from which of its times on w acts, and how much.
+    acting = table["t"][table["w"] > 0]
+    acts = Upsampled(
+        lambda x, t, y: x, process, m, eta=1 - acting.min().item(), theta=table["w"].max().item()
+    )
     for s, w in zip(table["t"], table["w"], strict=True):
         x = torch.randn(1, 1, m, m)
-        assert torch.equal(acts(x, 1000 * s[None]), x) == (w == 0)
+        moved = acts(x, 1000 * s[None]) - x
+        tau, scale = match_exactly(process, 1 - s[None].double(), m)
+        low = scale.float() * pool(x, m)
+        assert_close("moved", moved, repeat(w * (low / m - pool(x, m)), m), floor=1e-6)

@@ -84,7 +84,7 @@ def check_functions(fixture: Fixture, case: str) -> None:
     for dim in fixture.numbered("temb.dim"):
         assert_close(f"time {dim}", sinusoidal_embedding(t["temb.t"], dim), t[f"temb.dim{dim}"])
     if "labeldrop.out" in t:
-        classes = int(fixture.setting("num_classes", r"num_classes=(\d+)"))
+        classes = int(fixture.setting("num_classes", r"(\d+) classes"))
         embedder = LabelEmbedder(classes, 4, dropout_prob=0.1)
         rows = embedder.embedding_table.weight[t["labeldrop.out"]]
         assert torch.equal(embedder(t["labeldrop.labels"], t["labeldrop.force"] == 1), rows)

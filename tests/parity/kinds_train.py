@@ -63,6 +63,14 @@ def batches(fixture: Fixture, start: int):
         )
 
 
+def transport_of(fixture: Fixture) -> tuple[str, str]:
+    """Names of the path and of the prediction."""
+    return (
+        fixture.word("path_type", r"[Tt]ransport:? (\w+)\W", r"\bpath[ =:]+(\w+)"),
+        fixture.word("prediction", r"[Tt]ransport:? \w+\W+(\w+)", r"\bprediction[ =:]+(\w+)"),
+    )
+
+
 @parity_kind("zigma.train_steps")
 def check_train_steps(fixture: Fixture, case: str) -> None:
     meta = fixture.meta
@@ -78,7 +86,7 @@ def check_train_steps(fixture: Fixture, case: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
-            process=Flow(path_type="Linear", prediction="velocity"),
+            process=Flow(*transport_of(fixture)),
             codec=IdentityCodec(),
             loader_factory=lambda start: batches(fixture, start),
             optimizer=lambda m: adamw(

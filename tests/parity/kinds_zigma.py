@@ -187,7 +187,7 @@ def check_ops(fixture: Fixture, case: str) -> None:
 
 
 def check_norms(fixture: Fixture) -> None:
-    t, eps = fixture.tensors, fixture.setting("eps", r"eps (\d[\d.e-]*)", default=1e-5)
+    t, eps = fixture.tensors, fixture.setting("eps")
     rms, layer = (norm(len(t["norm/weight"]), eps=eps) for norm in (RMSNorm, LayerNorm))
     for norm in (rms, layer):
         norm.weight.data.copy_(t["norm/weight"])

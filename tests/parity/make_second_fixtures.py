@@ -13,9 +13,12 @@ import torch
 from PIL import Image
 
 from tests.parity import definitions as define
+from tests.parity.second_dim import DIM
+from tests.parity.second_drawn import DRAWN
 from tests.parity.second_networks import networks
 from tests.parity.second_processes import PROCESSES, Maker
 from tests.parity.second_training import drawn, sampled, stepped
+from tests.parity.second_zigma import ZIGMA
 
 
 def functions(maker: Maker) -> None:
@@ -100,7 +103,19 @@ def zigma_parts(maker: Maker) -> None:
     })  # fmt: skip
 
 
-PARTS = (networks, functions, measured, zigma_parts, stepped, sampled, drawn, *PROCESSES)
+PARTS = (
+    networks,
+    functions,
+    measured,
+    zigma_parts,
+    stepped,
+    sampled,
+    drawn,
+    *DRAWN,
+    *ZIGMA,
+    *DIM,
+    *PROCESSES,
+)
 
 
 def make(folder: Path, parts: tuple = PARTS) -> set[str]:

@@ -21,6 +21,10 @@ class Maker:
     def seed(self, name: str) -> int:
         return zlib.crc32(name.encode())
 
+    def read(self, name: str) -> dict:
+        """The JSON of a fixture that is written."""
+        return json.loads((self.folder / f"{name}.json").read_text())
+
     def write(
         self, name: str, meta: dict, tensors: dict[str, Tensor] | None = None, listed: bool = False
     ) -> None:
