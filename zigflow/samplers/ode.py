@@ -242,8 +242,9 @@ class OdeSampler:
 
     def _per_sample(self, model: ModelFunction) -> ModelFunction:
         """The model, whose calls must not depend on the neighbors where samples are at different times."""
-        adapts = self.solver.adaptive and isinstance(model, (Guided, Upsampled))
-        return model.always_doubled() if adapts else model
+        if self.solver.adaptive and isinstance(model, (Guided, Upsampled)):
+            return model.always_doubled()
+        return model
 
     def _drift(self, process: Process, model: ModelFunction, y: Any) -> Drift:
         def drift(x: Tensor, t: Tensor) -> Tensor:
