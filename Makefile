@@ -1,5 +1,6 @@
 # make demo    train on real digits, sample, judge; prints where the pictures lie
 # make test    everything that is fast; make test-slow: launches, real training, wheels
+# make proof   what tests hold for a selection, for everything; results in benchmarks/results
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
@@ -7,7 +8,7 @@ DEMO_DIR ?= outputs/demo
 WORKERS ?= 2
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help install demo test test-slow lint format dist clean
+.PHONY: help install demo test test-slow proof lint format dist clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -34,6 +35,9 @@ test: $(VENV)/.installed lint
 test-slow: $(VENV)/.installed
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q -m "slow and not whole_machine"
 	$(PY) -m pytest -q -m whole_machine
+
+proof: $(VENV)/.installed
+	$(PY) benchmarks/samplers.py --output benchmarks/results/samplers_ddim.json
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -32,7 +32,12 @@ METRICS = ("agreement", "coverage", "frechet_ratio", "nearest_train_distance_rat
 JUDGED_EVERY = 100
 BATCH = 64
 DDIM = ("sample_mode=diffusion", "diffusion.sampling_method=ddim", "diffusion.num_steps=50")
-DPM = ("sample_mode=diffusion", "diffusion.sampling_method=dpm_solver", "diffusion.num_steps=50")
+DPM = (
+    "sample_mode=diffusion",
+    "diffusion.sampling_method=dpm_solver",
+    "diffusion.num_steps=50",
+    "diffusion.last_step=false",
+)
 HEUN = ("ode.sampling_method=heun", "ode.num_steps=17")
 GUIDANCE = "cfg_scale=1.15"
 

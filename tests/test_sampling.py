@@ -17,7 +17,10 @@ from zigflow.build import train_from_config
 from zigflow.engine.lock import RunDirError, sole_writer
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.sampling_run import SamplingFolderError
+from zigflow.evaluation_job import time_facts
+from zigflow.processes import Gaussian, StableDiffusion, VariancePreserving
 from zigflow.sample_job import sample_from_config
+from zigflow.samplers import ChainSampler, DpmSolver, OdeSampler
 from zigflow.settings import SettingsError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +80,8 @@ def test_chosen_samples_and_classes(runs, tmp_path):
         assert np.abs(image.astype(int) - pngs(whole)[name]).max() <= 1
     assert results(few)["protocol"]["seeds"] == [9, 2]
     assert results(few)["protocol"]["n"] == 2
+    # Where time ended: a velocity is integrated to the data themselves, without a last step.
+    assert results(few)["protocol"]["time"] == {"start": 0.0, "stop": 1.0, "last_step": None}
     # The class of a sample is all that labels= changes: sample 5 is of class 1 by itself.
     one = sample(runs["class"], tmp_path / "one", "seeds=5-8", "labels=[1,3]", "npz=true")
     with np.load(one / "samples_4x4x4x3.npz") as found:
@@ -91,6 +96,7 @@ def test_chosen_samples_and_classes(runs, tmp_path):
 def test_a_cut_stochastic_run_continues(runs, tmp_path):
     sde = ["sample_mode=SDE", "sde.num_steps=3", "num_fid_samples=10"]
     whole = sample(runs["class"], tmp_path / "whole", *sde)
+    assert results(whole)["protocol"]["time"] == {"start": 0.0, "stop": 0.96, "last_step": "Tweedie"}
     cut = sample(runs["class"], tmp_path / "cut", *sde)
     for index in (3, 4, 9):
         (cut / f"{index:06d}.png").unlink()
@@ -191,6 +197,7 @@ def test_likelihood_and_encoding_have_folders_of_their_own_and_continue(runs, tm
     assert 0 < found["metrics"]["bits_per_dim"] < 30
     assert found["protocol"]["n"] == 10
     assert found["protocol"]["dequantization"] == "uniform over 256 levels"
+    assert found["protocol"]["time"] == {"start": 1.0, "stop": 0.0, "last_step": None}
     before = {path: path.stat().st_mtime_ns for path in (folder / "batches").iterdir()}
     assert len(before) == 3
     lost = sorted(before)[1]
@@ -306,3 +313,18 @@ def test_killed_while_working_and_continued_equals_never_stopped(runs, tmp_path,
         if name != "results.json":
             assert (cut / name).read_bytes() == (folder / name).read_bytes(), name
     assert results(cut)["metrics"] == results(folder)["metrics"]
+
+
+@pytest.mark.parametrize(
+    "sampler, process, want",
+    [
+        (DpmSolver(), Gaussian("cosine"), (0.00392, 0.999, "data")),
+        (DpmSolver(lambda_floor=None, last_step=False), Gaussian("cosine"), (0.0, 0.999, None)),
+        (OdeSampler(), VariancePreserving(), (0.0, 0.9999, "data")),
+        (ChainSampler("ddim", 20), StableDiffusion(), (0.0, 0.999, "data")),
+    ],
+)
+def test_results_say_where_time_ended(sampler, process, want):
+    found = json.loads(json.dumps(time_facts(sampler, process)))["time"]
+    assert (found["start"], found["stop"]) == pytest.approx(want[:2], abs=1e-5)
+    assert found["last_step"] == want[2]

@@ -120,6 +120,7 @@ def build_sampler(settings: Settings):
         return DpmSolver(
             chosen.sampling_method, chosen.variant, int(chosen.num_steps), chosen.order, chosen.grid,
             chosen.correction, chosen.lower_order_final, atol=chosen.atol, rtol=chosen.rtol,
+            last_step=chosen.last_step, lambda_floor=chosen.lambda_floor,
         )  # fmt: skip
     if settings.sample_mode == "SDE":
         sde = settings.sde
@@ -128,7 +129,13 @@ def build_sampler(settings: Settings):
             diffusion_norm=sde.diffusion_norm, last_step=sde.last_step, last_step_size=sde.last_step_size,
         )  # fmt: skip
     ode = settings.ode
-    return OdeSampler(method=ode.sampling_method, num_steps=ode.num_steps, atol=ode.atol, rtol=ode.rtol)
+    return OdeSampler(
+        method=ode.sampling_method,
+        num_steps=ode.num_steps,
+        atol=ode.atol,
+        rtol=ode.rtol,
+        last_step=ode.last_step,
+    )
 
 
 def check_optimizer(settings: Settings) -> OptimizerFactory:

@@ -174,6 +174,11 @@ def sampling_facts(settings: Settings, weights: str, step: int | None) -> dict[s
     }
 
 
+def time_facts(sampler: Any, process: Any, backwards: bool = False) -> dict[str, Any]:
+    """Where time started and ended, and the last step, for results; ``backwards``: data were encoded or measured."""
+    return {"time": asdict(sampler.time_range(process, True) if backwards else sampler.time_range(process))}
+
+
 def results_protocol(settings: Settings, facts: Mapping[str, Any]) -> dict[str, Any]:
     """How a number came about, for any of our results; the samples' number and hash are still to be added."""
     return {
@@ -248,7 +253,7 @@ def _in_loop_evaluation(settings: Settings, ranks: Ranks, device: torch.device) 
 
     def protocol(run: SamplingRun, weights: str, step: int) -> dict[str, Any]:
         kept = {k: run.identity[k] for k in ("weights_sha256", "scan") if k in run.identity}
-        facts = sampling_facts(settings, weights, step) | kept
+        facts = sampling_facts(settings, weights, step) | kept | time_facts(run.sampler, run.process)
         facts["function_evaluations"] = run.function_evaluations
         return results_protocol(settings, facts)
 

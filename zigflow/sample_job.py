@@ -38,6 +38,7 @@ from zigflow.evaluation_job import (
     data_texts,
     results_protocol,
     sampling_facts,
+    time_facts,
 )
 from zigflow.metrics.base import SampleIds
 from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
@@ -199,6 +200,7 @@ def sample_from_config(cfg: DictConfig) -> Path:
         facts |= {
             **{k: run.identity[k] for k in ("weights_sha256", "scan") if k in run.identity},
             "function_evaluations": run.function_evaluations,
+            **time_facts(sampler, process),
         }
         protocol = results_protocol(settings, facts) | judgement.protocol
         results = write_results(folder / "results.json", judgement.metrics, protocol)
@@ -344,6 +346,8 @@ def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: 
             }
         facts |= {k: run.identity[k] for k in ("weights_sha256", "scan", "data") if k in run.identity}
         facts["best_by"] = None if encodes else ["bits_per_dim", "min"]
+        if not bounds:
+            facts |= time_facts(common["sampler"], common["process"], backwards=True)
         results = write_results(
             folder / "results.json", metrics, results_protocol(settings, facts) | _counted(ids)
         )

@@ -9,7 +9,7 @@ from zigflow.typed import SettingsError, at_least, one_of, positive
 ODE_METHODS = ("euler", "midpoint", "heun", "heun2", "heun3", "rk4", "rk4_classic", "dopri5", "bosh3")
 SDE_METHODS = ("Euler", "Heun")
 DIFFUSION_METHODS = ("ddpm", "ddim", "dpm_solver", "dpm_solver++")
-DPM_VARIANTS = ("singlestep", "fast", "multistep", "adaptive")
+DPM_VARIANTS = ("singlestep", "fast", "fast_equal_spans", "multistep", "adaptive")
 DPM_GRIDS = ("logSNR", "time_uniform", "time_quadratic")
 DIFFUSION_FORMS = (
     "constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing", "inccreasing-decreasing",
@@ -25,6 +25,7 @@ class OdeSettings:
     num_steps: int = 250
     atol: float = 1e-6
     rtol: float = 1e-3
+    last_step: bool = True
     reverse: bool = False
     likelihood: bool = False
 
@@ -44,7 +45,7 @@ class SdeSettings:
     num_steps: int = 250
     diffusion_form: str = "sigma"
     diffusion_norm: float = 1.0
-    last_step: str | None = "Mean"
+    last_step: str | None = "Tweedie"
     last_step_size: float = 0.04
 
     def __post_init__(self):
@@ -73,7 +74,9 @@ class DiffusionSettings:
     order: int = 3
     grid: str = "time_uniform"
     correction: str = "dpm_solver"
-    lower_order_final: bool = False
+    lower_order_final: bool = True
+    last_step: bool = True
+    lambda_floor: float | None = -5.1
     atol: float = 0.0078
     rtol: float = 0.05
 
@@ -90,6 +93,16 @@ class DiffusionSettings:
         if self.eta and self.sampling_method != "ddim":
             raise SettingsError(
                 f"diffusion.eta={self.eta} is for diffusion.sampling_method=ddim, not {self.sampling_method}: drop it"
+            )
+        if self.lambda_floor is not None and not self.lambda_floor < 0:
+            raise SettingsError(
+                f"diffusion.lambda_floor={self.lambda_floor} is not negative: give where the noise ends, such as -5.1, "
+                "or null for no floor"
+            )
+        if not self.sampling_method.startswith("dpm_solver") and not self.last_step:
+            raise SettingsError(
+                f"diffusion.last_step=false: the steps of diffusion.sampling_method={self.sampling_method} end at the "
+                "data, drop it"
             )
         if self.sampling_method.startswith("dpm_solver"):
             if not self.num_steps.isdecimal() or int(self.num_steps) < self.order:

@@ -233,6 +233,9 @@ def test_presets_and_command_line_take_precedence_in_this_order():
         (["diffusion.sampling_method=dpm_solver", "diffusion.num_steps=2"], ["diffusion.num_steps=2", "order"]),
         (["diffusion.eta=2"], ["diffusion.eta"]),
         (["diffusion.sampling_method=ddpm", "diffusion.eta=1"], ["diffusion.eta", "ddim"]),
+        (["diffusion.sampling_method=ddim", "diffusion.last_step=false"], ["diffusion.last_step=false", "ddim"]),
+        (["diffusion.lambda_floor=5"], ["diffusion.lambda_floor", "null"]),
+        (["diffusion.variant=fast_spans"], ["diffusion.variant", "fast_equal_spans"]),
         (["process=gaussian", "sample_mode=diffusion", "likelihood=1"], ["likelihood", "ODE"]),
         (["process=gaussian", "sample_mode=diffusion", "likelihood=1"], ["diffusion.sampling_method=ddpm", "bound"]),
         (

@@ -70,7 +70,7 @@ def check_uvit(fixture: Fixture, case: str) -> None:
         t = process.process_time(torch.full((len(stored["z"]),), float(net_time), dtype=torch.float64), model)
         got = predict(process, sampled, stored["z"], t, condition)
         assert_close(f"at net time {net_time}", got, stored[f"cfg_out_t{net_time}"])
-    sampler = dpm_solver("dpm_solver" if continuous else "dpm_solver++", meta["steps"], fixture)
+    sampler = dpm_solver("dpm_solver" if continuous else "dpm_solver++", meta["steps"], fixture, continuous)
     got = sampler.sample(process, sampled, stored["z"], condition)
     # The published continuous sampler loses up to 1e-3 in its float32 lambda (see the dpm_cont fixtures).
     assert_close("final", got, stored["final"], of_max=1e-3 if continuous else 1e-4)

@@ -169,6 +169,7 @@ def check_vpsde(fixture: Fixture, case: str) -> None:
             fixture.meta["steps"],
             diffusion_form="SBDM",
             diffusion_norm={"ode": 0.0, "sde": 1.0}[name],
+            last_step="Mean",
             last_step_size=eps,
         )
         got = sampler.sample(process, model, t["in.x_init"], condition, noise=lambda k, x: t["noises"][k])

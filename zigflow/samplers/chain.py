@@ -19,7 +19,7 @@ from zigflow.processes.process import ModelFunction, mean_over_sample, predict_w
 from zigflow.registry import unknown_name
 
 from .conditions import pad_batch
-from .solver import SAMPLERS, Callback, FiniteWatch, full_time
+from .solver import SAMPLERS, Callback, FiniteWatch, TimeRange, full_time
 
 NoiseFunction = Callable[[int, Tensor], Tensor]
 """``noise(step, x) -> standard normals of the shape of x`` for steps 0, 1, ... in the order they are made."""
@@ -82,6 +82,11 @@ class ChainSampler:
         self.clip_denoised = clip_denoised
         self.batch_size = batch_size
         self.num_function_evaluations = 0
+
+    def time_range(self, process: Diffusion, backwards: bool = False) -> TimeRange:
+        """The chain's first and last time; its last step goes to the data by its construction."""
+        times = chain_of(process, self.spacing).times.tolist()
+        return TimeRange(times[0], times[-1]) if backwards else TimeRange(times[-1], times[0], "data")
 
     @torch.no_grad()
     def sample(

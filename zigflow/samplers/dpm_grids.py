@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 GRIDS = ("logSNR", "time_uniform", "time_quadratic")
-VARIANTS = ("singlestep", "fast", "multistep", "adaptive")
+VARIANTS = ("singlestep", "fast", "fast_equal_spans", "multistep", "adaptive")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,13 @@ def grid_times(grid: str, path: Any, low: float, high: float, intervals: int) ->
     return (1 - torch.linspace(first, last, intervals + 1, dtype=torch.float64) ** power).tolist()
 
 
+def raised_start(path: Any, low: float, floor: float) -> float:
+    """``low``, or where lambda is ``floor`` if it is less at ``low``."""
+    if float(path.log_snr(torch.tensor(low, dtype=torch.float64))) >= 2 * floor:
+        return low
+    return float(path.time_of_log_snr(torch.tensor([2 * floor], dtype=torch.float64)))
+
+
 def fast_orders(num_steps: int, order: int) -> list[int]:
     """As many steps of ``order`` as leave a lower one for the end; they add up to ``num_steps``.
 
@@ -46,15 +53,18 @@ def fast_orders(num_steps: int, order: int) -> list[int]:
 def plan(
     variant: str, grid: str, num_steps: int, order: int, path: Any, low: float, high: float
 ) -> list[Span]:
-    """The steps of a fixed variant, each with its inner nodes: even in lambda, or on the grid for "fast" in time."""
+    """The steps of a fixed variant with at most ``num_steps`` calls of the model, and the inner nodes of each.
+
+    "fast" is the plan of the published DPM-Solver++ code: a grid of ``num_steps`` intervals, of which a step of order k
+    covers k. "fast_equal_spans" is that of the first published code: one interval of the grid for each step, whatever
+    its order, so that a low order at the end covers as much as a high one. Both and "singlestep" put the inner nodes of
+    a span even in lambda, but "fast" on the grid itself.
+    """
     if variant == "multistep":
         return [Span(pair) for pair in pairwise(grid_times(grid, path, low, high, num_steps))]
-    if variant == "singlestep":
-        orders = [order] * (num_steps // order)
-    else:
-        orders = fast_orders(num_steps, order)
-        if grid != "logSNR":
-            return _grouped(grid_times(grid, path, low, high, num_steps), orders)
+    if variant == "fast":
+        return _grouped(grid_times(grid, path, low, high, num_steps), fast_orders(num_steps, order))
+    orders = [order] * (num_steps // order) if variant == "singlestep" else fast_orders(num_steps, order)
     ends = grid_times(grid, path, low, high, len(orders))
     return [Span(_with_inner(path, a, b, k)) for (a, b), k in zip(pairwise(ends), orders, strict=True)]
 

@@ -1,24 +1,18 @@
 """DPM-Solver and DPM-Solver++: exponential integrators of the probability-flow ODE in lambda = log(alpha / sigma).
 
-Lu et al. 2022a (DPM-Solver: noise form), 2022b (DPM-Solver++: data form). In lambda the ODE has an exact linear
-part, and the step from a to b, H = lambda_b - lambda_a in the noise form and minus that in the data form, is
-
-    x_b = A x_a - S [phi1 m + phi2 m' + phi3 m'' ...],  phi1 = expm1(H), phi2 = phi1 / H - 1, phi3 = phi2 / H - 1/2
-
-with A = alpha_b / alpha_a, S = sigma_b, m the noise, or A = sigma_b / sigma_a, S = alpha_b, m the data; m' and
-m'' are finite differences in units of H. Both forms are one code with one sign.
+Lu et al. 2022a (DPM-Solver: noise form), 2022b (DPM-Solver++: data form). The step formulas are in ``dpm_steps``.
 
 Why our own and not diffusers' schedulers: those round times to integers, keep float32 tables, and do not make the
 single-step variants that U-ViT's results were sampled with, nor the adaptive one. Here all coefficients are float64,
 and lambda comes from expm1 where the published code loses up to 1e-3 of it near the data. Further differences: the
 adaptive variant controls each sample's step by its own error (``coupled`` is the published way), and its last step
-ends on the interval's end exactly.
+ends on the interval's end exactly; every variant then makes a last step to the data, as DDIM does, and starts no
+further in the noise than ``lambda_floor``.
 
 Shapes: x (B, ...), every time and coefficient (B,).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,114 +24,29 @@ from zigflow.processes.process import ModelFunction, over_batch, working_dtype
 from zigflow.registry import unknown_name
 
 from .conditions import pad_batch
-from .dpm_grids import GRIDS, VARIANTS, Span, plan
+from .doubts import Doubts, dpm_doubts
+from .dpm_grids import GRIDS, VARIANTS, Span, plan, raised_start
+from .dpm_steps import Node, Steps
 from .guidance import Guided
-from .solver import SAMPLERS, Callback, FiniteWatch, SamplingError, name_rows
+from .solver import (
+    SAMPLERS,
+    Callback,
+    FiniteWatch,
+    SamplingError,
+    TimeRange,
+    last_step_to_data,
+    name_rows,
+)
 from .upsampling import Upsampled
 
 FORMS = {"dpm_solver": "noise", "dpm_solver++": "data"}
 CORRECTIONS = ("dpm_solver", "taylor")
+LAMBDA_FLOOR = -5.1
+"""Where the cosine schedule is at s = 0.9946, the published start in continuous time."""
 for _name in FORMS:
     SAMPLERS.register(f"diffusion/{_name}", _name)
 
-Evaluate = Callable[[Tensor, "Node"], Tensor]
-
-
-@dataclass(frozen=True)
-class Node:
-    """A time of every sample and what the schedule says there, in float64."""
-
-    t: Tensor
-    alpha: Tensor
-    sigma: Tensor
-    lam: Tensor
-
-    @classmethod
-    def at(cls, path: Any, t: Tensor) -> "Node":
-        return cls(t, path.alpha(t), path.sigma(t), path.log_snr(t) / 2)
-
-    @classmethod
-    def of_lambda(cls, path: Any, lam: Tensor) -> "Node":
-        return cls.at(path, path.time_of_log_snr(2 * lam))
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The step formulas. ``form``: "noise" or "data"; ``correction``: how second and third order enter."""
-
-    path: Any
-    form: str
-    correction: str
-
-    def advance(self, x: Tensor, a: Node, b: Node, terms: list[tuple[Tensor | float, int, Tensor]]) -> Tensor:
-        """A x - S sum of factor * phi_k * value over ``terms`` (factor, k, value)."""
-        noise = self.form == "noise"
-        H = b.lam - a.lam if noise else a.lam - b.lam
-        phi1 = torch.expm1(H)
-        phi2 = phi1 / H - 1
-        phis = (phi1, phi2, phi2 / H - 0.5)
-        ratio, scale = (b.alpha / a.alpha, b.sigma) if noise else (b.sigma / a.sigma, b.alpha)
-        result = over_batch(ratio.to(x.dtype), x) * x
-        for factor, k, value in terms:
-            result = result - over_batch((scale * factor * phis[k - 1]).to(x.dtype), x) * value
-        return result
-
-    def first(self, x: Tensor, a: Node, b: Node, m: Tensor) -> Tensor:
-        return self.advance(x, a, b, [(1.0, 1, m)])
-
-    def inner(self, a: Node, b: Node, share: float) -> Node:
-        """The node at a share of the way in lambda."""
-        return Node.of_lambda(self.path, a.lam + share * (b.lam - a.lam))
-
-    def second(self, x: Tensor, a: Node, mid: Node, b: Node, m: Tensor, at_mid: Tensor) -> Tensor:
-        """Order 2 from the values at a and at a node between."""
-        share = (mid.lam - a.lam) / (b.lam - a.lam)
-        change = at_mid - m
-        correction = (0.5 / share, 1, change) if self.correction == "dpm_solver" else (1 / share, 2, change)
-        return self.advance(x, a, b, [(1.0, 1, m), correction])
-
-    def third_node(self, x: Tensor, a: Node, n1: Node, n2: Node, m: Tensor, at_n1: Tensor) -> Tensor:
-        """The state at the second of two inner nodes, from the values at a and at the first."""
-        factor = (n2.lam - a.lam) / (n1.lam - a.lam)
-        return self.advance(x, a, n2, [(1.0, 1, m), (factor, 2, at_n1 - m)])
-
-    def third(
-        self, x: Tensor, a: Node, n1: Node, n2: Node, b: Node, m: Tensor, at_n1: Tensor, at_n2: Tensor
-    ) -> Tensor:
-        """Order 3 from the values at a and at two nodes between."""
-        h = b.lam - a.lam
-        r1, r2 = (n1.lam - a.lam) / h, (n2.lam - a.lam) / h
-        if self.correction == "dpm_solver":
-            return self.advance(x, a, b, [(1.0, 1, m), (1 / r2, 2, at_n2 - m)])
-        # First and second differences of the parabola through the three values.
-        d1, d2 = at_n1 - m, at_n2 - m
-        gap = r2 - r1
-        return self.advance(
-            x, a, b,
-            [(1.0, 1, m), (r2 / (r1 * gap), 2, d1), (-r1 / (r2 * gap), 2, d2),
-             (-2 / (r1 * gap), 3, d1), (2 / (r2 * gap), 3, d2)],
-        )  # fmt: skip
-
-    def multistep(self, x: Tensor, nodes: list[Node], b: Node, values: list[Tensor], order: int) -> Tensor:
-        """A step of ``order`` to b from the last nodes and the values there, the latest last."""
-        a, m = nodes[-1], values[-1]
-        if order == 1:
-            return self.first(x, a, b, m)
-        h = b.lam - a.lam
-        r0 = (a.lam - nodes[-2].lam) / h
-        recent = m - values[-2]
-        if order == 2:
-            half = (0.5 / r0, 1, recent) if self.correction == "dpm_solver" else (1 / r0, 2, recent)
-            return self.advance(x, a, b, [(1.0, 1, m), half])
-        r1 = (nodes[-2].lam - nodes[-3].lam) / h
-        older = values[-2] - values[-3]
-        total = r0 + r1
-        share = r0 / total
-        return self.advance(
-            x, a, b,
-            [(1.0, 1, m), ((1 + share) / r0, 2, recent), (-share / r1, 2, older),
-             (1 / (r0 * total), 3, recent), (-1 / (r1 * total), 3, older)],
-        )  # fmt: skip
+Evaluate = Callable[[Tensor, Node], Tensor]
 
 
 class DpmSolver:
@@ -145,20 +54,29 @@ class DpmSolver:
 
     Args:
         method: "dpm_solver" (noise form) or "dpm_solver++" (data form).
-        variant: "singlestep" (num_steps // order steps of that order), "fast" (as many steps of the order as
-            fit, then a lower one), "multistep" (earlier values instead of inner nodes; it starts with a step of order
-            1, whose error keeps the global order at 2), "adaptive".
-        num_steps: calls of the model, which the variants "fast" and "multistep" make exactly; unused by "adaptive".
+        variant: "singlestep" (steps of that order, as many as fit), "fast" (as many as fit, then a lower one, on a grid
+            with an interval for each call), "fast_equal_spans" (the same orders with an interval for each step: the
+            "fast" of the first published code, for grid "logSNR"), "multistep" (earlier values instead of inner
+            nodes; it starts with a step of order 1, whose error keeps the global order at 2), "adaptive".
+        num_steps: calls of the model before the last step, which "fast" and "multistep" make exactly, "singlestep" at
+            most; unused by "adaptive".
         order: 1, 2 or 3 (adaptive: 2 or 3).
         grid: of the steps: "logSNR" (even in lambda), "time_uniform", "time_quadratic".
         correction: "dpm_solver" or "taylor", how the higher orders enter; they differ beyond their order.
-        lower_order_final: multistep ends with lower orders, steadier with few steps.
-        interval: (low, high) process times instead of the process's own.
+        lower_order_final: multistep ends with lower orders, 2 and 1: beside the data a grid even in time has steps that
+            are long in lambda, on which a high order is far worse than a low one.
+        interval: (low, high) process times instead of the process's own, then without a floor.
         atol, rtol, max_steps, coupled: of "adaptive", per sample and on the root mean square over its elements;
             coupled: one step for all samples, as published.
         batch_size: pad smaller batches to this size, so that a sample's bits do not depend on how many there are.
+        last_step: end with the data that the model expects at the interval's end, whose noise is else left in the
+            samples; one more call of the model.
+        lambda_floor: start no further in the noise than this lambda, where the state is still taken as pure noise: a
+            schedule such as the discrete cosine's begins at -10, and its first steps are too long for any order. None:
+            at the process's first time, as published.
 
-    ``num_function_evaluations`` counts the calls of the model in the last run.
+    ``num_function_evaluations`` counts the calls of the model in the last run. What is known to be worse than first
+    order (DDIM) with as many calls is logged as a warning, once.
 
     Raises:
         UnknownNameError: an unknown name.
@@ -173,13 +91,15 @@ class DpmSolver:
         order: int = 3,
         grid: str = "time_uniform",
         correction: str = "dpm_solver",
-        lower_order_final: bool = False,
+        lower_order_final: bool = True,
         interval: tuple[float, float] | None = None,
         atol: float = 0.0078,
         rtol: float = 0.05,
         max_steps: int = 10_000,
         coupled: bool = False,
         batch_size: int | None = None,
+        last_step: bool = True,
+        lambda_floor: float | None = LAMBDA_FLOOR,
     ):
         for what, name, known in (
             ("DPM-Solver", method, list(FORMS)),
@@ -195,6 +115,8 @@ class DpmSolver:
             raise ValueError(
                 f"num_steps is {num_steps}, fewer than order {order}; give more, or a lower order"
             )
+        if lambda_floor is not None and not lambda_floor < 0:
+            raise ValueError(f"lambda_floor is {lambda_floor}; give a negative number, or None for no floor")
         if not (atol >= 0 and rtol >= 0 and atol + rtol > 0):
             raise ValueError(f"atol is {atol} and rtol {rtol}; give numbers >= 0 that are not both 0")
         self.method, self.variant, self.num_steps, self.order = method, variant, num_steps, order
@@ -202,7 +124,36 @@ class DpmSolver:
         self.interval = interval
         self.atol, self.rtol, self.max_steps, self.coupled = atol, rtol, max_steps, coupled
         self.batch_size = batch_size
+        self.last_step, self.lambda_floor = last_step, lambda_floor
+        self._doubts = Doubts()
         self.num_function_evaluations = 0
+
+    def time_range(self, process: Process) -> TimeRange:
+        """From where to where a run goes, and whether it ends with a step to the data.
+
+        Raises:
+            TypeError: the process has no path of alpha and sigma.
+        """
+        path: Any = getattr(process, "path", None)
+        if path is None:
+            raise TypeError(f"{type(process).__name__} has no path of alpha and sigma; use its own sampler")
+        if self.interval is not None:
+            low, high = self.interval
+        else:
+            low, high = process.interval("ode")
+            low = low if self.lambda_floor is None else raised_start(path, low, self.lambda_floor)
+        return TimeRange(low, high, "data" if self.last_step else None)
+
+    def spans(self, process: Process) -> list[Span]:
+        """The steps of a fixed variant, without the last one; see :func:`plan`."""
+        ends, path = self.time_range(process), getattr(process, "path", None)
+        return plan(self.variant, self.grid, self.num_steps, self.order, path, ends.start, ends.stop)
+
+    def doubts(self, process: Process) -> list[str]:
+        """What is known to be worse than DDIM with as many calls; the warnings of a run."""
+        if self.variant == "adaptive":
+            return []
+        return dpm_doubts(self, getattr(process, "path", None), self.spans(process))
 
     @torch.no_grad()
     def sample(
@@ -224,9 +175,8 @@ class DpmSolver:
             SamplingError: a state is not finite, or the adaptive variant takes too many steps.
         """
         x, y, _ = pad_batch(x0.to(working_dtype(x0)), y, None, self.batch_size)
+        ends = self.time_range(process)
         path: Any = getattr(process, "path", None)
-        if path is None:
-            raise TypeError(f"{type(process).__name__} has no path of alpha and sigma; use its own sampler")
         if self.variant == "adaptive" and isinstance(model, (Guided, Upsampled)) and not self.coupled:
             model = model.always_doubled()
         form = FORMS[self.method]
@@ -237,7 +187,7 @@ class DpmSolver:
             output = predict(process, model, x, node.t, y)
             return process.noise(output, x, node.t) if form == "noise" else process.data(output, x, node.t)
 
-        low, high = process.interval("ode") if self.interval is None else self.interval
+        low, high = ends.start, ends.stop
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         first, last = (
             Node.at(path, torch.full((len(x),), end, dtype=wide, device=x.device)) for end in (low, high)
@@ -247,16 +197,26 @@ class DpmSolver:
                 f"log(alpha / sigma) is infinite at an end of the interval ({low}, {high}) of {process!r}; give "
                 "interval=(low, high) inside it"
             )
-        steps = Steps(path, form, self.correction)
+        steps, made = Steps(path, form, self.correction), 0
+
+        def after(step: int, t: Tensor, x: Tensor) -> None:
+            nonlocal made
+            made = step
+            if callback is not None:
+                callback(step, t, x)
+
         if self.variant == "adaptive":
-            x = self._adaptive(steps, evaluate, x, first, last, callback)
+            x = self._adaptive(steps, evaluate, x, first, last, after)
         else:
-            spans = plan(self.variant, self.grid, self.num_steps, self.order, path, low, high)
-            x = self._fixed(steps, evaluate, x, spans, callback)
+            self._doubts.tell(self.doubts(process))
+            x = self._fixed(steps, evaluate, x, self.spans(process), after)
+        if self.last_step:
+            self.num_function_evaluations += 1
+            x = last_step_to_data(process, model, x, high, y, made + 1, callback)
         return x[: len(x0)]
 
     def _fixed(
-        self, steps: Steps, evaluate: Evaluate, x: Tensor, spans: list[Span], callback: Callback | None
+        self, steps: Steps, evaluate: Evaluate, x: Tensor, spans: list[Span], callback: Callback
     ) -> Tensor:
         wide = torch.float32 if x.device.type == "mps" else torch.float64
 
@@ -278,8 +238,7 @@ class DpmSolver:
                 x = self._single(steps, evaluate, x, a, [node(t) for t in span.times[1:-1]], b)
                 nodes = [b]
             watch.check(x, number, last=number == len(spans))
-            if callback is not None:
-                callback(number, b.t.to(x.dtype), x)
+            callback(number, b.t.to(x.dtype), x)
         return x
 
     def _single(
@@ -301,7 +260,7 @@ class DpmSolver:
         x: Tensor,
         first: Node,
         last: Node,
-        callback: Callback | None,
+        callback: Callback,
     ) -> Tensor:
         """Lu et al. 2022a, appendix C.3: orders k-1 and k from the same values, error of their difference."""
         watch, here, previous = FiniteWatch(x), first, x
@@ -327,8 +286,7 @@ class DpmSolver:
             # A step that is not finite fails here, and not as one that is rejected for ever.
             watch.check(torch.where(over_batch(active, x), higher, x), number)
             h = torch.minimum(0.9 * h * error.pow(-1 / self.order), last.lam - here.lam)
-            if callback is not None:
-                callback(number, here.t.to(x.dtype), x)
+            callback(number, here.t.to(x.dtype), x)
             if not bool((here.lam < last.lam - tiny).any()):
                 watch.check(x, number, last=True)
                 return x

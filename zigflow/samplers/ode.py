@@ -14,9 +14,20 @@ from zigflow.processes.process import ModelFunction, working_dtype
 from zigflow.registry import unknown_name
 
 from .conditions import map_tensors, padding_index
+from .doubts import Doubts, ode_doubts
 from .guidance import Guided
 from .likelihood import Likelihood, Probe, augmented_drift, prior_log_density, probe_source
-from .solver import SAMPLERS, Callback, Drift, OdeSolver, Solution, SolverSettings
+from .ode_fixed import FixedStep
+from .solver import (
+    SAMPLERS,
+    Callback,
+    Drift,
+    OdeSolver,
+    Solution,
+    SolverSettings,
+    TimeRange,
+    last_step_to_data,
+)
 from .upsampling import Upsampled
 
 
@@ -37,6 +48,9 @@ class OdeSampler:
         max_steps: adaptive methods give up after so many.
         interval: (low, high) instead of the process's own.
         batch_size: pad smaller batches to this size, so that a sample's bits do not depend on how many there are.
+        last_step: where the interval ends before the data (all but a velocity on Linear or GVP), samples are the data
+            that the model expects there, one more call of the model: else they keep the noise of that time. Encoding
+            and likelihood have no such step.
 
     After a run ``num_function_evaluations`` counts the calls of the model and ``solution`` holds the solver's own
     account (steps accepted and rejected per sample).
@@ -55,6 +69,7 @@ class OdeSampler:
         max_steps: int = 10_000,
         interval: tuple[float, float] | None = None,
         batch_size: int | None = None,
+        last_step: bool = True,
     ):
         if method not in ode_names():
             raise unknown_name("ODE sampler", method, ode_names())
@@ -70,6 +85,8 @@ class OdeSampler:
         self.settings = SolverSettings(atol, rtol, max_steps)
         self.interval = interval
         self.batch_size = batch_size
+        self.last_step = last_step
+        self._doubts = Doubts()
         self.num_function_evaluations = 0
         self.solution: Solution | None = None
 
@@ -78,10 +95,23 @@ class OdeSampler:
         """Steps of a fixed-step method: one fewer than grid points."""
         return self.num_steps - 1
 
+    def time_range(self, process: Process, backwards: bool = False) -> TimeRange:
+        """From where to where a run goes, and whether it ends with a step to the data."""
+        low, high = process.interval("ode") if self.interval is None else self.interval
+        if backwards:
+            return TimeRange(high, low)
+        return TimeRange(low, high, "data" if self.last_step and high < 1 else None)
+
     def times(self, process: Process) -> list[float]:
         """The grid, rising from noise to data."""
         low, high = process.interval("ode") if self.interval is None else self.interval
         return torch.linspace(low, high, self.num_steps, dtype=torch.float64).tolist()
+
+    def doubts(self, process: Process) -> list[str]:
+        """What is known to be worse than DDIM with as many calls; the warnings of a run."""
+        if not isinstance(self.solver, FixedStep):
+            return []
+        return ode_doubts(self.solver, self.num_intervals, getattr(process, "path", None))
 
     @torch.no_grad()
     def sample(
@@ -100,12 +130,15 @@ class OdeSampler:
         ``draws`` is accepted for symmetry with the SDE sampler; an ODE draws nothing.
 
         Returns:
-            x1, or with ``return_trajectory`` the states at all grid points, (num_steps, B, ...).
+            x1, or with ``return_trajectory`` the states at all grid points, (num_steps, B, ...), and where a last
+            step is made the result behind them, (num_steps + 1, B, ...).
 
         Raises:
             SamplingError: a state is not finite, or an adaptive step vanished; the samples are named.
         """
-        return self._run(process, model, x0, y, self.times(process), callback, return_trajectory)
+        self._doubts.tell(self.doubts(process))
+        finish = self.time_range(process).last_step is not None
+        return self._run(process, model, x0, y, self.times(process), callback, return_trajectory, finish)
 
     @torch.no_grad()
     def encode(
@@ -118,7 +151,10 @@ class OdeSampler:
         *,
         return_trajectory: bool = False,
     ) -> Tensor:
-        """The noise x0 (B, ...) that :meth:`sample` would map to x1: the same ODE from the last time to the first."""
+        """The noise x0 (B, ...) that :meth:`sample` would map to x1: the same ODE from the last time to the first.
+
+        Data stand for the state at the last time. A last step has no inverse; ``last_step=False`` is undone exactly.
+        """
         return self._run(process, model, x1, y, self.times(process)[::-1], callback, return_trajectory)
 
     def log_likelihood(
@@ -159,7 +195,7 @@ class OdeSampler:
             x, y, draws = self._pad(x, y, draws)
             y = map_tensors(lambda part: part.clone() if part.is_inference() else part, y)
             source = probe_source(x, trace, num_probes, probe, draws)
-            drift = augmented_drift(self._drift(process, model, y), x.shape, source)
+            drift = augmented_drift(self._drift(process, self._per_sample(model), y), x.shape, source)
             state = torch.cat([x.flatten(1), x.new_zeros(x.shape[0], 1)], dim=1)
             state = self._solve(drift, state, self.times(process)[::-1], None, False)
             x0 = state[:rows, :-1].reshape(rows, *shape)
@@ -175,10 +211,26 @@ class OdeSampler:
         times: list[float],
         callback: Callback | None,
         keep: bool,
+        finish: bool = False,
     ) -> Tensor:
         rows = x.shape[0]
         x, y, _ = self._pad(x.to(working_dtype(x)), y, None)
-        result = self._solve(self._drift(process, model, y), x, times, callback, keep)
+        model = self._per_sample(model)
+        steps = 0
+
+        def count(step: int, t: Tensor, x: Tensor) -> None:
+            nonlocal steps
+            steps = step
+            if callback is not None:
+                callback(step, t, x)
+
+        result = self._solve(self._drift(process, model, y), x, times, count, keep)
+        if finish:
+            data = last_step_to_data(
+                process, model, result[-1] if keep else result, times[-1], y, steps + 1, callback
+            )
+            self.num_function_evaluations += 1
+            result = torch.cat([result, data[None]]) if keep else data
         return result[:, :rows] if keep else result[:rows]
 
     def _solve(
@@ -188,10 +240,13 @@ class OdeSampler:
         self.num_function_evaluations = self.solution.num_function_evaluations
         return self.solution.x if self.solution.trajectory is None else self.solution.trajectory
 
-    def _drift(self, process: Process, model: ModelFunction, y: Any) -> Drift:
+    def _per_sample(self, model: ModelFunction) -> ModelFunction:
+        """The model, whose calls must not depend on the neighbors where samples are at different times."""
         if self.solver.adaptive and isinstance(model, (Guided, Upsampled)):
-            model = model.always_doubled()
+            return model.always_doubled()
+        return model
 
+    def _drift(self, process: Process, model: ModelFunction, y: Any) -> Drift:
         def drift(x: Tensor, t: Tensor) -> Tensor:
             return process.velocity(predict(process, model, x, t, y), x, t)
 

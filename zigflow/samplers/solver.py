@@ -6,11 +6,13 @@ Shapes: B batch; a state x is (B, ...), times t are (B,); every solver works on 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from zigflow.processes import Process, predict
+from zigflow.processes.process import ModelFunction
 from zigflow.registry import Registry
 
 Drift = Callable[[Tensor, Tensor], Tensor]
@@ -33,6 +35,18 @@ class Solution:
     trajectory: Tensor | None = None
     accepted: Tensor | None = None
     rejected: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TimeRange:
+    """Process times (0 noise, 1 data) at which a run starts and stops, as results record them.
+
+    ``last_step`` names what then covers the rest of the way to the data; None: the noise of the time ``stop`` stays.
+    """
+
+    start: float
+    stop: float
+    last_step: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,31 @@ def full_time(t: float, x: Tensor) -> Tensor:
     """A shared time as (B,), float64 for a float64 state, else float32."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.full((x.shape[0],), t, dtype=dtype, device=x.device)
+
+
+def last_step_to_data(
+    process: Process,
+    model: ModelFunction,
+    x: Tensor,
+    t: float,
+    y: Any,
+    number: int,
+    callback: Callback | None,
+) -> Tensor:
+    """The data (B, ...) that the model expects at states x (B, ...) of time t, as step ``number`` of a run.
+
+    The end of a chain (DDIM's last step), for solvers whose interval ends before the data; one call of the model.
+
+    Raises:
+        SamplingError: the result is not finite.
+    """
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    time = torch.full((x.shape[0],), t, dtype=wide, device=x.device)
+    data = process.data(predict(process, model, x, time, y), x, time)
+    FiniteWatch(data).check(data, number, last=True)
+    if callback is not None:
+        callback(number, full_time(1.0, data), data)
+    return data
 
 
 def name_rows(rows: Tensor, limit: int = 8) -> str:
