@@ -40,11 +40,5 @@ def test_other_settings(made, part):
     assert not wrong, "\n".join(wrong)
 
 
-# Kinds without a second fixture, with the reason.
-ALONE: dict[str, str] = dict.fromkeys((
-    "dit.diffusion_core", "transport.check_interval", "transport.transport", "uvit.end_to_end",
-), "not made yet")  # fmt: skip
-
-
-def test_a_new_kind_comes_with_a_second_fixture(made):
-    assert set().union(*(made(part)[1] for part in PARTS)) == set(KINDS) - set(ALONE)
+def test_every_kind_has_a_second_fixture(made):
+    assert set().union(*(made(part)[1] for part in PARTS)) == set(KINDS)
