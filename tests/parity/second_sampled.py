@@ -36,7 +36,7 @@ def sampled_uvit(maker: Maker) -> None:
         ("text", "uvit_t2i", {"clip_dim": 5, "num_clip_token": 3}, text.double(), empty.double().expand(2, -1, -1),
          {"context": text, "empty_context": empty}, 3, 1, 2.5),
     ):  # fmt: skip
-        noise = stored_uvit(maker, f"uvit_{name}", family, more, text if name == "text" else labels)
+        noise = stored_uvit(maker, f"uvit_for_{name}", family, more, text if name == "text" else labels)
 
         def guided(x: Tensor, t: float, noise=noise, given=given, null=null, scale=scale) -> Tensor:
             cond = noise(x, t, given)
@@ -44,17 +44,17 @@ def sampled_uvit(maker: Maker) -> None:
 
         final, _ = solved(lambda x, s, guided=guided: guided(x, 1000 * s), z, steps, 0.1, order, True)
         maker.write(f"uvit_end_{name}", {
-            "fixture_kind": "uvit.end_to_end", "state_from": f"uvit_{name}", "scale": scale, "steps": steps,
+            "fixture_kind": "uvit.end_to_end", "state_from": f"uvit_for_{name}", "scale": scale, "steps": steps,
             "order": order, "eps": 0.1, "meaning": "dpm_solver_pp",
         }, {"z": z, **stored, "cfg_out_t250": guided(z, 250.0).float(), "final": final.float()})  # fmt: skip
-    noise, steps, end = stored_uvit(maker, "uvit_plain", "uvit", {}, None), 4, 0.05
+    noise, steps, end = stored_uvit(maker, "uvit_for_plain", "uvit", {}, None), 4, 0.05
     grid, x = [1 - (1 - end) * i / steps for i in range(steps + 1)], z.double()
     for t, s in itertools.pairwise(grid):
         bar, after = (math.exp(-(0.1 * r + 9.95 * r**2)) for r in (t, s))
         eps = noise(x, 999 * t, None)
         x = math.sqrt(after) * (x - math.sqrt(1 - bar) * eps) / math.sqrt(bar) + math.sqrt(1 - after) * eps
     maker.write("uvit_end_plain", {
-        "fixture_kind": "uvit.end_to_end", "state_from": "uvit_plain", "steps": steps, "order": 1,
+        "fixture_kind": "uvit.end_to_end", "state_from": "uvit_for_plain", "steps": steps, "order": 1,
         "method": "singlestep",
         "meaning": "eval_ldm.py, dpm_solver_pytorch with skip_type=time_uniform; eps of .05",
     }, {"z": z, "cfg_out_t700": noise(z, 700.0, None).float(), "final": x.float()})  # fmt: skip
