@@ -28,8 +28,8 @@ def stepped(maker: Maker) -> None:
         state = random_state(family, kwargs, 1)
         p = {k: v.double().requires_grad_(k != "pos_embed" or family == "uvit") for k, v in state.items()}
         trained = [v for v in p.values() if v.requires_grad]
-        optimizer = {"lr": 1e-3, "weight_decay": 0.1, "betas": [0.8, 0.9], "eps": 1e-7}
-        adam = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-7)
+        optimizer = {"lr": 1e-3, "weight_decay": 2.0, "betas": [0.8, 0.9], "eps": 1e-7}
+        adam = torch.optim.AdamW(trained, lr=1e-3, weight_decay=2.0, betas=(0.8, 0.9), eps=1e-7)
         average, tensors, warmup = {k: v.detach().clone() for k, v in p.items()}, {}, 3
         for step in range(count):
             n, x1, x0 = torch.randint(1, 1000, (2,)), torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
@@ -105,7 +105,7 @@ def sampled(maker: Maker) -> None:
 
 
 def ddim(network, x: torch.Tensor, bars: torch.Tensor, kept: list[int], clip: bool = False) -> torch.Tensor:
-    """States (K, B, ...) after each step of DDIM without noise over the ``kept`` steps; ``clip`` keeps data in [-1, 1]."""
+    """The states (K, B, ...) after each of the ``kept`` steps of DDIM without noise, the data clipped or not."""
     states = []
     for place in reversed(range(len(kept))):
         bar, after = bars[kept[place]], bars[kept[place - 1]] if place else torch.ones(()).double()
