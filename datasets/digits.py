@@ -30,6 +30,7 @@ class DigitsSource(ShardSource):
         root: folder of the shards.
         split: "train" or "heldout".
         image_size: resize to this many pixels; None keeps 8.
+        enlarge: let ``image_size`` be more than 8.
 
     Raises:
         ValueError: an unknown split.
@@ -43,6 +44,7 @@ class DigitsSource(ShardSource):
         split: str = "train",
         *,
         image_size: int | Sequence[int] | None = None,
+        enlarge: bool = False,
     ):
         if split not in SPLITS:
             raise unknown_name("split of the digits", split, list(SPLITS))
@@ -50,7 +52,7 @@ class DigitsSource(ShardSource):
         folder = Path(root)
         if not (folder / SPLITS[-1] / INDEX_NAME).is_file():
             write_digits(folder)
-        super().__init__(folder / split, channels=1, image_size=image_size)
+        super().__init__(folder / split, channels=1, image_size=image_size, enlarge=enlarge)
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:

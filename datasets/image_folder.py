@@ -2,29 +2,36 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+from zigflow.data.class_names import folder_order
 from zigflow.data.contents import folder_contents
-from zigflow.data.decode import DEFAULT_LIMITS, Limits, to_pixels
-from zigflow.data.picture import WHITE, Background, background_color, read_image
+from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, Limits, to_pixels
+from zigflow.data.picture import WHITE, Background, background_color, image_size_of, read_image
 from zigflow.data.picture_files import KNOWN, LeftOut, find_images, scan_folder
+from zigflow.data.sizes import check_sizes, enlarging
+from zigflow.registry import unknown_name
 
 log = logging.getLogger(__name__)
 
+CLASS_ORDERS: dict[str, Callable[[list[str]], list[str]]] = {"numbers": folder_order, "text": sorted}
 _FORMATS = {"jpeg": "jpg", "tif": "tiff"}
 
 
 class ImageFolderSource:
-    """Images as a viewer shows them, center-cropped and resized; labels follow the sorted names of the sub-folders.
+    """Images as a viewer shows them, center-cropped and resized; labels follow the names of the sub-folders.
 
+    Names that all are whole numbers are sorted by value, others as text (``zigflow.data.class_names.folder_order``).
     A folder whose images lie in it directly has no classes. For large sets make shards: they are read faster.
 
     Args:
         root: the folder.
         image_size: pixels of both sides, or (height, width).
         channels: 1 or 3.
+        enlarge: smaller images than ``image_size`` are made larger instead of refused.
+        class_order: "numbers", or "text" to sort numbers as text, too.
         limits: budgets of one file.
         background: what shows through transparent images: a grey level, or red, green and blue, 0 to 255.
 
@@ -33,8 +40,12 @@ class ImageFolderSource:
 
     Raises:
         NotADirectoryError: ``root`` is no folder.
-        ValueError: it holds no images, both images and sub-folders with images, or a class without any.
+        ValueError: it holds no images, both images and sub-folders with images, or a class without any; images are
+            smaller than ``image_size``.
     """
+
+    # What release 0.1 did where a key did not exist yet.
+    before_0_2: ClassVar[Mapping[str, Any]] = {"enlarge": True, "class_order": "text"}
 
     def __init__(
         self,
@@ -42,12 +53,16 @@ class ImageFolderSource:
         image_size: int | Sequence[int],
         *,
         channels: int = 3,
+        enlarge: bool = False,
+        class_order: str = "numbers",
         limits: Limits = DEFAULT_LIMITS,
         background: Background = WHITE,
     ):
-        self.root = Path(root)
+        if class_order not in CLASS_ORDERS:
+            raise unknown_name("class_order", class_order, list(CLASS_ORDERS))
+        self.root, self.enlarge = Path(root), enlarge
         self.background = background_color(background)
-        self.files, labels, self.class_names, self.left_out = list_images(self.root)
+        self.files, labels, self.class_names, self.left_out = list_images(self.root, class_order)
         self.labels = labels if self.class_names else None
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_size, self.channels, self.limits = (int(height), int(width)), channels, limits
@@ -57,6 +72,12 @@ class ImageFolderSource:
         shown = "" if self.background == WHITE else f" {self.background}"
         self.contents = folder_contents(self.root, self.files, self.image_shape, shown)
         self.fingerprint = self.contents.fingerprint
+        if not enlarge:
+            check_sizes(len(self), self._size_at, self.image_size)
+
+    def _size_at(self, index: int) -> tuple[str, tuple[int, int] | None]:
+        path = self.root / self.files[index]
+        return str(path), image_size_of(path.read_bytes())
 
     def __len__(self) -> int:
         return len(self.files)
@@ -72,6 +93,9 @@ class ImageFolderSource:
             raise IndexError(f"no image {index} among {len(self)}")
         path = self.files[index]
         image = read_image(self.root / path, self.limits, self.background)[1]
+        problem = "" if self.enlarge else enlarging(image.shape[:2], self.image_size)
+        if problem:
+            raise DecodeError(f"{self.root / path}: {problem}")
         sample: dict[str, Any] = {
             "key": path.as_posix(),
             "pixels": to_pixels(image, self.channels, self.image_size),
@@ -90,7 +114,7 @@ class ImageList(NamedTuple):
     left_out: str
 
 
-def list_images(root: Path) -> ImageList:
+def list_images(root: Path, class_order: str = "numbers") -> ImageList:
     """The images of a folder, class after class, sorted; what is left out is logged in one line.
 
     Raises:
@@ -105,8 +129,9 @@ def list_images(root: Path) -> ImageList:
     labels: list[int] = []
     classes: list[str] = []
     empty: list[tuple[Path, LeftOut]] = []
-    for folder in folders:
-        inside = LeftOut()
+    named = {folder.name: folder for folder in folders}
+    for name in CLASS_ORDERS[class_order](list(named)):
+        folder, inside = named[name], LeftOut()
         found = find_images(root / folder, root, inside)
         left.update(inside)
         if found:

@@ -3,14 +3,18 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from zigflow.data.class_names import check_names
 from zigflow.data.decode import DEFAULT_LIMITS, Limits
 from zigflow.data.fields import DEFAULT_RENAME, FIELDS, FieldDecoder
-from zigflow.data.picture import WHITE, Background
+from zigflow.data.json_fields import label_hint
+from zigflow.data.mixing import class_of_key
+from zigflow.data.picture import WHITE, Background, image_size_of
 from zigflow.data.shards import ShardReader
+from zigflow.data.sizes import check_sizes
 from zigflow.data.streaming import StreamSource
 from zigflow.data.tar import BudgetError, ShardError
 
@@ -21,12 +25,15 @@ class ShardSource:
     Args:
         root: the folder.
         rename: file suffix -> field of the batch (pixels, latents, labels, tokens, captions), or as ZigMa writes it,
-            batch key -> file suffix; of several suffixes for one field the first that a sample has is taken. None:
-            the usual names, one per field.
+            batch key -> file suffix; of several suffixes for one field the first that a sample has is taken.
+            ``json.label`` is the field ``label`` of the member ``json``. None: the usual names, one per field. One that
+            names neither pixels nor latents takes those by their usual names.
         fields: the fields to read; None reads all that the first sample has.
-        channels: 1 or 3, for encoded images.
+        channels: 1 or 3, for encoded images; None: those of the first one.
         image_size: pixels of the shorter side after a center crop, or (height, width); None keeps the size.
+        enlarge: smaller images than ``image_size`` are made larger instead of refused.
         num_classes: number of labels; None takes it from the index, 0 where that does not say.
+        class_names: names of the classes by number, of a set whose index has none; labels may be stored as names.
         cache_dir: where the index of a folder that is not ours is kept; None keeps it beside the tars.
         limits: budgets of one member.
         background: what shows through transparent images: a grey level, or red, green and blue, 0 to 255.
@@ -34,10 +41,19 @@ class ShardSource:
             unreadable before the one that fixes the shapes.
         stream: keywords of ``data.order=streaming``, which this class does not use.
 
+    Attributes:
+        class_names: as the index lists them, or as given.
+        stated_classes: number of labels as the index or the names say; 0 for neither.
+        ignored: suffixes of the first sample that are not read.
+
     Raises:
-        ValueError: ``rename`` or ``fields`` name unknown fields, or the first sample does not have them.
+        ValueError: ``rename`` or ``fields`` name unknown fields, or the first sample does not have them; images are
+            smaller than ``image_size``.
         ShardError: shards or index are damaged.
     """
+
+    # What release 0.1 did where a key did not exist yet.
+    before_0_2: ClassVar[Mapping[str, Any]] = {"enlarge": True}
 
     def __init__(
         self,
@@ -45,9 +61,11 @@ class ShardSource:
         rename: Mapping[str, str] | None = None,
         *,
         fields: Sequence[str] | None = None,
-        channels: int = 3,
+        channels: int | None = 3,
         image_size: int | Sequence[int] | None = None,
+        enlarge: bool = False,
         num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
         cache_dir: str | Path | None = None,
         limits: Limits = DEFAULT_LIMITS,
         background: Background = WHITE,
@@ -56,8 +74,10 @@ class ShardSource:
     ):
         self.reader = ShardReader(root, cache_dir, max_skipped)
         meta = self.reader.index.meta
-        self.class_names = tuple(meta.get("class_names", ()))
-        self.num_classes = int(meta.get("num_classes", 0)) if num_classes is None else num_classes
+        own = check_names(meta.get("class_names", ()), str(root))
+        self.class_names = own or check_names(class_names or (), "class_names")
+        self.stated_classes = int(meta.get("num_classes", 0)) or len(self.class_names)
+        self.num_classes = self.stated_classes if num_classes is None else num_classes
         suffixes = [entry.suffix for entry in self.reader.sample(*self.reader.split_index(0)).entries]
         self.decoder = FieldDecoder(
             suffixes,
@@ -65,26 +85,54 @@ class ShardSource:
             fields,
             channels=channels,
             image_size=image_size,
+            enlarge=enlarge,
             num_classes=self.num_classes,
+            class_names=self.class_names,
             limits=limits,
             background=background,
         )
-        self.suffixes, self.limits = self.decoder.suffixes, limits
+        self.suffixes, self.limits, self.ignored = self.decoder.suffixes, limits, self.decoder.ignored
         self.shard_sizes = self.reader.sizes
         if "labels" not in self.suffixes or self.num_classes < 0:
             self.num_classes = 0
+        if not enlarge:
+            check_sizes(len(self), self._size_at, self.decoder.image_size)
+        self.first = self._first(max_skipped)
+        self.image_shape = self.decoder.fix_shapes(self.first)
         self.contents = self.reader.contents.each(
             lambda tars: hashlib.sha256(f"{tars} {self.decoder.identity}".encode()).hexdigest()[:32]
         )
         self.fingerprint = self.contents.fingerprint
-        self.first = self._first(max_skipped)
-        self.image_shape = self.decoder.fix_shapes(self.first)
 
     @classmethod
     def stream(cls, root: str | Path | Sequence[str], rename=None, **options: Any) -> StreamSource:
         """The same samples in one pass after another instead of by number; what ``data.order=streaming`` builds."""
         options.pop("cache_dir", None)
         return StreamSource(root, rename, **options.pop("stream", None) or {}, **options)
+
+    def limit_classes(self, num_classes: int) -> None:
+        """Labels run from 0 to ``num_classes`` - 1, which the index does not say."""
+        self.num_classes = self.decoder.num_classes = num_classes
+
+    def label_hint(self) -> str:
+        """The ``rename`` that would read labels out of members that are not read, or ""."""
+        shard, member = self.reader.split_index(0)
+        small = {
+            e.suffix for e in self.reader.sample(shard, member).entries
+            if e.suffix in self.ignored and e.size <= self.limits.max_text
+        }  # fmt: skip
+        return label_hint(self.reader.read(shard, member, small)[1], self.limits)
+
+    def _size_at(self, index: int) -> tuple[str, tuple[int, int] | None]:
+        """Key and (height, width) of an encoded image."""
+        shard, member = self.reader.split_index(index)
+        try:
+            key, data = self.reader.read(
+                shard, member, set(self.suffixes.get("pixels", ())), self.limits.max_bytes
+            )
+        except ShardError:
+            return "", None  # Told where it is read, if it is.
+        return key, next((size for size in map(image_size_of, data.values()) if size), None)
 
     def _first(self, max_skipped: int) -> dict[str, Any]:
         for index in range(min(max_skipped, len(self) - 1)):
@@ -98,6 +146,17 @@ class ShardSource:
 
     def __len__(self) -> int:
         return len(self.reader)
+
+    def class_of(self, index: int) -> str | None:
+        """The class of sample ``index`` as its label says, else as its key does; None where neither tells.
+
+        Nothing but the label is read, and nothing is decoded.
+        """
+        shard, member = self.reader.split_index(index)
+        known = {entry.suffix for entry in self.reader.sample(shard, member).entries}
+        label = [suffix for suffix in ("cls_id.cls", "cls") if suffix in known]
+        key, data = self.reader.read(shard, member, set(label[:1]), 64)
+        return data[label[0]].decode(errors="replace") if label else class_of_key(key)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Read sample ``index``.

@@ -10,20 +10,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from hydra.utils import get_class, get_object, instantiate
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from zigflow import plugins
 from zigflow.data.contents import contents_of
 from zigflow.data.global_batch import GlobalBatch
 from zigflow.data.loader import training_loader
-from zigflow.data.order import DataOrder
 from zigflow.data.skipped import SkippedSamples
 from zigflow.data.streaming import StreamSource, check_readers, streaming_loader
-from zigflow.data.subset import Subset
 from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine import signals
-from zigflow.engine.elastic import Split, shards_at_once_for, split_for
+from zigflow.engine.elastic import Split, split_for
 from zigflow.engine.ema import EmaProfile
 from zigflow.engine.launch import check_same, launched_precision, make_accelerator
 from zigflow.engine.log import read_metrics
@@ -34,11 +32,22 @@ from zigflow.engine.skips import SkipBudget
 from zigflow.engine.trackers import Trackers
 from zigflow.engine.trainer import Trainer
 from zigflow.metrics.pictures import save_loss_curve
+from zigflow.nodes import make
 from zigflow.preflight import check_training, scaled_codec
 from zigflow.real_sets import check_evaluation
 from zigflow.samplers import ChainSampler, DpmSolver, OdeSampler, SdeSampler
 from zigflow.settings import Settings, SettingsError
-from zigflow.start_job import start_from
+from zigflow.sources import (
+    as_continued,
+    build_source,
+    build_stream,
+    check_fit,
+    check_shape,
+    settled,
+    without_classes,
+)
+from zigflow.start_job import build_order, start_from
+from zigflow.stored_config import fix_roots
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +59,8 @@ def model_arguments(settings: Settings) -> dict[str, Any]:
         SettingsError: a scan for a model that walks along none.
     """
     node = {k: v for k, v in settings.model.items() if k != "name"}
+    _known_before_data(settings, node)
+    without_classes(node)
     scan = settings.scan.get("name", "from_model")
     if scan != "from_model":
         if not _takes_scan(str(node["_target_"])):
@@ -59,6 +70,24 @@ def model_arguments(settings: Settings) -> dict[str, Any]:
             )
         node["scan"] = scan
     return node
+
+
+def _known_before_data(settings: Settings, node: Mapping[str, Any]) -> None:
+    """Refuse to build a model whose size follows from data that is not read.
+
+    Raises:
+        SettingsError: the key to give.
+    """
+    follows = {
+        "img_dim": "data.image_size",
+        "in_channels": "data.channels",
+        "num_classes": "data.num_classes",
+    }
+    for key, given in follows.items():
+        if key in node and node[key] is None:
+            raise SettingsError(
+                f"model.{key} follows from data={settings.data.name}, which is not read here: give {given}=VALUE"
+            )
 
 
 def _takes_scan(target: str) -> bool:
@@ -76,41 +105,10 @@ def build_model(settings: Settings) -> torch.nn.Module:
     return make("model", model_arguments(settings))
 
 
-def build_source(settings: Settings, split: str = "source"):
-    """The data source of ``data.source`` or ``data.heldout``, cut to ``data.limit`` samples if that is set."""
-    node = getattr(settings.data, split)
-    if not node or ("root" in node and node["root"] is None):
-        return None
-    if split == "source" and settings.data.order == "streaming":
-        raise SettingsError(
-            f"data={settings.data.name} has data.order=streaming: its samples have no numbers, and only training can "
-            "read them; give data.heldout, or download the shards and set data.order=indexed"
-        )
-    source = make(f"data.{split}", node)
-    limit = settings.data.limit
-    if limit is None or split != "source":
-        return source
-    try:
-        return Subset(source, limit)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
-
-
 def build_codec(settings: Settings, device: Any) -> Any:
     """The codec, its autoencoder where it has one on ``device``."""
     codec = make("codec", settings.codec)
     return codec.to(device) if hasattr(codec, "to") else codec
-
-
-def _build_stream(settings: Settings, node: Mapping[str, Any]) -> StreamSource:
-    """What the source's class makes of the same keywords for one pass after another: its method ``stream``."""
-    target = str(node["_target_"])
-    if not hasattr(get_class(target), "stream"):
-        raise SettingsError(
-            f"data.order=streaming: {target} of data={settings.data.name} cannot be streamed, shards can "
-            "(zigflow.datasets.shards.ShardSource); use data.order=indexed"
-        )
-    return make("data.source", {**node, "_target_": f"{target}.stream"})
 
 
 def build_sampler(settings: Settings):
@@ -131,20 +129,6 @@ def build_sampler(settings: Settings):
         )  # fmt: skip
     ode = settings.ode
     return OdeSampler(method=ode.sampling_method, num_steps=ode.num_steps, atol=ode.atol, rtol=ode.rtol)
-
-
-def make(key: str, node: Mapping[str, Any]) -> Any:
-    """Instantiate a node; a mistake in its keywords becomes one line that names the key."""
-    try:
-        return instantiate(dict(node), _convert_="all")
-    except Exception as error:
-        cause = error.__cause__ if error.__cause__ is not None else error
-        mistakes = (ValueError, TypeError, KeyError, ImportError, FileNotFoundError, NotADirectoryError)
-        if isinstance(cause, mistakes):
-            raise SettingsError(f"{key} ({node.get('_target_')}): {cause}") from error
-        if not plugins.is_foreign(cause):
-            raise cause from error
-        raise
 
 
 def check_optimizer(settings: Settings) -> OptimizerFactory:
@@ -199,47 +183,39 @@ def _ema_profiles(settings: Settings) -> tuple[EmaProfile, ...]:
     )
 
 
-def _check_fit(settings: Settings, model: Any, source: Any, codec: Any) -> None:
-    """Refuse data that the model cannot read, before the first step."""
-    frames = (model.video_frames,) if getattr(model, "video_frames", 0) else ()
-    wanted = (*frames, model.in_channels, *model.img_dim)
-    # The first readable one, where the source knows which that is.
-    sample = getattr(source, "first", None) or source[0]
-    stored = "latents" in sample or "moments" in sample
-    if settings.is_latent and not stored:
-        raise SettingsError(
-            f"is_latent=true, but the samples of data={settings.data.name} hold {sorted(sample)} only"
-        )
-    if settings.is_latent and "pixels" in sample:
-        raise SettingsError(
-            f"the samples of data={settings.data.name} hold pixels and latents: read one of them, with "
-            "data.source.fields or data.source.rename"
-        )
-    given = tuple(source.image_shape)
-    if settings.use_latent and not stored:
-        given = tuple(codec.latent_shape(given))
-    if given != wanted:
-        raise SettingsError(
-            f"data={settings.data.name} has samples of shape {given}, "
-            f"model={settings.model.get('name')} reads {wanted}: choose fitting data.image_size, data.channels, model"
-        )
-    if getattr(model, "has_text", False) and "tokens" not in sample:
-        raise SettingsError(
-            f"model.has_text=true, but the samples of data={settings.data.name} have no tokens: name a caption-feature "
-            "key in data.source.rename, or set model.has_text=false"
-        )
-    classes = getattr(model, "num_classes", -1)
-    if classes > 0 and source.num_classes > classes:
-        raise SettingsError(
-            f"data={settings.data.name} has {source.num_classes} classes, model.num_classes is {classes}: "
-            f"set model.num_classes={source.num_classes}"
-        )
+def _continued(plain: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The configuration of the checkpoint that a run in this directory will continue from."""
+    if plain.get("resume") == "never" or not plain.get("run_dir"):
+        return None
+    latest = checkpoints.find_latest(Path(str(plain["run_dir"])) / "checkpoints")
+    return None if latest is None else latest.config
 
 
-def _absolute(root: Any) -> Any:
-    """A folder or pattern of files as an absolute path; URLs and lists stay."""
-    local = isinstance(root, (str, Path)) and "://" not in str(root) and not str(root).startswith("pipe:")
-    return str(Path(root).resolve()) if local else root
+def _training_data(
+    cfg: DictConfig, settings: Settings, plain: dict[str, Any], codec: Any, stored: Mapping[str, Any] | None
+) -> tuple[Any, dict[str, Any]]:
+    """What is trained on, and the configuration with what follows from it."""
+    node = settings.data.source
+    stream = settings.data.order == "streaming" and node
+    source = build_stream(settings, node) if stream else build_source(settings)
+    if source is None:
+        raise SettingsError(f"data={settings.data.name} has no source to train on: choose another data=NAME")
+    typed = OmegaConf.to_container(cfg.model, resolve=False)
+    follows = "${data.num_classes}" in str(typed.get("num_classes"))  # type: ignore[union-attr]
+    plain = settled(plain, source, codec, stored, follows)
+    if hasattr(source, "limit_classes") and not source.num_classes and plain["data"]["num_classes"] > 0:
+        source.limit_classes(plain["data"]["num_classes"])
+    return source, plain
+
+
+def _check_heldout(settings: Settings, model: Any, codec: Any) -> None:
+    """Say what the held-out set holds and refuse one that does not fit, where it is on this machine."""
+    root = (settings.data.heldout or {}).get("root")
+    if root is None or not Path(str(root)).exists():
+        return
+    heldout = build_source(settings, "heldout")
+    if heldout is not None:
+        check_shape(settings, model, heldout, codec, "heldout")
 
 
 def _split(settings: Settings, processes: int) -> Split:
@@ -247,15 +223,6 @@ def _split(settings: Settings, processes: int) -> Split:
         return split_for(Path(settings.run_dir), settings.data.batch_size, settings.grad_accum, processes)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-
-
-def _order(settings: Settings, source: Any) -> DataOrder:
-    asked, shards = settings.data.shards_at_once, len(source.shard_sizes)
-    try:
-        at_once = shards_at_once_for(Path(settings.run_dir), asked, shards)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
-    return DataOrder(source.shard_sizes, settings.global_seed, shards_at_once=at_once)
 
 
 @dataclass(frozen=True)
@@ -272,19 +239,19 @@ def train_from_config(
     cfg: DictConfig, watch: Callable[[Settings, Any, Accelerator], Watched] | None = None
 ) -> Path:
     """Train as configured; returns the run directory. ``watch`` says what looks on, given model and accelerator."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
     # As it was given: machines may keep their data in different places.
-    configuration = json.dumps({**plain, "run_dir": None}, sort_keys=True, default=str)
-    for split in ("source", "heldout"):
-        node = plain["data"].get(split)
-        if node and node.get("root"):
-            # The checkpoint is sampled and judged from other working directories.
-            node["root"] = _absolute(node["root"])
+    given: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    configuration = json.dumps({**given, "run_dir": None}, sort_keys=True, default=str)
+    plain = plugins.plain(cfg)
+    # The checkpoint is sampled and judged from other working directories, and may be moved with its data.
+    roots = fix_roots(plain)
+    plugin_names = plugins.load_plugins()
+    stored = _continued(plain)
+    plain = as_continued(plain, stored)
     check_training(Settings.from_mapping(plain))
     # Stated in the checkpoint, wherever the autoencoder may lie later.
     plain["codec"] = scaled_codec(plain["codec"])
     settings = Settings.from_mapping(plain)
-    plugin_names = plugins.load_plugins()
     check_evaluation(settings)
     check_optimizer(settings)
     accelerator = make_accelerator(cpu=settings.loop.device == "cpu")
@@ -299,14 +266,13 @@ def train_from_config(
         ranks, "run_dir", str(Path(settings.run_dir).resolve()), "give run_dir=FOLDER, or export RUN_ID=NAME"
     )
     check_same(ranks, "configuration", configuration, "give each of them the same arguments")
-    node = settings.data.source
-    stream = settings.data.order == "streaming" and node
-    source = _build_stream(settings, node) if stream else build_source(settings)
-    if source is None:
-        raise SettingsError(f"data={settings.data.name} has no source to train on: choose another data=NAME")
     codec = make("codec", settings.codec)
+    source, plain = _training_data(cfg, settings, plain, codec, stored)
+    settings = Settings.from_mapping(plain)
+    check_training(settings)
     model = build_model(settings)
-    _check_fit(settings, model, source, codec)
+    check_fit(settings, model, source, codec)
+    _check_heldout(settings, model, codec)
     split = _split(settings, accelerator.num_processes)
     if isinstance(source, StreamSource):
         try:
@@ -332,7 +298,7 @@ def train_from_config(
             batches = streaming_loader(source, batch, seed, start_step=start, num_workers=workers)
             return skipped.watch(batches)
     else:
-        order = _order(settings, source)
+        order = build_order(settings, source)
         epoch_size, identity = len(source), order.identity()
 
         def loader(start: int):
@@ -383,6 +349,7 @@ def train_from_config(
             *([SkipBudget(skipped)] if settings.data.max_skipped else []),
         ),
         plugins=plugin_names,
+        facts={"roots": roots},
         trackers=watched.trackers,
         training_flops=watched.training_flops,
         peak_flops=watched.peak_flops,

@@ -1,6 +1,5 @@
 """The two commands. Composes the configuration, answers a mistake in one line, then hands over."""
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -9,9 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from zigflow import hydra_folders, paths, plugins
-from zigflow.settings import SettingsError
-
-log = logging.getLogger(__name__)
+from zigflow.typed_arguments import as_meant
 
 
 def train() -> int:
@@ -46,6 +43,7 @@ class _Job:
         stop.install()  # a sweep may run its jobs in processes of its own
         exits.note.release()
         trains = self.config_name == "default"
+        cfg.run_dir = paths.expanded("run_dir", str(cfg.run_dir))
         try:
             hydra_folders.one_folder(cfg)
             if trains:
@@ -80,6 +78,7 @@ def _objective(cfg: DictConfig, folder: Path | None) -> float | None:
         SettingsError: the number that was asked for is not there.
     """
     from zigflow.objective import objective_of
+    from zigflow.settings import SettingsError
 
     found = None if folder is None else objective_of(Path(folder), cfg.loop.objective)
     if found is None:
@@ -88,7 +87,6 @@ def _objective(cfg: DictConfig, folder: Path | None) -> float | None:
         raise SettingsError(
             f"the sweeper needs a number and {folder} has none: give metrics=NAME, or loop.objective=NAME"
         )
-    log.info("objective of this run: %s = %.6g", *found)
     return found[1]
 
 
@@ -98,7 +96,7 @@ def _revived(config_name: str) -> _Job:
 
 
 def _run(config_name: str) -> int:
-    """The exit code: 0 done, 1 failed, 2 a mistake in the configuration, 75 stopped by a signal.
+    """The exit code: 0 done, 1 failed, 2 a mistake in the configuration, 75 stopped by a signal, 130 by Ctrl-C.
 
     Mistakes and errors of our own are told in one line; HYDRA_FULL_ERROR=1 shows the traceback. Foreign errors always
     keep theirs. A run that has taken its directory finds the code there too, one file per process.
@@ -113,6 +111,7 @@ def _run(config_name: str) -> int:
     trains = config_name == "default"
     named = None
     try:
+        sys.argv[1:] = as_meant(sys.argv[1:])
         named = _run_dir_of(sys.argv[1:]) if trains else None
         plugins.prepare()
         job = _Job(config_name, ended)
@@ -129,11 +128,11 @@ def _run(config_name: str) -> int:
             _leave_traces(left, named)
         kept = "pictures written so far are kept; the same command goes on"
         sys.stderr.write(f"{left if trains else f'stopped by {stop.received}: {kept}'}\n")
-        return exits.STOPPED
+        return stop.code
     except Exception as error:
-        if ended and ended[0][1] == exits.STOPPED:
+        if ended and stop.received and ended[0][1] == stop.code:
             sys.stderr.write(f"stopped by {stop.received}: {error}\n")
-            return exits.STOPPED
+            return stop.code
         line = None if full else plugins.explain(error, config_name)
         if line is None:
             raise
@@ -155,15 +154,15 @@ def _leave_traces(error: BaseException, run_dir: Path | None) -> int:
     if isinstance(error, KeyboardInterrupt):
         code, reason = exits.INTERRUPTED, "interrupted (SIGINT); nothing was saved on the way out"
     elif isinstance(error, Stopped):
-        code, reason = exits.STOPPED, str(error)
+        code, reason = stop.code, str(error)
     elif plugins.is_mistake(error):
         code = exits.MISTAKE
     elif stop.received and (type(error).__name__ == "OtherRankError" or plugins.is_foreign(error)):
         # A process that left before this one knew takes its connection with it.
-        code, reason = exits.STOPPED, f"stopped by {stop.received}; {reason}"
+        code, reason = stop.code, f"stopped by {stop.received}; {reason}"
     if run_dir is None:
         return code
-    if code == exits.STOPPED and not exits.note.claimed:
+    if code in (exits.STOPPED, exits.INTERRUPTED) and not exits.note.claimed:
         try:
             refuse_second_writer(run_dir)
             exits.note.claim(run_dir, rank)

@@ -12,8 +12,9 @@ import torch
 from accelerate import Accelerator
 
 from scans.plot import plot_scans
-from zigflow.build import Watched, build_codec, build_sampler, build_source, make
+from zigflow.build import Watched, build_codec, build_sampler
 from zigflow.codec import IdentityCodec
+from zigflow.data.class_names import are_numbers
 from zigflow.engine.evaluation import Judge
 from zigflow.engine.in_loop import InLoopEvaluation
 from zigflow.engine.launch import launched_precision
@@ -29,10 +30,12 @@ from zigflow.engine.trackers import Trackers
 from zigflow.engine.trainer import Trainer
 from zigflow.nn.flops import count_flops
 from zigflow.nn.skip_tuning import set_skip_tuning
+from zigflow.nodes import make
 from zigflow.preflight import check_decoding
 from zigflow.real_sets import real_sets
 from zigflow.samplers import Guided, Upsampled
 from zigflow.settings import Settings, SettingsError
+from zigflow.sources import build_source
 
 log = logging.getLogger(__name__)
 
@@ -114,16 +117,29 @@ def data_texts(settings: Settings, model: Any) -> tuple[Any, SourceRows]:
 
 
 def build_judge(
-    settings: Settings, *, ranks: Ranks, codec: Any, device: torch.device | str, preview: int
+    settings: Settings,
+    *,
+    ranks: Ranks,
+    codec: Any,
+    device: torch.device | str,
+    preview: int,
+    say: bool = True,
 ) -> Judge:
-    """The metric of a configuration with its real images; without a metric or data it counts the samples only."""
+    """The metric of a configuration with its real images; without a metric or data it counts the samples only.
+
+    Args:
+        say: log what the real sets hold.
+
+    Raises:
+        SettingsError: the real sets cannot be read, or they are videos and the metric reads images.
+    """
     node = {k: v for k, v in (settings.metrics or {}).items() if k != "name"}
     metric = train = heldout = None
     if node.get("_target_") and (settings.data.source or node.get("reference_stats")):
         wanted = real_sets(settings)
         metric = make("metrics", node)
-        train = build_source(settings) if "train" in wanted else None
-        heldout = build_source(settings, "heldout") if "heldout" in wanted else None
+        train = build_source(settings, say=say) if "train" in wanted else None
+        heldout = build_source(settings, "heldout", say=say) if "heldout" in wanted else None
     # Such a metric knows the trained size alone.
     reduced = settings.upsample.factor if getattr(metric, "fixed_size", False) else 1
     return Judge(
@@ -140,8 +156,12 @@ def sampling_facts(settings: Settings, weights: str, step: int | None) -> dict[s
         settings.sample_mode or "", settings.ode
     )
     upsample = {"upsample": asdict(settings.upsample)} if settings.upsample.factor > 1 else {}
+    names = settings.data.class_names or ()
+    # Names that say no more than their numbers would be another identity of samples that were made without them.
+    named = {"class_names": list(names)} if names and not are_numbers(names) else {}
     return {
         **upsample,
+        **named,
         "weights": weights,
         "step": step,
         "sample_mode": settings.sample_mode,
@@ -162,6 +182,7 @@ def results_protocol(settings: Settings, facts: Mapping[str, Any]) -> dict[str, 
         "steps": (facts.get("sampler") or {}).get("num_steps"),
         "codec_scale": settings.codec.get("scale", 1.0),
         "reference": {"train": settings.data.source, "heldout": settings.data.heldout},
+        "class_names": list(settings.data.class_names or ()),
         "versions": versions(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
@@ -215,7 +236,9 @@ def _in_loop_evaluation(settings: Settings, ranks: Ranks, device: torch.device) 
         )
     data = settings.data
     codec = build_codec(settings, device)
-    judge = build_judge(settings, ranks=ranks, codec=codec, device=device, preview=data.sample_vis_n)
+    judge = build_judge(
+        settings, ranks=ranks, codec=codec, device=device, preview=data.sample_vis_n, say=False
+    )
 
     def make_run(model: torch.nn.Module, weights: str) -> SamplingRun:
         return build_sampling_run(

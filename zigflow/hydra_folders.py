@@ -5,22 +5,54 @@ Hydra writes the command line and the log, we write everything else. ``hydra.run
 ``hydra.job.chdir=true`` changes no path. Torch-free.
 """
 
+import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from zigflow.engine import launch
 from zigflow.settings import SettingsError
+from zigflow.typed_arguments import typed_path
 
-__all__ = ["check_folders", "default_run_dir", "one_folder", "typed_run_dir"]
+__all__ = ["check_folders", "default_run_dir", "one_folder", "run_id", "typed_run_dir"]
 
 log = logging.getLogger(__name__)
 
 
-def default_run_dir(run_id: Callable[[], str]) -> str:
+@functools.cache
+def run_id() -> str:
+    """A name for this run that all its local processes agree on.
+
+    RUN_ID, then SLURM_JOB_ID, then torchrun's id, then the launcher's start time, then now.
+
+    Raises:
+        LaunchError: the processes are on several machines, and nothing names the run for all of them.
+    """
+    given = os.environ.get("RUN_ID") or os.environ.get("SLURM_JOB_ID")
+    elastic = os.environ.get("TORCHELASTIC_RUN_ID")
+    if given:
+        return given
+    if elastic and elastic != "none":
+        return elastic
+    if launch.machines() > 1:
+        raise launch.LaunchError(
+            f"{launch.machines()} machines need one name for the run: export RUN_ID=NAME on each of them, or give "
+            "run_dir=FOLDER"
+        )
+    if "LOCAL_RANK" in os.environ:
+        import psutil
+
+        parent = psutil.Process(os.getppid())
+        return time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(parent.create_time())) + f"_{parent.pid}"
+    return time.strftime("%Y-%m-%d_%H-%M-%S") + f"_{os.getpid()}"
+
+
+def default_run_dir() -> str:
     """Where a run goes that ``run_dir=`` does not name: where Hydra's settings say, else outputs/JOB/ID."""
     hydra = HydraConfig.get()
     if OmegaConf.is_missing(hydra.runtime, "output_dir"):
@@ -36,11 +68,7 @@ def typed_run_dir(arguments: Sequence[str]) -> str | None:
     Raises:
         SettingsError: both, and they differ.
     """
-    found = {
-        key: [a.removeprefix(f"{key}=").strip("'\"") for a in arguments if a.startswith(f"{key}=")]
-        for key in ("run_dir", "hydra.run.dir")
-    }
-    ours, theirs = (names[-1] if names else None for names in found.values())
+    ours, theirs = (typed_path(arguments, key) for key in ("run_dir", "hydra.run.dir"))
     if ours is not None and theirs is not None and Path(ours) != Path(theirs):
         raise SettingsError(
             f"run_dir={ours} and hydra.run.dir={theirs} are two folders for one run: drop hydra.run.dir="

@@ -5,6 +5,7 @@ A job of ``--multirun`` returns it: ``loop.objective``, or by default what the e
 """
 
 import difflib
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from zigflow.settings import Settings, SettingsError
 
 __all__ = ["LOGGED", "check_objective", "objective_of"]
+
+log = logging.getLogger(__name__)
 
 # Numbers of metrics.jsonl that every training run has.
 LOGGED = ("loss", "grad_norm", "images_per_second", "memory_gib")
@@ -47,9 +50,9 @@ def objective_of(folder: Path, name: str | None) -> tuple[str, float] | None:
 
     numbers: dict[str, Any] = {}
     first: str | None = None
-    log = folder / "metrics.jsonl"
-    if log.is_file():
-        rows = [row for row in read_metrics(log) if "loss" in row]
+    lines = folder / "metrics.jsonl"
+    if lines.is_file():
+        rows = [row for row in read_metrics(lines) if "loss" in row]
         numbers |= {key: rows[-1][key] for key in LOGGED if rows and key in rows[-1]}
         first = "loss" if "loss" in numbers else None
     judged = [*sorted((folder / "eval").glob("step-*.json"))[-1:], *folder.glob("results.json")]
@@ -68,6 +71,7 @@ def objective_of(folder: Path, name: str | None) -> tuple[str, float] | None:
         )
     # Of metrics.jsonl, where a number that JSON does not know stands as text.
     value = float(numbers[chosen])
+    log.info("objective of this run: %s = %.6g", chosen, value)
     return chosen, value
 
 

@@ -9,7 +9,6 @@ modules are imported by ``load_plugins`` after main has begun.
 import contextlib
 import difflib
 import errno
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -17,7 +16,6 @@ import logging
 import os
 import platform
 import re
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -42,11 +40,14 @@ from omegaconf.errors import OmegaConfBaseException
 import scans
 from zigflow import hydra_folders, paths
 from zigflow.engine import launch, launcher_settings
+from zigflow.hydra_folders import run_id
 from zigflow.overrides import compose_leniently
 from zigflow.preflight import check_training
 from zigflow.registry import UnknownNameError
 from zigflow.settings import WANDB_KEY, Settings, SettingsError
 from zigflow.typed import unknown_key
+from zigflow.typed_arguments import as_meant, check_grammar, check_hydra_folders, name_no_job
+from zigflow.wandb_key import refuse_key, types_key
 
 log = logging.getLogger(__name__)
 
@@ -96,34 +97,6 @@ def load_plugins() -> list[str]:
     return loaded
 
 
-@functools.cache
-def run_id() -> str:
-    """A name for this run that all its local processes agree on.
-
-    RUN_ID, then SLURM_JOB_ID, then torchrun's id, then the launcher's start time, then now.
-
-    Raises:
-        LaunchError: the processes are on several machines, and nothing names the run for all of them.
-    """
-    given = os.environ.get("RUN_ID") or os.environ.get("SLURM_JOB_ID")
-    elastic = os.environ.get("TORCHELASTIC_RUN_ID")
-    if given:
-        return given
-    if elastic and elastic != "none":
-        return elastic
-    if launch.machines() > 1:
-        raise launch.LaunchError(
-            f"{launch.machines()} machines need one name for the run: export RUN_ID=NAME on each of them, or give "
-            "run_dir=FOLDER"
-        )
-    if "LOCAL_RANK" in os.environ:
-        import psutil
-
-        parent = psutil.Process(os.getppid())
-        return time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(parent.create_time())) + f"_{parent.pid}"
-    return time.strftime("%Y-%m-%d_%H-%M-%S") + f"_{os.getpid()}"
-
-
 def job_suffix() -> str:
     """What tells the jobs of a multirun apart in configurations of 0.1: "/0", "/1", ...; empty for a single run."""
     return f"/{HydraConfig.get().job.num}" if is_sweep() else ""
@@ -150,9 +123,10 @@ def prepare() -> None:
     for name, resolver in (
         ("run_id", run_id),
         ("job_suffix", job_suffix),
+        ("expanded", lambda value: paths.expanded("run_dir", str(value))),
         ("main_only", lambda value: value if os.environ.get("RANK", "0") == "0" else None),
         ("launched", _launched),
-        ("default_run_dir", lambda: hydra_folders.default_run_dir(run_id)),
+        ("default_run_dir", hydra_folders.default_run_dir),
         ("rank_suffix", lambda: "" if os.environ.get("RANK", "0") == "0" else f"-{os.environ['RANK']}"),
     ):
         if not OmegaConf.has_resolver(name):
@@ -167,9 +141,11 @@ def prepare() -> None:
 def compose_config(overrides: list[str] | None = None, config_name: str = "default") -> DictConfig:
     """Compose as the commands do, for tools, tests and notebooks."""
     prepare()
-    check_choices(list(overrides or []))
+    typed = as_meant(list(overrides or []))
+    check_grammar(typed)
+    check_choices(typed)
     with _hydra():
-        return compose_leniently(partial(compose, config_name), list(overrides or []))[0]
+        return compose_leniently(partial(compose, config_name), typed)[0]
 
 
 @contextlib.contextmanager
@@ -218,13 +194,22 @@ def _no_such_choice(group: str, choice: str, known: list[str]) -> str:
     return f"{group}={choice} does not exist: {hint}known: {', '.join(sorted(known))}"
 
 
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The composed configuration as plain values: interpolations resolved, paths expanded.
+
+    Raises:
+        SettingsError: a path that cannot be expanded, in one line.
+    """
+    return paths.with_expanded_paths(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+
+
 def validated(cfg: DictConfig) -> Settings:
     """The composed configuration as frozen settings.
 
     Raises:
         SettingsError: it cannot run, in one line.
     """
-    return Settings.from_mapping(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    return Settings.from_mapping(plain(cfg))
 
 
 def check_command_line(arguments: list[str], config_name: str) -> list[str]:
@@ -238,7 +223,7 @@ def check_command_line(arguments: list[str], config_name: str) -> list[str]:
     Raises:
         SettingsError: a mistake, in one line; a HydraException for one that Hydra finds.
     """
-    if any(_types_key(argument) for argument in arguments):
+    if any(types_key(argument) for argument in arguments):
         # Before Hydra writes the command line into the run directory.
         raise SettingsError(WANDB_KEY)
     processes = launch.check_environment()
@@ -246,6 +231,7 @@ def check_command_line(arguments: list[str], config_name: str) -> list[str]:
     typed = _parser().parse_args(arguments)
     overrides = typed.overrides
     sweep = typed.multirun or "hydra.mode=MULTIRUN" in overrides
+    check_grammar(overrides, sweep)
     named = hydra_folders.typed_run_dir(overrides) is not None
     if sweep:
         if processes > 1 or "RANK" in os.environ:
@@ -270,13 +256,16 @@ def check_command_line(arguments: list[str], config_name: str) -> list[str]:
     forced: set[str] = set()
     jobs = _sweep(typed, overrides, config_name) if sweep else [(overrides, True)]
     for job, whole in jobs:
-        cfg, made_from = _composed_as_typed(typed, [f"run_dir={os.devnull}", *job], config_name)
+        cfg, made_from = _composed_as_typed(typed, job, config_name)
         forced |= {text.lstrip("+").partition("=")[0] for text in made_from if text.startswith("++")}
         with flag_override(cfg, "struct", False):
+            name_no_job(cfg)
             hydra = cfg.pop("hydra")
-            _refuse_key(cfg, hydra)
+            refuse_key(cfg, hydra)
         if shows:
             continue
+        check_hydra_folders(hydra)
+        plain(cfg)
         if sweep:
             hydra_folders.check_folders(hydra, len(jobs) if whole else 2)
         if config_name == "default" and whole:
@@ -324,33 +313,6 @@ def _composed_as_typed(typed: Any, overrides: list[str], config_name: str) -> tu
         ) from error
     finally:
         _typed_folders.clear()
-
-
-_SECRET = r"\w*(key|token|secret|password)"
-
-
-def _types_key(argument: str) -> bool:
-    """Whether an override of the command line holds a key of wandb, whatever the override is called."""
-    name, _, value = argument.lstrip("+~ ").partition("=")
-    if not value.strip():
-        return False
-    group = name.strip().lower()
-    inside = group == "wandb" and re.search(rf"{_SECRET}['\"]?\s*:", value, re.IGNORECASE)
-    return bool(re.fullmatch(rf"wandb\.{_SECRET}", group) or inside or "WANDB_API_KEY" in argument)
-
-
-def _refuse_key(cfg: DictConfig, hydra: DictConfig) -> None:
-    """Refuse a key of wandb that a YAML file holds or takes from the environment: checkpoints repeat what is resolved.
-
-    Raises:
-        SettingsError: there is one; its value is not repeated.
-    """
-    names = [str(name).lower() for name in OmegaConf.select(cfg, "wandb") or ()]
-    exported = OmegaConf.select(hydra, "job.env_set") or ()
-    key = os.environ.get("WANDB_API_KEY")
-    repeated = bool(key) and str(key) in str(OmegaConf.to_container(cfg, resolve=True))
-    if repeated or "WANDB_API_KEY" in exported or any(re.fullmatch(_SECRET, name) for name in names):
-        raise SettingsError(WANDB_KEY)
 
 
 def _jobs(overrides: list[str], foreign: bool = False) -> list[tuple[list[str], bool]]:

@@ -186,7 +186,7 @@ def _check_conditions(settings: Settings) -> None:
             "text tokens have one width"
         )
     classes = model.get("num_classes", -1)
-    if isinstance(classes, int) and 0 < classes < data.num_classes and not model.get("has_text"):
+    if isinstance(classes, int) and 0 < classes < (data.num_classes or 0) and not model.get("has_text"):
         raise SettingsError(
             f"data={data.name} has {data.num_classes} classes, model.num_classes is {classes}: "
             f"set model.num_classes={data.num_classes}"

@@ -15,15 +15,22 @@ def real_sets(settings: Settings) -> tuple[str, ...]:
         SettingsError: one that it needs cannot be read sample by sample, or is not there; one line.
     """
     node = settings.metrics or {}
-    if not node.get("_target_") or node.get("reference_stats"):
-        return ()  # A published reference needs no data, which may lie elsewhere.
+    if not node.get("_target_"):
+        return ()
     try:
         metric = get_object(str(node["_target_"]))
     except Exception as error:
         cause = " ".join(str(error).split())
         raise SettingsError(f"metrics names a class that cannot be imported: {cause}") from error
-    wanted = metric.real_sets(node) if hasattr(metric, "real_sets") else ("train", "heldout")
     name, data = f"metrics ({node['_target_']})", settings.data
+    if data.video_frames and not getattr(metric, "reads_videos", False):
+        raise SettingsError(
+            f"{name} compares images, and data={data.name} holds videos of {data.video_frames} frames, each of which "
+            "it would take for one wide image: set metrics=none, or name a metric whose class says reads_videos = True"
+        )
+    if node.get("reference_stats"):
+        return ()  # A published reference needs no data, which may lie elsewhere.
+    wanted = metric.real_sets(node) if hasattr(metric, "real_sets") else ("train", "heldout")
     if wanted == ("heldout",) and not data.heldout:
         raise SettingsError(
             f"{name} compares with held-out data, which data={data.name} has none of: give data.heldout, or set "

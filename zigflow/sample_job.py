@@ -10,21 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from zigflow import plugins
 from zigflow.build import (
     build_codec,
     build_model,
     build_sampler,
-    build_source,
-    make,
     model_arguments,
 )
 from zigflow.codec import IdentityCodec
 from zigflow.data.contents import exact_fingerprint
 from zigflow.engine import checkpoint as checkpoints
-from zigflow.engine.evaluation import Judge
+from zigflow.engine.evaluation import Judge, sample_size
 from zigflow.engine.launch import launched_precision, make_accelerator
 from zigflow.engine.lock import sole_writer
 from zigflow.engine.measure import MeasuringRun
@@ -45,11 +43,13 @@ from zigflow.metrics.base import SampleIds
 from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
 from zigflow.metrics.report import table
 from zigflow.metrics.results import write_results
+from zigflow.nodes import make
 from zigflow.official import OFFICIAL_SUFFIXES, family_of, load_official, process_of, read_official
 from zigflow.preflight import check_decoding, scaled_codec
 from zigflow.samplers.chain import chain_of
 from zigflow.settings import Settings, SettingsError
-from zigflow.stored_config import complete_from_checkpoint, complete_from_defaults
+from zigflow.sources import build_source, check_shape, class_names
+from zigflow.stored_config import complete_from_checkpoint, complete_from_defaults, find_roots
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +86,14 @@ def _open_trained(given: dict[str, Any], ckpt: str, wanted: str | None) -> _Trai
         model = load_official(family, arguments, file.state_dict, **seed)
         return _Trained(settings, model, "official", file.step, Path("samples") / Path(ckpt).stem)
     stored = checkpoints.open_checkpoint(ckpt)
-    settings = _settings(complete_from_checkpoint(given, stored.config, ckpt))
+    path = Path(stored.path)
+    root = path.parent.parent if path.parent.name == "checkpoints" else path
+    completed = complete_from_checkpoint(given, stored.config, ckpt)
+    find_roots(completed, stored.config, stored.trainer.get("roots"), root)
+    settings = _settings(completed)
     _check_before_building(settings)
     model = build_model(settings)
     weights = load_weights(model, stored, wanted)
-    path = Path(stored.path)
-    root = path.parent.parent if path.parent.name == "checkpoints" else path
     return _Trained(settings, model, weights, stored.step, root / "samples")
 
 
@@ -137,7 +139,7 @@ def _sampling_facts(
 
 def sample_from_config(cfg: DictConfig) -> Path:
     """Sample and judge as configured; returns the folder of samples."""
-    given = OmegaConf.to_container(cfg, resolve=True)
+    given = plugins.plain(cfg)
     ckpt, wanted = given.get("ckpt"), given.pop("weights", None)
     options = SampleOptions.take_from(given)
     if ckpt is None:
@@ -227,6 +229,8 @@ def _pictures(run: SamplingRun, folder: Path, model: Any, options: SampleOptions
 
 def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple[Any, dict[str, Any]]:
     """What each sample is conditioned on, a function of sample numbers or None, and the facts about it."""
+    if options.names_classes and model.num_classes > 0:
+        options = options.by_number(class_names(settings))
     facts = options.facts()
     if not model.has_text:
         if options.captions is not None:
@@ -263,7 +267,8 @@ def _ready_judge(
     try:
         judge = build_judge(settings, **given)
         labels = run.class_labels()
-        judge.check(run.num_samples, None if labels is None else torch.as_tensor(labels))
+        labels = None if labels is None else torch.as_tensor(labels)
+        judge.check(run.num_samples, labels, sample_size(run))
     except (SettingsError, ValueError) as error:
         if settings.sample_debug:
             log.warning("not judged: %s", error)
@@ -293,6 +298,7 @@ def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: 
     source = build_source(settings, "heldout") or build_source(settings)
     if source is None:
         raise SettingsError(f"there is no data to measure: data={settings.data.name} has none")
+    check_shape(settings, trained.model, source, codec, "heldout" if settings.data.heldout else "source")
     # Grey levels of 8-bit images in [-1, 1] are 2/255 apart; latents have no levels.
     level = codec.scale * 2 / 255 if isinstance(codec, IdentityCodec) and not settings.is_latent else None
     extra: dict[str, Any] = {"precision": "no"}

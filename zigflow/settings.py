@@ -4,11 +4,13 @@
 on the command line, what was given and what is allowed.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from scans import parse_scan_type
+from zigflow.paths import with_expanded_paths
 from zigflow.settings_sampling import DiffusionSettings, OdeSettings, SdeSettings, UpsampleSettings
 from zigflow.typed import SettingsError, at_least, not_negative, one_of, parse, positive
 
@@ -70,14 +72,19 @@ class OptimSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Group ``data``; ``batch_size`` is per process, ``train_steps`` counts optimizer steps."""
+    """Group ``data``; ``batch_size`` is per process, ``train_steps`` counts optimizer steps.
+
+    ``image_size`` (of both sides, or height and width), ``channels``, ``num_classes`` (0 or less: without classes) and
+    ``class_names`` may be None until the data has been read, from which they then follow.
+    """
 
     name: str
     train_steps: int
     batch_size: int
-    image_size: int
-    num_classes: int = -1
-    channels: int = 3
+    image_size: int | tuple[int, int] | None = None
+    num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
+    channels: int | None = 3
     video_frames: int = 0
     num_workers: int = 0
     sample_fid_n: int = 5_000
@@ -100,8 +107,14 @@ class DataSettings:
     heldout: Mapping[str, Any] | None = None
 
     def __post_init__(self):
-        for key in ("train_steps", "batch_size", "image_size", "channels", "sample_fid_n", "sample_fid_bs"):
+        for key in ("train_steps", "batch_size", "sample_fid_n", "sample_fid_bs"):
             at_least(f"data.{key}", getattr(self, key), 1)
+        sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        for key, value in (*(("image_size", side) for side in sides), ("channels", self.channels)):
+            if value is not None:
+                at_least(f"data.{key}", value, 1)
+        if self.class_names is not None:
+            _check_class_names(self.class_names, self.num_classes)
         for key in ("num_workers", "video_frames", "sample_fid_every", "sample_vis_n", "max_skipped"):
             not_negative(f"data.{key}", getattr(self, key))
         one_of("data.order", self.order, ("indexed", "streaming"))
@@ -129,6 +142,16 @@ class DataSettings:
             )
         if self.source is not None and not isinstance(self.source.get("_target_"), str):
             raise SettingsError(f"data.source of data={self.name} names no class: give data.source._target_")
+
+
+def _check_class_names(names: tuple[str, ...], num_classes: int | None) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise SettingsError(f"data.class_names has {twice[0]} more than once: give each class its own name")
+    if names and num_classes is not None and 0 < num_classes != len(names):
+        raise SettingsError(
+            f"data.class_names has {len(names)} names, data.num_classes={num_classes}: give as many, or drop a key"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,7 +352,7 @@ class Settings:
         if "key" in (values.get("wandb") or {}):
             # Not as an unknown key: its value must appear nowhere.
             raise SettingsError(WANDB_KEY)
-        return parse(cls, values, "")
+        return parse(cls, with_expanded_paths(values), "")
 
 
 def is_identity(codec: Mapping[str, Any]) -> bool:

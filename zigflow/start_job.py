@@ -1,14 +1,19 @@
-"""A new run that starts from old weights, ours or official, also those of a smaller image size."""
+"""What a run starts from: old weights, ours or official, also those of a smaller image size; and its data order."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from zigflow.data.mixing import tell_sorted_shards
+from zigflow.data.order import DataOrder
+from zigflow.data.tar import ShardError
 from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine import durable
+from zigflow.engine.elastic import shards_at_once_for
 from zigflow.engine.run_dir import check_same_config
 from zigflow.engine.run_state import all_averages, check_scan_state, inference_weights
 from zigflow.engine.start import Start, grid_of, start_model
@@ -68,6 +73,23 @@ def start_from(settings: Settings, model: torch.nn.Module, config: Mapping[str, 
         Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
         durable.replace_json(Path(settings.run_dir) / "adapted.json", {"ckpt": ckpt, **asdict(start.report)})
     return start
+
+
+def build_order(settings: Settings, source: Any) -> DataOrder:
+    """The order of an indexed source: as configured, or as the run that continues began; sorted sets are told of.
+
+    Raises:
+        SettingsError: ``data.shards_at_once`` is not what the run began with.
+    """
+    asked, shards = settings.data.shards_at_once, len(source.shard_sizes)
+    try:
+        at_once = shards_at_once_for(Path(settings.run_dir), asked, shards)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    order = DataOrder(source.shard_sizes, settings.global_seed, shards_at_once=at_once)
+    with suppress(ShardError):  # A damaged label is told, or passed over, when its sample is read.
+        tell_sorted_shards(source, order.shards_at_once, f"data={settings.data.name}")
+    return order
 
 
 def _fixed(section: str, values: Any) -> Any:

@@ -1,6 +1,9 @@
-"""A sampling command's configuration, completed by what its checkpoint says."""
+"""A sampling command's configuration, completed by what its checkpoint says, and where its data lies now."""
 
+import logging
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -9,8 +12,12 @@ from zigflow import plugins
 from zigflow.engine.run_dir import flat, with_later_keys
 from zigflow.overrides import takes_keyword
 from zigflow.settings import SettingsError
+from zigflow.sources import with_old_defaults
 from zigflow.typed import unknown_key
 
+log = logging.getLogger(__name__)
+
+_SPLITS = ("source", "heldout")
 _FROM_STORED = ("model", "train", "process", "codec", "scan")
 # What may differ between training and sampling: numerical margins, and where a file lies on this machine.
 _MAY_CHANGE = ("train.sample_eps", "process.sample_eps", "codec.path", "codec.chunk", "codec.own_scale")
@@ -49,23 +56,43 @@ def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], c
     if margin is not None and "sample_eps" in merged["process"]:
         merged["process"]["sample_eps"] = margin
     data = dict(given["data"])
+    trained = with_old_defaults(stored["data"], stored["data"])
     if data.get("name") == "from_checkpoint":
         kept = {k: v for k, v in data.items() if v is not None and k not in ("name", "source", "heldout")}
-        merged["data"] = {**stored["data"], **kept}
+        merged["data"] = {**trained, **kept}
         for split in ("source", "heldout"):
             moved = {k: v for k, v in (data[split] or {}).items() if v is not None}
             if split == "source" and data.get("tar_base") is not None:
                 moved.setdefault("root", data["tar_base"])
-            if moved and stored["data"].get(split):
-                merged["data"][split] = {**stored["data"][split], **moved}
+            if moved and trained.get(split):
+                merged["data"][split] = {**trained[split], **moved}
     elif not data.get("source"):
         # data=none: the samples have the form that the model was trained on.
         merged["data"] = data | {
             "video_frames": merged["model"].get("video_frames", 0) or 0,
             "num_classes": merged["model"].get("num_classes", -1),
         }
+    merged["data"] = _same_classes(merged["data"], merged["model"], stored["data"], ckpt)
     merged["metrics"] = _metric(given.get("metrics"), stored.get("metrics"))
     return merged
+
+
+def _same_classes(
+    data: Mapping[str, Any], model: Mapping[str, Any], stored: Mapping[str, Any], ckpt: str
+) -> dict[str, Any]:
+    """The group ``data`` with the classes of the checkpoint, by number and name; other names are a contradiction."""
+    asked, before = data.get("class_names"), stored.get("class_names")
+    if asked and before and list(asked) != list(before):
+        raise SettingsError(
+            f"data.class_names={list(asked)} contradicts the checkpoint {ckpt}, whose classes are {list(before)}: drop "
+            "the override"
+        )
+    classes = data.get("num_classes")
+    return {
+        **data,
+        "class_names": asked or before,
+        "num_classes": model.get("num_classes", -1) if classes is None else classes,
+    }
 
 
 def _metric(given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -137,3 +164,71 @@ def _defaults_beside(data: Mapping[str, Any], process: str) -> dict[str, Any]:
     cfg = plugins.compose_config([f"data={choice}", f"process={process}", "run_dir=unused"])
     found: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     return found
+
+
+def fix_roots(plain: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Make the data's folders absolute in ``plain``, a training configuration.
+
+    Returns:
+        By split, for the checkpoint: the path as ``given``, as ``absolute``, and ``from_run``, relative to the run.
+        URLs and lists stay and are not among them.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for split in _SPLITS:
+        node = plain["data"].get(split)
+        root = (node or {}).get("root")
+        if not isinstance(root, (str, Path)) or not str(root) or _is_url(str(root)):
+            continue
+        given = Path(root)
+        absolute = str(given.resolve())
+        node["root"] = absolute
+        found[split] = {"given": str(given), "absolute": absolute}
+        try:
+            found[split]["from_run"] = os.path.relpath(absolute, Path(plain["run_dir"]).resolve())
+        except ValueError:
+            log.debug("%s lies on another drive than the run", absolute)
+        if not given.is_absolute():
+            log.info("data.%s.root: %s, from the working directory", split, absolute)
+    return found
+
+
+def find_roots(config: Mapping[str, Any], stored: Mapping[str, Any], roots: Any, run_dir: Path) -> None:
+    """Point a completed configuration to its data where a run or its data were moved or copied.
+
+    A path that was given absolute is tried first, then where it lay from the run. One that was given relative is
+    sought from the run, from the working directory, and where it was. Which is taken is logged; if none is there, it
+    stays where it was, for the source to refuse. A root that the command names is left alone.
+
+    Args:
+        config: completed; changed in place.
+        stored: the checkpoint's configuration.
+        roots: what :func:`fix_roots` returned when it was written; None for version 0.1.
+        run_dir: where the run lies now.
+    """
+    for split, known in (roots or {}).items():
+        node, before = (values["data"].get(split) or {} for values in (config, stored))
+        if not node.get("root") or node["root"] != before.get("root"):
+            continue
+        from_run = run_dir.resolve() / known["from_run"] if "from_run" in known else None
+        ways: list[tuple[Any, str]] = [(from_run, "from the run")]
+        if os.path.isabs(known["given"]):
+            ways = [(known["absolute"], "as given"), *ways]
+        else:
+            ways += [
+                (Path(known["given"]), "from the working directory"),
+                (known["absolute"], "where it was"),
+            ]
+        for path, how in ways:
+            if path is not None and _is_there(Path(path)):
+                node["root"] = str(Path(path).resolve())
+                log.info("data.%s.root: %s, %s (given as %s)", split, node["root"], how, known["given"])
+                break
+
+
+def _is_url(root: str) -> bool:
+    return "://" in root or root.startswith("pipe:")
+
+
+def _is_there(path: Path) -> bool:
+    """A folder or file, or the folder of a pattern of files."""
+    return path.exists() or ("{" in path.name and path.parent.is_dir())

@@ -66,7 +66,11 @@ def convert(key: str, value: Any, hint: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return convert(key, value, next(a for a in args if a is not type(None)))
+        # A number or a list of them: by what was given.
+        listed = isinstance(value, (list, tuple))
+        choices = [a for a in args if a is not type(None)]
+        fitting = [a for a in choices if (typing.get_origin(a) is tuple) == listed]
+        return convert(key, value, (fitting or choices)[0])
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise SettingsError(f"{key}={value!r} must be a group of keys")

@@ -16,6 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OWN = {
     "zigflow",
     "scans",
+    "dis_kernels",
     "dis_mamba",
     "dis_causal_conv1d",
     "model_zigma",

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = {
-    1: ["scans", "dis_causal_conv1d", "dis_mamba"],
+    1: ["scans", "dis_kernels", "dis_causal_conv1d", "dis_mamba"],
     2: ["zigflow.nn", "zigflow.processes", "zigflow.data", "zigflow.settings", "zigflow.typed",
         "zigflow.registry", "zigflow.paths", "zigflow.settings_sampling",
         "zigflow.keyed", "zigflow._version", "zigflow.latents"],
@@ -16,9 +16,13 @@ LAYERS = {
         "zigflow.compvis", "zigflow.text"],
     4: ["zigflow.engine", "zigflow.official"],
     5: ["zigflow.build", "zigflow.evaluation_job", "zigflow.sample_job", "zigflow.stored_config", "zigflow.plugins",
-        "zigflow.tools", "zigflow.preflight", "zigflow.start_job", "zigflow.real_sets"],
+        "zigflow.tools", "zigflow.preflight", "zigflow.start_job", "zigflow.real_sets",
+        "zigflow.sources", "zigflow.nodes", "zigflow.typed_arguments",
+        "zigflow.hydra_folders", "zigflow.objective", "zigflow.overrides", "zigflow.wandb_key"],
     6: ["train_acc", "sample_acc", "zigflow.cli"],
 }  # fmt: skip
+# Inside layer 1, whose parts are usable alone.
+BELOW = {"dis_mamba": ("dis_kernels", "dis_causal_conv1d"), "dis_causal_conv1d": ("dis_kernels",)}
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
 OPTIONAL = {
@@ -33,6 +37,8 @@ ENTRY_IMPORTS = {
     "omegaconf",
     "zigflow.plugins",
     "zigflow.paths",
+    "zigflow.typed_arguments",
+    "zigflow.hydra_folders",
     "scans",
     "zigflow.cli",
 }
@@ -99,7 +105,7 @@ def test_every_module_has_a_layer_and_imports_point_down(module):
             continue
         assert LAYER_OF[other] <= LAYER_OF[own], f"{module} (layer {LAYER_OF[own]}) imports {imported}"
         if LAYER_OF[own] == 1:
-            assert (own, other) == ("dis_mamba", "dis_causal_conv1d"), f"{module} imports {imported}"
+            assert other in BELOW.get(own, ()), f"{module} imports {imported}"
 
 
 def test_components_of_a_layer_do_not_import_in_cycles():
@@ -137,7 +143,7 @@ def test_frameworks_stay_in_their_layers(module):
 def test_optional_packages_are_imported_at_use(module):
     roots = {i.partition(".")[0] for i in _imports(module, top_level_only=True)}
     # Triton compiles module-level functions alone, so its kernels have modules of their own, imported at use.
-    kernels = (".triton_kernels", ".triton_backward", ".triton_tokenwise_kernels")
+    kernels = (".triton_kernels", ".triton_backward")
     allowed = {"triton"} if module.endswith(kernels) else set()
     assert not (roots & OPTIONAL) - allowed, f"{module} imports {roots & OPTIONAL} when it is itself imported"
 
@@ -151,9 +157,10 @@ def test_entries_import_nothing_heavy(module):
 
 
 def test_file_sizes():
-    limits = {"train_acc": 60, "sample_acc": 60, "model_zigma": 600}
+    # A file ends where its subject ends; one that outgrows this has two.
+    limits = {"train_acc": 60, "sample_acc": 60}
     for module, path in MODULES.items():
-        limit = limits.get(module, 600 if module.startswith("zigflow.models.") else 400)
+        limit = limits.get(module, 600)
         lines = len(path.read_text().splitlines())
         assert lines <= limit, f"{path.relative_to(ROOT)} has {lines} lines, {limit} allowed"
 

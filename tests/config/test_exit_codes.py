@@ -79,6 +79,21 @@ def test_an_error_that_follows_a_signal_is_the_signal(monkeypatch, tmp_path):
     assert note["reason"] == "stopped by SIGUSR1; RuntimeError: connection closed by peer"
 
 
+def test_ctrl_c_has_the_code_of_shells(monkeypatch, tmp_path, capsys):
+    def work(cfg, watch=None):
+        exits.note.claim(cfg.run_dir, 0)
+        stop.received = "SIGINT"
+        raise Stopped("stopped by SIGINT after step 7, which is saved")
+
+    code, note = run(monkeypatch, tmp_path, work)
+    assert (code, note["code"], note["reason"]) == (
+        130,
+        130,
+        "stopped by SIGINT after step 7, which is saved",
+    )
+    assert capsys.readouterr().err.splitlines()[-1] == note["reason"]
+
+
 def test_a_stop_while_building_is_noted_unless_another_run_writes_there(monkeypatch, tmp_path):
     def work(cfg, watch=None):
         raise Stopped("early")

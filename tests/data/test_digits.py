@@ -58,7 +58,7 @@ def test_a_second_use_writes_nothing(root, monkeypatch):
         == DigitsSource(root).fingerprint
         != DigitsSource(root, "heldout").fingerprint
     )
-    assert DigitsSource(root, image_size=16).image_shape == (1, 16, 16)
+    assert DigitsSource(root, image_size=16, enlarge=True).image_shape == (1, 16, 16)
     with pytest.raises(ValueError, match=r"'tran'.*Did you mean 'train'"):
         DigitsSource(root, "tran")
 

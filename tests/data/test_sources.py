@@ -118,7 +118,9 @@ def test_fields_follow_the_suffixes(tmp_path):
     assert sample["tokens"].shape == (2, 5, 3)
     only = ShardSource(folder, fields=("latents",))
     assert (set(only[0]), only.image_shape, only.num_classes) == ({"key", "latents"}, (4, 2, 2), 0)
-    renamed = ShardSource(folder, {"image.png": "pixels", "cls_id.cls": "labels"}, channels=1, image_size=8)
+    renamed = ShardSource(
+        folder, {"image.png": "pixels", "cls_id.cls": "labels"}, channels=1, image_size=8, enlarge=True
+    )
     assert (set(renamed[0]), renamed.image_shape, renamed.num_classes) == (
         {"key", "pixels", "labels"},
         (1, 8, 8),
@@ -141,7 +143,7 @@ def test_videos(tmp_path):
     [
         ({"rename": {"image.png": "pixel"}}, "Did you mean 'pixels'"),
         ({"rename": {"photo.png": "pixels"}}, r"has no photo\.png"),
-        ({"rename": {"cls": "labels"}}, "pixels or latents cannot be found"),
+        ({"rename": {"cls": "labels"}, "fields": ["labels"]}, "pixels or latents cannot be found"),
         ({"fields": ["latents"]}, "latents cannot be found"),
         ({"fields": ["x"]}, "batch field"),
         ({"image_size": 0}, "image_size"),

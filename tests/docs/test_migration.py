@@ -106,10 +106,16 @@ def test_latents_are_extracted_as_shown(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     save_autoencoder(tmp_path / "sd-vae-ft-ema")
-    os.makedirs("photos/all")
     rng = np.random.default_rng(0)
-    for index in range(3):
-        Image.fromarray(rng.integers(0, 256, (256, 300, 3), dtype=np.uint8)).save(f"photos/all/{index}.png")
+    for index, name in enumerate(("bee", "ant", "bee")):
+        os.makedirs(f"photos/{name}", exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (256, 300, 3), dtype=np.uint8)).save(
+            f"photos/{name}/{index}.png"
+        )
     exec(compile(SNIPPETS[0], "migration.md", "exec"), {})
     source = ShardSource("data/churches256", {"img_feature256.npy": "latents"})
     assert (len(source), source.image_shape) == (3, (4, 32, 32))
+    # The usual suffixes find the labels, too, and the index the names.
+    labelled = ShardSource("data/churches256")
+    assert sorted(labelled[i]["labels"] for i in range(3)) == [0, 1, 1]
+    assert labelled.class_names == ("ant", "bee")

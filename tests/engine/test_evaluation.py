@@ -153,7 +153,7 @@ class Scripted:
         self.values = values
         self.metric = type("Toy", (), {"best_by": ("score", direction)})
 
-    def check(self, count, labels):
+    def check(self, count, labels, size=None):
         assert count > 0
 
     def __call__(self, run, should_stop):

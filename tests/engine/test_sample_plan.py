@@ -57,7 +57,7 @@ def test_seeds(given, want):
         ("seeds", [], "sample numbers"),
         ("seeds", [True], "sample numbers"),
         ("seeds", "0-99999999999", "sample numbers"),
-        ("labels", "some", "neither balanced, data nor"),
+        ("labels", "", "neither balanced, data nor"),
         ("labels", [1.5], "neither"),
         ("labels", [], "neither"),
         ("offline_sample_local_bs", 0, "at least 1"),

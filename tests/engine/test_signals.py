@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 in every window of a run: what is done is saved, and the run that continues is the same."""
+"""SIGTERM, SIGUSR1 and Ctrl-C in every window of a run: what is done is saved, the run that continues is the same."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.engine.toys import Loader, TinyModel, ToyProcess, assert_same_bits, make_trainer, snapshot
-from zigflow.engine import checkpoint, durable, signals
+from zigflow.engine import checkpoint, durable, exits, signals
 from zigflow.engine.signals import SIGNALS, Stopped, StopSignals, stop
 
 STEPS = 5
@@ -229,6 +229,88 @@ def test_while_building_it_leaves_on_the_spot():
     assert stop.received == "SIGUSR1", "a second signal does not interrupt what the first one started"
 
 
+@pytest.mark.parametrize("window", ["later data", "later step", "evaluation"])
+def test_ctrl_c_saves_and_leaves(tmp_path, unbroken, window):
+    step, changes = WINDOWS[window]
+    torch.manual_seed(0)
+    trainer = make_trainer(tmp_path, steps=STEPS, **changes(Once(signal.SIGINT, at=step)))
+    assert trainer.fit().step == step
+    assert (trainer.stopped_by, stop.code) == ("SIGINT", exits.INTERRUPTED)
+    assert checkpoint.open_checkpoint(tmp_path).step == step
+    assert continued(tmp_path, unbroken) == [step]
+    assert stop.code == exits.STOPPED
+
+
+def test_ctrl_c_in_a_save_lets_it_end(tmp_path, unbroken):
+    torch.manual_seed(0)
+    trainer = make_trainer(tmp_path, steps=STEPS, ckpt_every=2)
+    pressed = []
+
+    def press(operation, path):
+        if "step-0000002" in str(path) and not pressed:
+            pressed.append(operation)
+            send(signal.SIGINT)
+
+    with durable.observed(press):
+        trainer.fit()
+    assert (pressed != [], trainer.stopped_by) == (True, "SIGINT")
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+    assert continued(tmp_path, unbroken) == [2]
+
+
+def of_a_run(monkeypatch, *, launched):
+    """Handlers whose process does not end, a clock, and what they said."""
+    monkeypatch.setenv("RANK", "0") if launched else monkeypatch.delenv("RANK", raising=False)
+    clock, left = [100.0], []
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    return StopSignals(leave=left.append), clock, left
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_leaves_at_once(monkeypatch, first):
+    handlers, _, left = of_a_run(monkeypatch, launched=False)
+    handlers.hold()
+    handlers._handle(first, None)
+    assert left == []
+    handlers._handle(signal.SIGINT, None)
+    if first == signal.SIGTERM:
+        assert left == [], "the first Ctrl-C"
+        handlers._handle(signal.SIGINT, None)
+    assert len(left) == 1 and "stopped by a second SIGINT" in left[0]
+    assert handlers.code == exits.INTERRUPTED
+
+
+def test_what_a_launcher_passes_on_is_the_same_press(monkeypatch):
+    handlers, clock, left = of_a_run(monkeypatch, launched=True)
+    handlers.hold()
+    for _ in range(3):
+        handlers._handle(signal.SIGINT, None)
+    assert (handlers.received, left) == ("SIGINT", [])
+    clock[0] += 3
+    handlers._handle(signal.SIGINT, None)
+    assert len(left) == 1
+
+
+def test_ctrl_c_while_building_or_compiling_leaves_at_once(monkeypatch):
+    handlers, _, left = of_a_run(monkeypatch, launched=False)
+    with pytest.raises(Stopped, match="stopped by SIGINT before training began"):
+        handlers._handle(signal.SIGINT, None)
+    handlers.reset()
+    handlers.wait()
+    handlers._handle(signal.SIGINT, None)
+    assert left == ["stopped by SIGINT before the first step had ended; there was nothing to save"]
+
+
+def test_a_process_that_is_leaving_after_ctrl_c_can_still_be_ended():
+    stop.hold()
+    send(signal.SIGINT)
+    stop.ignore()
+    assert signal.getsignal(signal.SIGINT) == stop._handle
+    stop.reset()
+    stop.ignore()
+    assert all(signal.getsignal(n) == signal.SIG_IGN for n in (*SIGNALS, signal.SIGINT))
+
+
 def test_no_handler_of_errors_swallows_the_stop():
     assert not issubclass(Stopped, Exception)
 
@@ -258,7 +340,10 @@ def test_a_forked_process_has_the_default_handlers():
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writing, b"." if all(signal.getsignal(n) == signal.SIG_DFL for n in SIGNALS) else b"x")
+        right = all(signal.getsignal(n) == signal.SIG_DFL for n in SIGNALS)
+        # The terminal's Ctrl-C goes to data workers as well: the step that is to be saved needs them.
+        right &= signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        os.write(writing, b"." if right else b"x")
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert os.read(reading, 1) == b"."

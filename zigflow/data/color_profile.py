@@ -45,6 +45,8 @@ def to_srgb(image: Any, profile: bytes | None, limits: Limits = DEFAULT_LIMITS) 
         shown = ImageCms.applyTransform(image if image.mode == mode else image.convert(mode), transform)
     except (ImageCms.PyCMSError, ValueError) as error:
         raise DecodeError(f"its color profile cannot be applied: {error}") from error
+    if shown is None:  # In place, which was not asked for.
+        raise DecodeError("its color profile cannot be applied")
     return shown.convert("L") if image.mode == "L" else shown
 
 

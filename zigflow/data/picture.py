@@ -69,6 +69,8 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     8: lambda a: np.rot90(a),
 }
 
+_QUARTER_TURNS = (5, 6, 7, 8)
+
 
 def decode_image(data: bytes, limits: Limits = DEFAULT_LIMITS, background: Background = WHITE) -> np.ndarray:
     """PNG, JPEG, WebP, BMP, TIFF or AVIF to (H, W) for grey or (H, W, 3) uint8, in sRGB.
@@ -110,6 +112,20 @@ def decode_image(data: bytes, limits: Limits = DEFAULT_LIMITS, background: Backg
     # Pillow answers damage with exceptions of many kinds; a bomb warning turned into an error is one of them.
     except Exception as error:
         raise DecodeError(f"not a readable {kind} image: {type(error).__name__}: {error}") from error
+
+
+def image_size_of(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of an encoded image as it is shown, from its header; None for what is no readable image."""
+    from PIL import Image
+
+    try:
+        kind = _kind(data)
+        with Image.open(io.BytesIO(data), formats=(kind,)) as image:
+            turned = exif_orientation(image.info.get("exif") or b"") in _QUARTER_TURNS
+            return (image.width, image.height) if turned else (image.height, image.width)
+    # Damage is told where the image is decoded.
+    except Exception:
+        return None
 
 
 def read_image(

@@ -20,10 +20,12 @@ from zigflow.keyed import keyed_permutation, keyed_seed
 
 from .batch import Batch
 from .cache import FetchOptions, ShardCache
+from .class_names import check_names
 from .decode import DEFAULT_LIMITS, Limits
 from .fields import FieldDecoder
 from .global_batch import GlobalBatch
 from .loader import DEFAULT_TIMEOUT, make_loader, pick_caption
+from .mixing import StreamMixing
 from .picture import WHITE, Background
 from .remote import shown, unsigned
 from .shard_index import Sample, scan_open
@@ -49,7 +51,7 @@ class StreamSource:
     Args:
         root: a pattern such as ``https://host/train-{000000..000124}.tar``, several joined by ``::``, a list of
             URLs, the name of a ``.txt`` file with one URL per line, a local folder, or local files by a pattern.
-        rename, fields, channels, image_size, num_classes, limits, background: see
+        rename, fields, channels, image_size, enlarge, num_classes, class_names, limits, background: see
             ``zigflow.datasets.shards.ShardSource``.
         max_skipped: unreadable samples and shards that may follow each other.
         shuffle_buffer: samples that mix; 0 keeps the order of the shards' contents.
@@ -59,6 +61,7 @@ class StreamSource:
     Attributes:
         shards: the URLs.
         first: the first readable sample; all others have its fields and shapes.
+        class_names, ignored: see ``zigflow.datasets.shards.ShardSource``.
         image_shape, num_classes, fingerprint: as every data source has them; the fingerprint covers names only.
 
     Raises:
@@ -73,9 +76,11 @@ class StreamSource:
         rename: Mapping[str, str] | None = None,
         *,
         fields: Sequence[str] | None = None,
-        channels: int = 3,
+        channels: int | None = 3,
         image_size: int | Sequence[int] | None = None,
+        enlarge: bool = False,
         num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
         limits: Limits = DEFAULT_LIMITS,
         background: Background = WHITE,
         max_skipped: int = 0,
@@ -96,23 +101,32 @@ class StreamSource:
             head = next(places)
         except StopIteration:
             raise ShardError("none of the shards has a readable sample", shown(self.shards[0])) from None
-        classes = max(num_classes or 0, 0)
+        self.class_names = check_names(class_names or (), "class_names")
+        self.stated_classes = len(self.class_names)
+        classes = self.stated_classes if num_classes is None else max(num_classes, 0)
         self.decoder = FieldDecoder(
             [entry.suffix for entry in head.sample.entries],
             rename,
             fields,
             channels=channels,
             image_size=image_size,
+            enlarge=enlarge,
             num_classes=classes,
+            class_names=self.class_names,
             limits=limits,
             background=background,
         )
         self.num_classes = classes if "labels" in self.decoder.suffixes else 0
+        self.ignored = self.decoder.ignored
         self.first = next(self._samples(itertools.chain([head], places), skips))
         self.image_shape = self.decoder.fix_shapes(self.first)
         names = "\n".join(unsigned(url) for url in self.shards)
         self.fingerprint = hashlib.sha256(f"{names}\n{self.decoder.identity}".encode()).hexdigest()[:32]
         self.close()
+
+    def limit_classes(self, num_classes: int) -> None:
+        """Labels run from 0 to ``num_classes`` - 1."""
+        self.num_classes = self.decoder.num_classes = num_classes
 
     def identity(self, seed: int) -> dict[str, Any]:
         """What the order depends on, for a checkpoint: plain JSON values."""
@@ -148,6 +162,7 @@ class StreamSource:
         def decoded(source: Iterable[_Place]) -> Iterator[dict[str, Any]]:
             return self._samples(source, skips)
 
+        watched = StreamMixing(self.shuffle_buffer) if reader == 0 else None
         for epoch in itertools.count():
             order = keyed_permutation(len(self.shards), seed, "stream.shards", start, epoch)[reader::readers]
             stages: list[Any] = [_Shards([self.shards[int(shard)] for shard in order]), places]
@@ -158,6 +173,8 @@ class StreamSource:
             count = 0
             for sample in wds.DataPipeline(*stages, decoded):
                 count += 1
+                if watched is not None:
+                    watched.see(sample)
                 yield sample
             if count < at_least:
                 raise BudgetError(

@@ -23,6 +23,7 @@ class Subset:
         self.source, self.limit = source, limit
         self.image_shape = source.image_shape
         self.num_classes = source.num_classes
+        self.class_names = tuple(getattr(source, "class_names", ()))
         self.shard_sizes = (limit,)
         self.contents = contents_of(source).each(
             lambda whole: hashlib.sha256(f"{whole}[:{limit}]".encode()).hexdigest()

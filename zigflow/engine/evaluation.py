@@ -26,7 +26,7 @@ from .ranks import Ranks
 from .run_state import random_state, set_random_state
 from .tensors import named_floating
 
-__all__ = ["Judge", "Judgement", "Rounds", "averaged_weights"]
+__all__ = ["Judge", "Judgement", "Rounds", "averaged_weights", "sample_size"]
 
 log = logging.getLogger(__name__)
 
@@ -94,19 +94,24 @@ class Judge:
         self._batch_size = batch_size
         self._reduced = reduced
         self._ready = metric is None
+        self._sizes: dict[str, tuple[int, int]] = {}
 
-    def check(self, count: int, labels: Tensor | None) -> None:
+    def check(self, count: int, labels: Tensor | None, size: tuple[int, int] | None = None) -> None:
         """Refuse, before any is made, samples that cannot be judged; reads the real images.
 
         Args:
             count: how many samples there will be.
             labels: int64 (count,), their classes, or None.
+            size: (height, width) of the samples, where it is known.
 
         Raises:
-            ValueError: the metric cannot judge so many samples, or such classes.
+            ValueError: the metric cannot judge so many samples, such classes, or images of another size than the real
+                ones.
         """
         self._prepare()
         if self.metric is not None:
+            if size is not None:
+                self._check_size((size[0] // self._reduced, size[1] // self._reduced))
             self.metric.check_request(count, labels)
 
     def __call__(self, samples: Rounds, should_stop: Callable[[], bool] = lambda: False) -> Judgement | None:
@@ -125,11 +130,23 @@ class Judge:
                     images, ids, labels = batch
                     counted.add(ids)
                     if metric is not None:
-                        metric.update(_reduce(images, self._reduced), labels, ids)
+                        judged = _reduce(images, self._reduced)
+                        self._check_size((judged.shape[-2], judged.shape[-1]))
+                        metric.update(judged, labels, ids)
                     first = ids < self.preview
                     if first.any():
                         shown.append((images[first], ids[first], None if labels is None else labels[first]))
         return self._conclude(counted, shown)
+
+    def _check_size(self, size: tuple[int, int]) -> None:
+        """Refuse samples of another size than the real images: a network that resizes would measure the resizing."""
+        for name, real in self._sizes.items():
+            if real != size:
+                side = size[0] if size[0] == size[1] else f"[{size[0]},{size[1]}]"
+                raise ValueError(
+                    f"the samples have {size[0]} x {size[1]} pixels, the {name} images {real[0]} x {real[1]}: read the "
+                    f"real ones smaller with data.image_size={side}, or resize the samples"
+                )
 
     def _conclude(self, counted: SampleIds, shown: list[tuple[Tensor, Tensor, Tensor | None]]) -> Judgement:
         metric, own = self.metric, {"ids": torch.from_numpy(counted.sorted())}
@@ -178,7 +195,7 @@ class Judge:
         metric = self.metric
         if not isinstance(metric, StreamingMetric):
             with self.ranks.together("reading the real images"):
-                train, heldout = (self._whole(self._sources[name]) for name in ("train", "heldout"))
+                train, heldout = (self._whole(name) for name in ("train", "heldout"))
                 if metric is not None:
                     if train is None:
                         raise ValueError(f"{metric.name} needs real images, and the data has no source")
@@ -194,6 +211,7 @@ class Judge:
                     f"{metric.name} compares with the {metric.reference} data, which there is none of"
                 )
             for images, _ in self._pixels(source, self.ranks.rank, self.ranks.size):
+                self._sizes[metric.reference] = (images.shape[-2], images.shape[-1])
                 metric.add_reference(images)
         states = _gather(self.ranks, metric.reference_state())
         # From nothing and in the order of the ranks, so that all processes hold the same sums.
@@ -212,12 +230,22 @@ class Judge:
             images = to_uint8(pixels)
             yield beside(images), batch.labels
 
-    def _whole(self, source: Any) -> tuple[Tensor, Tensor | None] | None:
-        """All images of a source, uint8 (N, C, H, W), and their labels."""
+    def _whole(self, name: str) -> tuple[Tensor, Tensor | None] | None:
+        """All images of a real set, uint8 (N, C, H, W), and their labels."""
+        source = self._sources[name]
         if source is None:
             return None
         images, labels = zip(*self._pixels(source), strict=True)
+        self._sizes[name] = (images[0].shape[-2], images[0].shape[-1])
         return torch.cat(images), None if labels[0] is None else torch.cat(labels)
+
+
+def sample_size(run: Any) -> tuple[int, int] | None:
+    """(height, width) of a sampling run's images, frames of a video side by side; None where a codec decides it."""
+    if not isinstance(run.codec, IdentityCodec):
+        return None
+    frames = run.shape[0] if len(run.shape) == 4 else 1
+    return run.shape[-2], frames * run.shape[-1]
 
 
 def beside(images: Tensor) -> Tensor:

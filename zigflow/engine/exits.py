@@ -21,7 +21,7 @@ MISTAKE = 2
 STOPPED = 75
 """Stopped by a signal, what was done is saved: EX_TEMPFAIL of sysexits.h, at which schedulers requeue a job."""
 INTERRUPTED = 130
-"""Ctrl-C: nothing is saved on the way out."""
+"""Stopped by Ctrl-C, what was done is saved; a second Ctrl-C leaves at once. As shells say it: 128 + SIGINT."""
 
 
 class ExitNote:

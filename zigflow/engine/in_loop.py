@@ -12,7 +12,7 @@ from zigflow.metrics.pictures import save_sample_grid
 from zigflow.metrics.results import write_results
 
 from .checkpoint import read_best, write_best
-from .evaluation import Judge, Judgement, averaged_weights
+from .evaluation import Judge, Judgement, averaged_weights, sample_size
 from .log import MetricsFile
 from .sampling_run import SamplingRun
 from .step import StepRecord
@@ -72,7 +72,8 @@ class InLoopEvaluation:
         with averaged_weights(trainer.model, trainer.ema, trainer.device) as weights:
             run = self._make_run(trainer.model, weights)
             labels = run.class_labels()
-            self.judge.check(run.num_samples, None if labels is None else torch.as_tensor(labels))
+            labels = None if labels is None else torch.as_tensor(labels)
+            self.judge.check(run.num_samples, labels, sample_size(run))
 
     def __call__(self, trainer: Trainer, record: StepRecord) -> None:
         if self._is_due(trainer):

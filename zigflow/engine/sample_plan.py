@@ -7,8 +7,8 @@ Legend: B batch, N rows of a file, K captions of a row, L tokens, D token width.
 """
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from zigflow.data.class_names import number_of
 from zigflow.data.contents import exact_fingerprint
 from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, decode
 from zigflow.data.feature_files import (
@@ -47,14 +48,14 @@ class SampleOptions:
 
     Attributes:
         labels: "balanced" (sample i is of class i modulo their number), "data" (classes as frequent as in the
-            data), or classes that the samples take in turn.
+            data), or classes, by number or name, that the samples take in turn.
         seeds: the numbers of the samples to draw; None for 0, 1, 2, ...
         captions: file or folder of caption features, None for those of the data.
         npz: also write the samples as one .npz file.
         batch_size: samples computed at once.
     """
 
-    labels: str | tuple[int, ...] = "balanced"
+    labels: str | tuple[int | str, ...] = "balanced"
     seeds: tuple[int, ...] | None = None
     captions: str | None = None
     npz: bool = False
@@ -78,6 +79,25 @@ class SampleOptions:
             batch_size=batch_size,
         )
 
+    def by_number(self, class_names: Sequence[str]) -> "SampleOptions":
+        """The same with the numbers of the classes that ``labels`` names.
+
+        Raises:
+            SettingsError: a name that no class has, with near matches.
+        """
+        if isinstance(self.labels, str):
+            return self
+        try:
+            numbers = tuple(number_of(label, class_names, "class in labels") for label in self.labels)
+        except ValueError as error:
+            raise SettingsError(f"labels={list(self.labels)}: {error}") from error
+        return replace(self, labels=numbers)
+
+    @property
+    def names_classes(self) -> bool:
+        """Whether ``labels`` holds names."""
+        return not isinstance(self.labels, str) and any(isinstance(label, str) for label in self.labels)
+
     def facts(self) -> dict[str, Any]:
         """What differs from the usual, for identities and results; empty for the defaults."""
         found: dict[str, Any] = {}
@@ -91,15 +111,14 @@ class SampleOptions:
         return found
 
 
-def _read_labels(value: Any) -> str | tuple[int, ...]:
+def _read_labels(value: Any) -> str | tuple[int | str, ...]:
     if value in ("balanced", "data"):
         return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (value,)
-    if isinstance(value, list) and value and all(type(label) is int for label in value):
-        return tuple(value)
+    chosen = value if isinstance(value, list) else [value]
+    if chosen and all(type(label) is int or (isinstance(label, str) and label) for label in chosen):
+        return tuple(chosen)
     raise SettingsError(
-        f"labels={value} is neither balanced, data nor a list of classes such as labels=[3,7]"
+        f"labels={value} is neither balanced, data nor a list of classes such as labels=[3,7] or labels=[cat,dog]"
     )
 
 
@@ -143,7 +162,7 @@ def class_plan(options: SampleOptions, num_classes: int, source: Any, seed: int)
                 "labels=data needs data with labels: choose another data=NAME, or labels=balanced"
             )
         return _DataClasses(source, num_classes, seed)
-    outside = [label for label in chosen if not 0 <= label < num_classes]
+    outside = [label for label in chosen if not isinstance(label, int) or not 0 <= label < num_classes]
     if outside:
         raise SettingsError(f"labels has {outside[0]}, the model's classes are 0..{num_classes - 1}")
     table = torch.tensor(chosen)

@@ -65,6 +65,7 @@ class Trainer:
             :meth:`should_stop` now and then and returns early. A hook's ``begin(trainer)``, if it has one, is called
             before the first step.
         plugins: names of the plug-ins in use, recorded.
+        facts: JSON values that are recorded and compared with nothing.
         draws: ``draws(seed, ids)`` makes the keyed draws of a batch.
         trackers: where the lines of the log go besides.
         training_flops: operations of a sample's forward and backward pass; None logs no utilization.
@@ -95,6 +96,7 @@ class Trainer:
         accelerator: Accelerator | None = None,
         hooks: Sequence[Callable[["Trainer", StepRecord], None]] = (),
         plugins: Sequence[str] = (),
+        facts: Mapping[str, Any] | None = None,
         draws: Callable[[int, Tensor], Any] = KeyedDraws,
         trackers: Trackers | None = None,
         training_flops: float | None = None,
@@ -116,6 +118,7 @@ class Trainer:
         self.counters = Counters()
         self.global_batch = options.batch_size * options.grad_accum * self.ranks.size
         self._plugins = list(plugins)
+        self._facts = dict(facts or {})
         self._epoch_size = epoch_size
         # As JSON gives it back: what is compared on resume has been through a file.
         self._data_identity = json.loads(json.dumps(data_identity))
@@ -295,6 +298,7 @@ class Trainer:
 
     def _state(self, run_dir: RunDir) -> RunState:
         facts = {
+            **self._facts,
             "run_id": run_dir.run_id,
             "plugins": self._plugins,
             "mixed_precision": self.mixed_precision,

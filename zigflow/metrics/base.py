@@ -113,6 +113,8 @@ class Metric(ABC):
     name = "metric"
     # The number that tells a better set from a worse one, and whether less of it is better ("min") or more ("max").
     best_by: tuple[str, str] | None = None
+    # Whether it knows videos, which come as their frames side by side.
+    reads_videos = False
 
     def __init__(self) -> None:
         self._ids = SampleIds()

@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+from zigflow.paths import expanded
 from zigflow.registry import unknown_name
 
 COMMANDS = {
@@ -33,10 +34,18 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module = importlib.import_module(f"zigflow.tools.{name.replace('-', '_')}")
     try:
-        return module.main(rest)
+        return module.main([_with_home(argument) for argument in rest])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _with_home(argument: str) -> str:
+    """A path that the shell has passed on as it was typed: --output=~/x, samples=~/x; overrides are composed later."""
+    name, equals, value = argument.rpartition("=")
+    if value.startswith("~") and (not name or name.startswith("--") or name in ("samples", "output")):
+        return f"{name}{equals}{expanded(name.lstrip('-') or 'argument', value)}"
+    return argument
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from zigflow import plugins
 
 
@@ -49,13 +47,13 @@ def main(argv: list[str]) -> int:
         # An experiment brings its data, and with them the codec.
         none = ["metrics=none"] if experiment else ["data=none", "metrics=none"]
         common = [*none, *args.overrides, f"run_dir={args.output}"]
-        config = OmegaConf.to_container(plugins.compose_config(common), resolve=True)
+        config = plugins.plain(plugins.compose_config(common))
         family = args.family or (family_of(config["model"]) if named else "zigma")
         if named and target_of(family) != config["model"].get("_target_"):
             raise ValueError(f"--family {family} is not a family of model={config['model'].get('name')}")
         if not experiment and not any(o.startswith("process=") for o in args.overrides):
             process = f"process={process_of(family)}"
-            config = OmegaConf.to_container(plugins.compose_config([process, *common]), resolve=True)
+            config = plugins.plain(plugins.compose_config([process, *common]))
         found = read_official(args.file, family)
         given = {k: v for k, v in config["model"].items() if k not in ("name", "_target_")}
         if not named:

@@ -1,7 +1,9 @@
 """``evaluate``: judge images that lie in a folder or an archive, as ``sample_acc.py`` judges its own."""
 
 import json
+import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ def main(argv: list[str]) -> int:
         if line is None:
             raise
         raise ValueError(line) from error
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     samples = Path(given["samples"])
     output = given.get("output")
     plugins.load_plugins()
@@ -74,6 +77,7 @@ def evaluate(settings: Any, samples: Path, output: Path | None = None) -> tuple[
             "seed", "ckpt", "function_evaluations",
         )
     }  # fmt: skip
+    settings, names = _classes_of(settings, samples)
     judge = build_judge(settings, ranks=Ranks(), codec=build_codec(settings, "cpu"), device="cpu", preview=0)
     if judge.metric is None:
         raise SettingsError("there is nothing to judge with: give metrics=NAME and data=NAME with a source")
@@ -81,6 +85,7 @@ def evaluate(settings: Any, samples: Path, output: Path | None = None) -> tuple[
     assert judgement is not None
     protocol = {
         **results_protocol(settings, facts),
+        "class_names": names,
         "seed": facts["seed"],
         "codec_scale": (facts["codec"] or {}).get("scale"),
         "samples": str(samples.resolve()),
@@ -88,3 +93,12 @@ def evaluate(settings: Any, samples: Path, output: Path | None = None) -> tuple[
         **judgement.protocol,
     }
     return write_results(output, judgement.metrics, protocol), judgement.metrics
+
+
+def _classes_of(settings: Any, samples: Path) -> tuple[Any, list[str]]:
+    """The configuration whose real sets are numbered as the samples are, by the names that our sampling wrote."""
+    file = samples / "sampling.json"
+    if not samples.is_dir() or not file.is_file():
+        return settings, list(settings.data.class_names or ())
+    names = json.loads(file.read_text(encoding="utf-8")).get("class_names") or settings.data.class_names or ()
+    return replace(settings, data=replace(settings.data, class_names=tuple(names) or None)), list(names)

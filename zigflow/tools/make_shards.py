@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from zigflow.data.class_names import renumbered, shown
 from zigflow.data.files import publishing_folder
 from zigflow.data.picture import WHITE, background_color, read_image
 from zigflow.data.published_crops import CROPS
@@ -47,12 +48,16 @@ def main(argv: list[str]) -> int:
     args.run(args)
     total = 0
     for path in sorted(args.output.rglob(INDEX_NAME)):
-        shards = load_folder_index(path.parent).shards
+        index = load_folder_index(path.parent)
+        shards, names = index.shards, index.meta.get("class_names") or ()
         samples = sum(shard.samples for shard in shards)
         total += samples
         plural = "" if len(shards) == 1 else "s"
         size = sum(shard.size for shard in shards)
-        print(f"{path.parent}: {samples} samples in {len(shards)} shard{plural}, {size} bytes")
+        classes = f", {len(names)} classes ({shown(names)})" if names else ", no labels"
+        print(f"{path.parent}: {samples} samples in {len(shards)} shard{plural}, {size} bytes{classes}")
+        for name, place in renumbered(names)[:1]:
+            print(f"classes are named by numbers that are not theirs: {name} is class {place}, and so on")
     print(f"{total} samples written to {args.output}")
     sizes = len(getattr(args, "sizes", ()))
     if sizes > 1:

@@ -1,0 +1,44 @@
+"""Images are made smaller without asking, larger only where ``enlarge`` says so."""
+
+from collections.abc import Callable
+
+_LOOKED_AT = 32
+
+
+def enlarging(size: tuple[int, int], wanted: tuple[int, int] | None) -> str:
+    """What is wrong with making an image of ``size`` into one of ``wanted``, both (height, width); "" for nothing."""
+    if wanted is None or (size[0] >= wanted[0] and size[1] >= wanted[1]):
+        return ""
+    side = min(size)
+    return (
+        f"the image has {size[0]} x {size[1]} pixels, image_size={_typed(wanted)} would enlarge it: set "
+        f"data.image_size={side} or less, or data.source.enlarge=true to enlarge"
+    )
+
+
+def check_sizes(
+    count: int, size_at: Callable[[int], tuple[str, tuple[int, int] | None]], wanted: tuple[int, int] | None
+) -> None:
+    """Look at some of ``count`` images, spread over all, and refuse one that is smaller than ``wanted``.
+
+    Args:
+        size_at: index -> name and (height, width), which is None where it is not known.
+
+    Raises:
+        ValueError: the first that is, with how many of those looked at are.
+    """
+    if wanted is None or not count:
+        return
+    looked = sorted({step * (count - 1) // (_LOOKED_AT - 1) for step in range(_LOOKED_AT)})
+    small: list[str] = []
+    for index in looked:
+        name, size = size_at(index)
+        problem = "" if size is None else enlarging(size, wanted)
+        if problem:
+            small.append(f"{name}: {problem}")
+    if small:
+        raise ValueError(f"{small[0]} ({len(small)} of {len(looked)} images that were looked at are smaller)")
+
+
+def _typed(size: tuple[int, int]) -> str:
+    return str(size[0]) if size[0] == size[1] else f"[{size[0]},{size[1]}]"

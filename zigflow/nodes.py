@@ -1,0 +1,37 @@
+"""A node of the configuration becomes an object."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from hydra.utils import get_object, instantiate
+
+from zigflow import plugins
+from zigflow.paths import expanded
+from zigflow.settings import SettingsError
+
+
+def make(key: str, node: Mapping[str, Any]) -> Any:
+    """Instantiate a node; a mistake in its keywords becomes one line that names the key."""
+    try:
+        return instantiate(_with_annotated_paths(key, node), _convert_="all")
+    except Exception as error:
+        cause = error.__cause__ if error.__cause__ is not None else error
+        mistakes = (ValueError, TypeError, KeyError, ImportError, FileNotFoundError, NotADirectoryError)
+        if isinstance(cause, mistakes):
+            raise SettingsError(f"{key} ({node.get('_target_')}): {cause}") from error
+        if not plugins.is_foreign(cause):
+            raise cause from error
+        raise
+
+
+def _with_annotated_paths(key: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    """The node, those keywords expanded that its class annotates as paths, whatever it calls them."""
+    try:
+        keywords = inspect.signature(get_object(str(node["_target_"]))).parameters
+    except Exception:
+        # What is wrong with it is told where it is built.
+        return dict(node)
+    annotated = [name for name, keyword in keywords.items() if "Path" in str(keyword.annotation)]
+    given = {name: node[name] for name in annotated if isinstance(node.get(name), str)}
+    return {**node, **{name: expanded(f"{key}.{name}", value) for name, value in given.items()}}
