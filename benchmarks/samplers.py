@@ -188,7 +188,7 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, help="the result's file; without it, it is printed only")
     parser.add_argument("--calls", type=int, nargs="+", default=list(CALLS))
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--process", nargs="+", help="these of the processes only, such as vp")
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # what samplers say is stored
