@@ -148,11 +148,9 @@ class Comparison:
     def first(self, calls: int) -> float:
         """DDIM's error."""
         if calls not in self._first:
+            first = DpmSolver("dpm_solver++", "multistep", calls - 1, 1, lambda_floor=None)
             flow = isinstance(self.process, Flow)
-            ddim = (
-                DpmSolver("dpm_solver++", "multistep", calls - 1, 1) if flow else ChainSampler("ddim", calls)
-            )
-            self._first[calls] = self.error(ddim)
+            self._first[calls] = self.error(first if flow else ChainSampler("ddim", calls))
         return self._first[calls]
 
     def row(self, setting: Setting, calls: int) -> dict[str, Any]:
