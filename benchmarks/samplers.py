@@ -148,11 +148,9 @@ class Comparison:
     def first(self, calls: int) -> float:
         """DDIM's error."""
         if calls not in self._first:
+            first = DpmSolver("dpm_solver++", "multistep", calls - 1, 1, lambda_floor=None)
             flow = isinstance(self.process, Flow)
-            ddim = (
-                DpmSolver("dpm_solver++", "multistep", calls - 1, 1) if flow else ChainSampler("ddim", calls)
-            )
-            self._first[calls] = self.error(ddim)
+            self._first[calls] = self.error(first if flow else ChainSampler("ddim", calls))
         return self._first[calls]
 
     def row(self, setting: Setting, calls: int) -> dict[str, Any]:
@@ -188,7 +186,7 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, help="the result's file; without it, it is printed only")
     parser.add_argument("--calls", type=int, nargs="+", default=list(CALLS))
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--process", nargs="+", help="these of the processes only, such as vp")
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # what samplers say is stored

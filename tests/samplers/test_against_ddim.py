@@ -108,6 +108,7 @@ def test_the_stored_result_is_of_everything_and_without_a_fault(bench):
         (DpmSolver("dpm_solver", "singlestep", 20, 2), VariancePreserving(), ["singlestep", "grid=logSNR"]),
         (DpmSolver("dpm_solver++", "fast_equal_spans", 50), Gaussian(), ["fast_equal_spans", "grid=logSNR"]),
         (DpmSolver(order=1, grid="logSNR"), Gaussian("cosine"), ["order=1", "grid=time_uniform"]),
+        (DpmSolver(order=1, grid="time_quadratic"), Flow(prediction="data"), ["order=1", "grid=time_uniform"]),
         (DpmSolver(variant="multistep", lower_order_final=False), VariancePreserving(), ["lower_order_final=true"]),
         (OdeSampler("heun", 10), StableDiffusion(), ["heun", "32 steps"]),
         (OdeSampler("euler", 50), Gaussian("const"), ["euler", "beside the data"]),

@@ -50,7 +50,7 @@ def dpm_doubts(sampler: "DpmSolver", path: Any, spans: list[Span]) -> list[str]:
     method, variant, grid, order = sampler.method, sampler.variant, sampler.grid, sampler.order
     name = f"{method} variant={variant} order={order} grid={grid} num_steps={sampler.num_steps}"
     if order == 1:
-        if grid != "logSNR":
+        if grid == "time_uniform":
             return []
         return [
             f"{name} can be twice as far off as DDIM: first order does better on grid=time_uniform, or take order=2"
