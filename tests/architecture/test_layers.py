@@ -1,6 +1,7 @@
 """Imports point down, or stay in their layer without cycles. The table is HOUSE.md's."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -72,10 +73,15 @@ def _component(module: str) -> str | None:
     return None
 
 
+@cache
+def _tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text())
+
+
 def _imports(module: str, top_level_only: bool = False) -> set[str]:
     path = MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    tree = ast.parse(path.read_text())
+    tree = _tree(module)
     nodes = tree.body if top_level_only else list(ast.walk(tree))
     found = set()
     for node in nodes:
@@ -185,8 +191,7 @@ def test_every_package_is_listed_for_the_wheel():
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_no_print_and_no_bare_pickle(module):
-    tree = ast.parse(MODULES[module].read_text())
-    for node in ast.walk(tree):
+    for node in ast.walk(_tree(module)):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             if name == "print":
