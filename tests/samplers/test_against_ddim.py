@@ -111,6 +111,8 @@ def test_the_stored_result_is_of_everything_and_without_a_fault(bench):
         (DpmSolver(order=1, grid="time_quadratic"), Flow(prediction="data"), ["order=1", "grid=time_uniform"]),
         (DpmSolver(variant="multistep", lower_order_final=False), VariancePreserving(), ["lower_order_final=true"]),
         (OdeSampler("heun", 10), StableDiffusion(), ["heun", "32 steps"]),
+        (OdeSampler("torchdiffeq/heun2", 10), StableDiffusion(), ["torchdiffeq/heun2", "32 steps"]),
+        (OdeSampler("torchdiffeq/explicit_adams", 50), Gaussian(), ["torchdiffeq/explicit_adams", "unstable"]),
         (OdeSampler("euler", 50), Gaussian("const"), ["euler", "beside the data"]),
     ],
 )  # fmt: skip

@@ -82,11 +82,23 @@ def _length(path: Any, span: Span) -> float:
     return (last - first) / 2
 
 
-def ode_doubts(solver: Any, intervals: int, path: Any) -> list[str]:
-    """What is doubtful about a fixed-step solver (a tableau) of the ODE in time, on a variance-preserving path."""
+def adams_doubt(method: str) -> str:
+    """Adams methods look back over steps in which a diffusion's drift changes manyfold: errors grow without a bound."""
+    return (
+        f"{method} is unstable on steps even in time beside the data, where it can be many thousand times as far off "
+        "as DDIM: take dopri5, heun or rk4"
+    )
+
+
+def ode_doubts(solver: Any, intervals: int, path: Any, method: str | None = None) -> list[str]:
+    """What is doubtful about a fixed-step solver (a tableau) of the ODE in time, on a variance-preserving path.
+
+    Args:
+        method: what the warnings call it, if not by its name.
+    """
     if not isinstance(path, VP):
         return []
-    method, stages = solver.name, len(solver.b)
+    method, stages = method or solver.name, len(solver.b)
     sigma = float(path.sigma(torch.tensor(0.9, dtype=torch.float64)))
     if sigma > STEEP:
         return [

@@ -14,12 +14,13 @@ from zigflow.processes.process import ModelFunction, working_dtype
 from zigflow.registry import unknown_name
 
 from .conditions import map_tensors, padding_index
-from .doubts import Doubts, ode_doubts
+from .doubts import Doubts, adams_doubt, ode_doubts
 from .guidance import Guided
 from .likelihood import Likelihood, Probe, augmented_drift, prior_log_density, probe_source
 from .ode_fixed import FixedStep
 from .solver import (
     SAMPLERS,
+    TORCHDIFFEQ,
     Callback,
     Drift,
     OdeSolver,
@@ -109,9 +110,14 @@ class OdeSampler:
 
     def doubts(self, process: Process) -> list[str]:
         """What is known to be worse than DDIM with as many calls; the warnings of a run."""
-        if not isinstance(self.solver, FixedStep):
+        known = self.method.removeprefix(TORCHDIFFEQ)
+        if known != self.method and known.endswith("adams"):
+            return [adams_doubt(self.method)]
+        # The same tableau under torchdiffeq's name has the same error.
+        solver = SAMPLERS.get(known) if known in SAMPLERS else self.solver
+        if not isinstance(solver, FixedStep):
             return []
-        return ode_doubts(self.solver, self.num_intervals, getattr(process, "path", None))
+        return ode_doubts(solver, self.num_intervals, getattr(process, "path", None), self.method)
 
     @torch.no_grad()
     def sample(
