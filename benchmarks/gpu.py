@@ -27,7 +27,6 @@ from gpu_plan import STAGE_SECONDS, STAGES, Measurement, plan
 from gpu_results import FAILURES, Results, read
 from gpu_table import table
 from gpu_worker import Worker
-from kernels import packages
 from machine import ROOT, chosen_device, circumstances
 
 DEFAULT = ROOT / "benchmarks" / "results" / "gpu.json"
@@ -49,8 +48,9 @@ def measure(measurement: Measurement, results: Results, worker: Worker, checks, 
     if not measurement.twice:
         return worker.ask(measurement.function, arguments, seconds)
     said = []
-    for _ in range(2):
-        worker.stop()
+    for fresh in (False, True):
+        if fresh:
+            worker.stop()
         said.append(worker.ask(measurement.function, arguments, seconds / 2))
         if said[-1]["status"] != "done":
             return said[-1]
@@ -95,8 +95,13 @@ def listing(measurements: list[Measurement], results: Results) -> str:
         own = [m for m in measurements if m.stage == stage]
         done = sum(results.settled(m) and (results.entry(m) or {})["status"] == "done" for m in own)
         bad = sum((results.entry(m) or {}).get("status") in FAILURES for m in own)
-        failed = f", {bad} wrong or failed" if bad else ""
-        lines.append(f"{stage:12} {done:4} of {len(own):3} done{failed}\n             {text}")
+        old = sum(results.stale(m) for m in own)
+        more = [
+            f", {count} {what}"
+            for count, what in ((bad, "wrong or failed"), (old, "of other kernels"))
+            if count
+        ]
+        lines.append(f"{stage:12} {done:4} of {len(own):3} done{''.join(more)}\n             {text}")
     return "\n".join(lines)
 
 
@@ -180,6 +185,9 @@ def main() -> int:
         )
         return 0
     device = device_of(options)
+    # Takes seconds to import, which a list or a table need not.
+    from kernels import packages
+
     start = {**circumstances(device, options.note), "packages": packages()}
     results = Results(options.output, start, options.dry_run)
     chosen = [m for m in every if m.stage in (options.stage or STAGES)]

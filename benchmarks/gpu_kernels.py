@@ -24,7 +24,8 @@ from scan_cases import LIMITS, arguments
 from torch import Tensor
 
 from dis_causal_conv1d import causal_conv1d
-from dis_mamba import add_norm_modulate, available_backends, gated_add, selective_scan, tokenwise_backends
+from dis_kernels.tokenwise import add_norm_modulate, gated_add, tokenwise_backends
+from dis_mamba import available_backends, selective_scan
 
 TAPS = 4
 HEAD = 64

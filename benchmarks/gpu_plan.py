@@ -1,11 +1,12 @@
-"""What gpu.py measures, in which order, at full size or, for a dry run, at a tiny one."""
+"""What gpu.py measures, in which order, at full size or, for a dry run, at a tiny one.
+
+Imports nothing that takes long, so that a list or a table is there at once.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-import gpu_kernels
-import gpu_models
-from kernels_gpu import SHAPES
+from shapes import SHAPES
 
 TOKENWISE = "tokenwise"
 SCAN, CONV = "selective_scan", "causal_conv1d"
@@ -14,15 +15,6 @@ DTYPES = ("bfloat16", "float32", "float16")
 # Seconds of a stage: what a session of fifteen minutes on a rented GPU holds twice, with room for its start.
 STAGE_SECONDS = 480
 
-FUNCTIONS = {
-    function.__name__: function
-    for function in (
-        gpu_kernels.check_scan, gpu_kernels.check_conv, gpu_kernels.check_tokens, gpu_kernels.time_scan,
-        gpu_kernels.time_conv, gpu_kernels.time_tokens, gpu_kernels.time_attention, gpu_kernels.bits_of_kernels,
-        gpu_models.step, gpu_models.images_per_second, gpu_models.bits_of_steps,
-    )
-}  # fmt: skip
-
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
@@ -30,12 +22,12 @@ class Measurement:
 
     Attributes:
         name: unique in its stage.
-        function: a name in ``FUNCTIONS``.
+        function: a name in ``gpu_functions.FUNCTIONS``.
         arguments: its keywords but for the device, plain JSON values.
         seconds: after which it is stopped.
         needs: (operation, dtype) whose kernels must be right. A measurement of one operation leaves a wrong one out and
             times its peers; one of a whole model is not made.
-        twice: run it in two new processes and compare what they say.
+        twice: run it again in a new process and compare what both say.
         must_agree: a difference between the two is wrong, not just told.
     """
 

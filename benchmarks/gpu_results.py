@@ -12,7 +12,7 @@ from pathlib import Path
 
 from machine import ROOT, publish
 
-KERNELS = ("dis_causal_conv1d", "dis_mamba")
+KERNELS = ("dis_kernels", "dis_causal_conv1d", "dis_mamba")
 CODE = (*KERNELS, "scans", "zigflow", "model_zigma.py", "benchmarks")
 FAILURES = ("wrong", "failed", "crashed", "timed out")
 
@@ -75,7 +75,7 @@ class Results:
         return measurement.stage != "kernels" or entry["kernels"] == self.now["kernels"]
 
     def stale(self, measurement) -> bool:
-        """A timing of other kernels than those that are here."""
+        """A result of other kernels than those that are here."""
         entry = self.entry(measurement)
         return entry is not None and entry["kernels"] != self.now["kernels"]
 

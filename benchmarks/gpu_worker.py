@@ -92,7 +92,7 @@ def _shown(path: Path) -> str:
 class Worker:
     """A process that measures; started at the first request, and again after it was stopped."""
 
-    def __init__(self, device: str, functions: str = "gpu_plan"):
+    def __init__(self, device: str, functions: str = "gpu_functions"):
         self.device, self.functions = device, functions
         self._process = None
 

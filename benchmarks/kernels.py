@@ -28,7 +28,7 @@ from scan_cases import arguments, check, published_loop
 from torch import Tensor
 
 import dis_mamba
-from dis_causal_conv1d.native import NativeError, NativeLibrary, compiler, compiler_version, parallel_address
+from dis_kernels.native import NativeError, NativeLibrary, compiler, compiler_version, parallel_address
 from dis_mamba import MambaMixer, selective_scan
 from zigflow.engine.freed_memory import keep_freed_memory
 

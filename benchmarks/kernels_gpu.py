@@ -21,6 +21,7 @@ from functools import cache, partial
 import torch
 from machine import Report
 from scan_cases import LIMITS, Wrong, arguments, check, published_loop
+from shapes import SHAPES
 from torch import Tensor
 
 import dis_causal_conv1d
@@ -28,13 +29,6 @@ import dis_mamba
 from dis_causal_conv1d import causal_conv1d
 from dis_mamba import selective_scan
 
-SHAPES = [
-    (16, 1024, 1536, 16),
-    (64, 256, 1536, 16),
-    (8, 4096, 1536, 16),
-    (1, 1024, 1536, 16),
-    (16, 1024, 3072, 16),
-]
 # Beside the N exponentials of a state's decay: the step's softplus (two) and the gate's sigmoid.
 EXPONENTIALS_PER_CHANNEL = 3
 # Multiplications and additions of a state and its share of the output; in backward the states are made again first.

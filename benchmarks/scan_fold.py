@@ -19,7 +19,7 @@ import torch
 from machine import Report, chosen_device, circumstances
 from torch._inductor.utils import run_and_get_code
 
-from dis_mamba import backends
+from dis_kernels.tokenwise import backends
 from model_zigma import ZigMa
 
 WALKS = {"raster": "v1", "zigzag": "zigzagN8"}

@@ -31,12 +31,12 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from dis_causal_conv1d.backends import triton_conv  # noqa: E402
 from dis_causal_conv1d.backends import triton_kernels as conv_kernels  # noqa: E402
+from dis_kernels.tokenwise import triton_kernels as token_kernels  # noqa: E402
+from dis_kernels.tokenwise import triton_tokenwise  # noqa: E402
 from dis_mamba.backends import (  # noqa: E402
     triton_backward,
     triton_kernels,
     triton_scan,
-    triton_tokenwise,
-    triton_tokenwise_kernels,
 )
 
 STATES = (1, 4, 16, 17, 64, 256)
@@ -103,7 +103,7 @@ def tokenwise_kernels(width: int) -> dict[str, tuple]:
         "write_backward": own,
     }
     return {
-        name: (getattr(triton_tokenwise_kernels, name), constants, tile["num_warps"])
+        name: (getattr(token_kernels, name), constants, tile["num_warps"])
         for name, constants in options.items()
     }
 
@@ -183,7 +183,7 @@ def measured(binary: bytes) -> dict[str, int]:
 def sources() -> str:
     """A hash of the kernels and of the sizes they are launched with."""
     digest = hashlib.sha256()
-    for module in (triton_kernels, triton_backward, conv_kernels, triton_tokenwise_kernels):
+    for module in (triton_kernels, triton_backward, conv_kernels, token_kernels):
         digest.update(inspect.getsource(module).encode())
     launches = [list(scan_kernels(n, arch, False).items()) for n in STATES for arch in (80, 90)]
     launches += [list(tokenwise_kernels(width).items()) for width in WIDTHS]

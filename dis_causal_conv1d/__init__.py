@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
+from dis_kernels import use_backend
+from dis_kernels.checks import check_sequence, check_tensor
+
 from .backends import CONV
 from .backends.call import ConvCall
-from .checks import check_sequence, check_tensor
-from .dispatch import use_backend
 
 __all__ = ["available_backends", "causal_conv1d", "use_backend"]
 

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dis_causal_conv1d import causal_conv1d
+from dis_kernels.dtypes import state_dtype
+from dis_kernels.tokenwise import permute
 
-from .backends.call import state_dtype
 from .initialisation import init_step_projection, skip_weight, state_matrix_log
-from .permutation import permute
 from .scan import selective_scan
 
 

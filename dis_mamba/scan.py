@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
-from dis_causal_conv1d.checks import check_sequence, check_tensor
+from dis_kernels.checks import check_sequence, check_tensor
+from dis_kernels.dtypes import state_dtype
 
 from .backends import SCAN
-from .backends.call import ScanCall, state_dtype
+from .backends.call import ScanCall
 
 
 def selective_scan(

@@ -14,7 +14,17 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-NAMES = ("gpu", "gpu_plan", "gpu_results", "gpu_table", "gpu_worker", "gpu_kernels", "kernels_gpu", "machine")
+NAMES = (
+    "gpu",
+    "gpu_plan",
+    "gpu_functions",
+    "gpu_results",
+    "gpu_table",
+    "gpu_worker",
+    "gpu_kernels",
+    "kernels_gpu",
+    "machine",
+)
 RUN = {"hardware": "a card", "commit": "c" * 40, "versions": {"torch": "2"}}
 
 
@@ -59,7 +69,7 @@ def test_names_are_unique_and_every_function_is_planned(bench):
         names = [(m.stage, m.name) for m in every]
         assert len(set(names)) == len(names)
         assert list(dict.fromkeys(m.stage for m in every)) == list(bench.gpu_plan.STAGES)
-        assert {m.function for m in every} == set(bench.gpu_plan.FUNCTIONS)
+        assert {m.function for m in every} == set(bench.gpu_functions.FUNCTIONS)
         assert all(m.seconds <= bench.gpu_plan.STAGE_SECONDS for m in every)
         json.dumps([m.arguments for m in every])
 
@@ -96,7 +106,7 @@ def test_kernels_are_checked_and_timed_at_tiny_sizes(bench, monkeypatch):
         given = dict(measurement.arguments)
         if measurement.function.startswith("time_"):
             given["refused"] = {}
-        found = bench.gpu_plan.FUNCTIONS[measurement.function](**given, device="cpu")
+        found = bench.gpu_functions.FUNCTIONS[measurement.function](**given, device="cpu")
         assert not found.get("wrong"), (measurement.name, found)
         json.dumps(found, allow_nan=False)
         if measurement.stage == "kernels":
@@ -131,7 +141,7 @@ def test_a_wrong_kernel_is_found(bench, monkeypatch, op, fault):
         "selective_scan": ("check_scan", {"shape": (1, 5, 8, 2), "reverse": True}),
         "causal_conv1d": ("check_conv", {"shape": (1, 5, 8), "reverse": True}),
     }.get(op, ("check_tokens", {"shape": (1, 5, 8), "stream": "float32", "centered": False}))
-    found = bench.gpu_plan.FUNCTIONS[function](**given, dtype="float32", device="cpu")
+    found = bench.gpu_functions.FUNCTIONS[function](**given, dtype="float32", device="cpu")
     assert found["wrong"] and "allowed" in found["wrong"][0]
     json.dumps(found, allow_nan=False)
 
@@ -216,6 +226,9 @@ def test_what_is_stored_is_not_measured_again(bench, tmp_path, monkeypatch):
     assert asked(code="other") == ["raises"]
     assert asked(code="other") == []
     assert asked(kernels="other") == ["right"]  # the check alone
+    listed = bench.gpu.listing([check, timing, broken], bench.gpu_results.Results(target, RUN, False))
+    assert "sizes           2 of   2 done\n" in listed
+    assert "kernels         0 of   1 done, 1 of other kernels\n" in listed
     worker = Scripted(*(3 * [done()]))
     bench.gpu.run([check, timing, broken], [check], results, worker, options(again=True))
     assert len(worker.asked) == 3
@@ -274,7 +287,7 @@ def test_a_refused_kernel_is_left_out_and_its_peers_are_timed(bench):
         ("time_tokens", (1, 5, 4)),
     ):
         more = {"compiler": "eager"} if function == "time_tokens" else {}
-        found = bench.gpu_plan.FUNCTIONS[function](
+        found = bench.gpu_functions.FUNCTIONS[function](
             shape, "float32", 1, {"torch": "it is wrong"}, **more, device="cpu"
         )
         assert "torch" not in found["milliseconds"]["forward"] and found["milliseconds"]["forward"]
@@ -339,29 +352,26 @@ def command(*words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "stages",
-    [
-        ("kernels", "peers", "determinism"),
-        ("kernels", "steps", "published"),
-        ("kernels", "sizes", "families"),
-    ],
+    "stages", [("peers",), ("determinism",), ("published",), ("steps", "sizes", "families")], ids="-".join
 )
 def test_the_plan_runs_on_a_cpu(bench, tmp_path, stages):
-    target = tmp_path / "gpu.json"
+    target, stages = tmp_path / "gpu.json", ("kernels", *stages)
     made = command("--dry-run", "--stage", *stages, "--output", str(target))
     assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
     stored = json.loads(target.read_text())
     assert stored["dry_run"] and stored["runs"][0]["versions"]["torch"] == torch.__version__
+    planned = [m for m in bench.gpu_plan.plan(True) if m.stage in stages]
     for stage in stages:
-        planned = {m.name for m in bench.gpu_plan.plan(True) if m.stage == stage}
-        assert planned == set(stored["stages"][stage])
+        assert {m.name for m in planned if m.stage == stage} == set(stored["stages"][stage])
         assert all(entry["status"] == "done" for entry in stored["stages"][stage].values())
-    again = command("--dry-run", "--stage", *stages, "--output", str(target))
-    assert again.returncode == 0 and "kernels:" not in again.stdout, "nothing is measured twice"
-    text = command("--dry-run", "--table", "--output", str(target)).stdout
+    results, worker = bench.gpu_results.Results(target, stored["runs"][0], True), Scripted()
+    assert bench.gpu.run(planned, planned, results, worker, options()) == [] and not worker.asked
+    text = bench.gpu_table.table(stored)
     assert "the numbers mean nothing" in text
     for stage in stages:
         title = bench.gpu_plan.STAGES[stage]
         assert f"### {title[0].upper()}{title[1:]}" in text
-    widths = [line.count("|") for line in text.splitlines() if line.startswith("|")]
-    assert widths and min(widths) > 2
+    tables = [lines.splitlines() for lines in text.split("\n\n") if lines.startswith("|")]
+    assert len(tables) >= len(stages)
+    for lines in tables:
+        assert len(lines) > 2 and len({line.count("|") for line in lines}) == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dis_mamba import tokenwise_backends
+from dis_kernels.tokenwise import tokenwise_backends
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "models.py"

@@ -153,7 +153,10 @@ def check_optimizer(settings: Settings) -> OptimizerFactory:
         key = "optim.name" if optim._target_ is None else "optim._target_"
         raise SettingsError(f"{key}: {' '.join(str(error).split())}") from error
     if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
-        return ClassFactory(found)
+        try:
+            return ClassFactory(found)
+        except ValueError as error:
+            raise SettingsError(f"optim._target_: {error}") from error
     if not callable(found):
         raise SettingsError(
             f"optim._target_={optim._target_} is neither an optimizer's class nor a function of a model"

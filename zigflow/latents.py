@@ -96,7 +96,7 @@ class LatentScale:
 
         Raises:
             ValueError: what is stated contradicts the folder, key and both values named; or it says nothing that could
-                be applied.
+                be applied; or ``own_scale`` without anything stated.
         """
         stated = {
             "scale": scale,
@@ -105,6 +105,11 @@ class LatentScale:
             "std": None if latents_std is None else tuple(map(float, latents_std)),
         }
         given = {key: value for key, value in stated.items() if value is not None}
+        if own_scale and not given:
+            raise ValueError(
+                "own_scale=true keeps the scale that is stated, and none is: give scale, or drop own_scale and take "
+                "what the autoencoder says"
+            )
         if path is None or is_checkpoint_file(path) or own_scale:
             return cls(**given)
         said = _said_by(path)

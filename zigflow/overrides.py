@@ -76,7 +76,7 @@ def _forced(overrides: list[str], key: str | None, parent: Any) -> list[str]:
 
 
 def _is_read(key: str, parent: Any, typed: list[re.Match[str]]) -> bool:
-    if has_field(Settings, key):
+    if has_field(Settings, key) or key.startswith("optim.args."):
         return True
     for node in _NODES:
         name, _, _ = key.removeprefix(f"{node}.").partition(".")

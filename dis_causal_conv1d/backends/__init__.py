@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dis_causal_conv1d.dispatch import Dispatcher
+from dis_kernels.dispatch import Dispatcher
 
 from .call import ConvCall
 from .cpu import CpuConv

@@ -1,18 +1,20 @@
-"""The causal convolution in C++: ``csrc/conv.cpp``, compiled on first use (``dis_causal_conv1d.native``)."""
+"""The causal convolution in C++: ``csrc/conv.cpp``, compiled on first use (``dis_kernels.native``)."""
 
 import struct
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dis_causal_conv1d.dispatch import transform_reason
-from dis_causal_conv1d.native import HEADERS, NativeLibrary, parallel_address, pointer, rows_in_one_piece
+from dis_kernels.dispatch import transform_reason
+from dis_kernels.dtypes import state_dtype
+from dis_kernels.native import NativeLibrary, parallel_address, pointer, rows_in_one_piece
 
 from .call import ConvCall
-from .gradient import accumulator, empty_gradients, register
+from .gradient import empty_gradients, register
 
 MOST_TAPS = 16
-LIBRARY = NativeLibrary(HEADERS / "conv.cpp", {"ZIGFLOW_MOST_TAPS": MOST_TAPS})
+LIBRARY = NativeLibrary(Path(__file__).parents[1] / "csrc" / "conv.cpp", {"ZIGFLOW_MOST_TAPS": MOST_TAPS})
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _CALL = struct.Struct("9q4Q4q5Q")
 
@@ -33,7 +35,7 @@ class CpuConv:
         return transform_reason(call[:3])
 
     def run(self, call: ConvCall) -> Tensor:
-        dtype = accumulator(call.x.dtype)
+        dtype = state_dtype(call.x.dtype)
         bias = None if call.bias is None else call.bias.to(dtype)
         x = call.x if call.x.dtype in _DTYPES else call.x.to(dtype)
         return cpu_conv(x, call.weight.to(dtype), bias, call.silu, call.reverse).to(call.x.dtype)

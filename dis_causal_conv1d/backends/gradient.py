@@ -11,15 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from dis_kernels.dtypes import state_dtype
 
 
 def empty_gradients(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialized contiguous memory for a backward operator's results."""
-    no_bias = x.new_empty(0, dtype=accumulator(x.dtype))
+    no_bias = x.new_empty(0, dtype=state_dtype(x.dtype))
     return (
         x.new_empty(x.shape),
         weight.new_empty(weight.shape),

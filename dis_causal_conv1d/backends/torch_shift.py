@@ -11,11 +11,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dis_causal_conv1d.dispatch import transform_reason
-from dis_causal_conv1d.elementwise import elementwise, room, sum_of_tokens
+from dis_kernels.dispatch import transform_reason
+from dis_kernels.dtypes import state_dtype
+from dis_kernels.elementwise import elementwise, room, sum_of_tokens
 
 from .call import ConvCall
-from .gradient import accumulator, register
+from .gradient import register
 
 _BLOCK_ELEMENTS_CPU = 1 << 18
 _BLOCK_ELEMENTS_DEVICE = 1 << 27
@@ -39,7 +40,7 @@ class TorchConv:
 @torch.library.custom_op("zigflow::shifted_conv", mutates_args=())
 def shifted_conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
     """The convolution (B,L,E) in the dtype of ``x``, accumulated in float32 (float64 for float64)."""
-    dtype = accumulator(x.dtype)
+    dtype = state_dtype(x.dtype)
     out = x.new_empty(x.shape)
     with torch.autocast(x.device.type, enabled=False):
         taps_WE, bias = _parameters(weight, bias, dtype)
@@ -54,7 +55,7 @@ def shifted_conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, each in its tensor's dtype; the last is empty without a bias."""
-    dtype = accumulator(x.dtype)
+    dtype = state_dtype(x.dtype)
     width = weight.shape[1]
     grad_x = x.new_empty(x.shape)
     grad_taps_WE = torch.zeros((width, x.shape[2]), dtype=dtype, device=x.device)

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -19,8 +18,3 @@ class ScanCall(NamedTuple):
     delta_bias: Tensor | None
     delta_softplus: bool
     reverse: bool
-
-
-def state_dtype(u_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the recurrence: float64 for float64 input, else float32."""
-    return torch.float64 if u_dtype == torch.float64 else torch.float32

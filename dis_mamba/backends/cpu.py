@@ -1,4 +1,4 @@
-"""The selective scan in C++: ``csrc/scan.cpp``, compiled on first use (``dis_causal_conv1d.native``)."""
+"""The selective scan in C++: ``csrc/scan.cpp``, compiled on first use (``dis_kernels.native``)."""
 
 import struct
 from functools import lru_cache
@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dis_causal_conv1d.dispatch import transform_reason
-from dis_causal_conv1d.native import NativeLibrary, parallel_address, pointer, rows_in_one_piece
+from dis_kernels.dispatch import transform_reason
+from dis_kernels.dtypes import state_dtype
+from dis_kernels.native import NativeLibrary, parallel_address, pointer, rows_in_one_piece
 
-from .call import ScanCall, state_dtype
+from .call import ScanCall
 from .gradient import CHUNK, empty_gradients, empty_outputs, register
 
 LIBRARY = NativeLibrary(Path(__file__).parents[1] / "csrc" / "scan.cpp", {"ZIGFLOW_CHUNK": CHUNK})

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dis_causal_conv1d.backends.cuda_package import check_probe, refusal, tensor_reason
-from dis_causal_conv1d.dispatch import transform_reason
+from dis_kernels.dispatch import transform_reason
+from dis_kernels.installed import check_probe, refusal, tensor_reason
 
 from .call import ScanCall
 from .gradient import empty_gradients

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .call import state_dtype
+from dis_kernels.dtypes import state_dtype
 
 CHUNK = 32
 

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import ScanCall, state_dtype
+from dis_kernels.dtypes import state_dtype
+
+from .call import ScanCall
 
 
 class ReferenceScan:

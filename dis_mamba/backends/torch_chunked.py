@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dis_causal_conv1d.dispatch import transform_reason
-from dis_causal_conv1d.elementwise import elementwise, room, spare, sum_of_states, sum_of_tokens
+from dis_kernels.dispatch import transform_reason
+from dis_kernels.dtypes import state_dtype
+from dis_kernels.elementwise import elementwise, room, spare, sum_of_states, sum_of_tokens
 
-from .call import ScanCall, state_dtype
+from .call import ScanCall
 from .gradient import CHUNK, chunk_of, empty_outputs, register
 
 _LOG2_E = math.log2(math.e)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dis_causal_conv1d.backends.triton_conv import GRID_LIMITS, interpreted, launch_reason, unavailable
-from dis_causal_conv1d.dispatch import transform_reason
+from dis_kernels.dispatch import transform_reason
+from dis_kernels.triton_launch import GRID_LIMITS, interpreted, launch_reason, unavailable
 
 from .call import ScanCall
 from .gradient import empty_gradients, empty_outputs, register

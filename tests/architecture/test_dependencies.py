@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from functools import cache
 from importlib import metadata
 
 import pytest
@@ -16,6 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OWN = {
     "zigflow",
     "scans",
+    "dis_kernels",
     "dis_mamba",
     "dis_causal_conv1d",
     "model_zigma",
@@ -37,6 +39,10 @@ DISTRIBUTION = {
 }
 # Parts of torch's own wheel on the platforms that have them.
 WITH_TORCH = {"triton"}
+
+
+# Reading what is installed takes half a second.
+_installed = cache(metadata.packages_distributions)
 
 
 def _normal(name: str) -> str:
@@ -63,8 +69,7 @@ def _third_party(path) -> set[str]:
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_every_import_is_of_a_declared_distribution(module):
-    declared = _declared()
-    installed = metadata.packages_distributions()
+    declared, installed = _declared(), _installed()
     for name in _third_party(MODULES[module]) - WITH_TORCH:
         names = [DISTRIBUTION[name]] if name in DISTRIBUTION else installed.get(name, [name])
         assert any(_normal(n) in declared for n in names), (

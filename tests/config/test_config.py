@@ -59,6 +59,7 @@ def plain(overrides=(), name="default"):
         (["optim.name=adamWW"], ["optim.name", "adamw"]),
         (["optim.name=lbfgs"], ["optim.name", "LBFGS", "several times"]),
         (["+optim._target_=torch.optim.Sophia"], ["optim._target_", "Sophia"]),
+        (["+optim._target_=torch.optim.LBFGS"], ["optim._target_", "several times"]),
         (["+optim._target_=math.pi"], ["optim._target_=math.pi", "function of a model"]),
     ],
 )

@@ -233,3 +233,10 @@ def test_statistics_of_another_number_of_channels_are_an_error():
     codec = AutoencoderKLCodec(latents_mean=[0.0] * 3, latents_std=[1.0] * 3)
     with pytest.raises(ValueError, match="4 channels, the autoencoder's statistics 3"):
         codec.encode(batch(latents=torch.zeros(1, 4, 2, 2)))
+
+
+def test_own_scale_without_a_scale_is_refused(tmp_path):
+    """The name invites to read it as the autoencoder's own scale, which needs no key."""
+    for path in (None, tmp_path):
+        with pytest.raises(ValueError, match="own_scale=true keeps the scale that is stated, and none is"):
+            LatentScale.of(path, own_scale=True)

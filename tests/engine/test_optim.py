@@ -131,6 +131,36 @@ def test_a_class_of_another_package_keeps_its_plain_values_over_a_checkpoint():
     assert target.state[other.enter.weight] == {"count": 3, "mode": "fast", "share": 1 / 3}
 
 
+class TakesAnything(torch.optim.SGD):
+    def __init__(self, params, **kwargs):
+        self.given = dict(kwargs)
+        super().__init__(params, **kwargs)
+
+
+def test_the_rate_reaches_an_optimizer_that_takes_anything_and_is_missed_aloud_otherwise(caplog):
+    made = build_optimizer(ClassFactory(TakesAnything), TinyModel(), common={**COMMON, "weight_decay": 0.1})
+    assert made.given == {"lr": 0.01} and made.param_groups[0]["weight_decay"] == 0.1
+
+    def fixed(model):
+        return torch.optim.SGD(model.parameters(), lr=0.3)
+
+    build_optimizer(fixed, TinyModel(), common=COMMON)
+    assert "optimizer fixed has no lr: the value 0.01 is not used" in caplog.text
+
+
+def test_the_own_defaults_that_stand_are_said(caplog):
+    caplog.set_level("INFO")
+    (group,) = build_optimizer("adagrad", TinyModel(), common=COMMON).param_groups
+    assert group["eps"] == 1e-10
+    assert "optimizer adagrad: eps=1e-10 is its own default; optim.args.eps sets another" in caplog.text
+
+
+@pytest.mark.parametrize("cls", [torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Muon])
+def test_classes_that_cannot_train_are_refused_as_their_names_are(cls):
+    with pytest.raises(ValueError, match=r"cannot train here|optim=muon"):
+        ClassFactory(cls)
+
+
 def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_the_rest():
     model = TinyModel()
     assert {id(p) for p in hidden_matrices(model)} == {id(block.weight) for block in model.blocks}

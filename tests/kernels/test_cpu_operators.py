@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import dis_causal_conv1d.backends.cpu as cpu_conv
 import dis_mamba.backends.cpu as cpu_scan
 from dis_causal_conv1d import causal_conv1d
-from dis_causal_conv1d.native import NativeLibrary
+from dis_kernels.native import NativeLibrary
 from dis_mamba import MambaMixer, selective_scan
 from tests.assertions import assert_close, assert_relative_rms
 from zigflow.nn.checkpointing import checkpointed

@@ -11,7 +11,8 @@ import dis_causal_conv1d
 import dis_mamba
 from dis_causal_conv1d import causal_conv1d
 from dis_causal_conv1d.backends.call import ConvCall
-from dis_causal_conv1d.backends.cuda_package import PackageConv, package_conv, probe_conv, refusal
+from dis_causal_conv1d.backends.cuda_package import PackageConv, package_conv, probe_conv
+from dis_kernels.installed import refusal
 from dis_mamba import selective_scan
 from dis_mamba.backends.call import ScanCall
 from dis_mamba.backends.cuda_package import PackageScan, package_scan, package_scan_backward, probe_scan

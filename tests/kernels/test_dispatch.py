@@ -6,10 +6,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-import dis_causal_conv1d.dispatch as dispatch
+import dis_kernels.dispatch as dispatch
 import dis_mamba
 from dis_causal_conv1d import available_backends, causal_conv1d
-from dis_causal_conv1d.dispatch import Dispatcher, use_backend
+from dis_kernels.dispatch import Dispatcher, use_backend
 from dis_mamba import permute, selective_scan
 
 from .definitions import conv_arguments, scan_arguments
@@ -81,7 +81,7 @@ def test_an_error_is_not_replaced_by_another_backend(make):
 
 def test_a_choice_is_logged_once(make, caplog):
     op = make(FakeBackend("small", limit=3), FakeBackend("any"))
-    with caplog.at_level(logging.INFO, logger="dis_causal_conv1d.dispatch"):
+    with caplog.at_level(logging.INFO, logger="dis_kernels.dispatch"):
         for size in (1, 1, 9, 9, 1):
             op.run(Call(size))
     assert [record.getMessage() for record in caplog.records] == [
@@ -93,7 +93,7 @@ def test_a_choice_is_logged_once(make, caplog):
 def test_what_only_counts_is_no_choice(monkeypatch, caplog):
     """A model's operations are counted on the meta device, before it runs on another backend."""
     monkeypatch.setattr(dispatch, "_announced", set())
-    with caplog.at_level(logging.INFO, logger="dis_causal_conv1d.dispatch"):
+    with caplog.at_level(logging.INFO, logger="dis_kernels.dispatch"):
         with use_backend("torch"):
             causal_conv1d(torch.empty(1, 4, 2, device="meta"), torch.empty(2, 3, device="meta"))
         assert caplog.records == []

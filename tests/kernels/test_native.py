@@ -14,8 +14,9 @@ import torch
 
 import dis_causal_conv1d.backends.cpu as conv
 import dis_mamba.backends.cpu as cpu
-from dis_causal_conv1d import causal_conv1d, native
-from dis_causal_conv1d.native import NativeError, NativeLibrary
+from dis_causal_conv1d import causal_conv1d
+from dis_kernels import native
+from dis_kernels.native import NativeError, NativeLibrary
 from dis_mamba import available_backends, selective_scan
 from tests.assertions import assert_close
 
@@ -100,7 +101,7 @@ def test_libraries_that_compile_at_once_do_not_meet(source):
 @pytest.mark.slow
 def test_processes_that_compile_at_once_do_not_meet(source):
     code = (
-        "import sys; from pathlib import Path; from dis_causal_conv1d.native import NativeLibrary; "
+        "import sys; from pathlib import Path; from dis_kernels.native import NativeLibrary; "
         "print(NativeLibrary(Path(sys.argv[1]), {'ANSWER': 7}).load().answer())"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(native.__file__).parents[1])}

@@ -21,13 +21,14 @@ import dis_causal_conv1d
 import dis_mamba
 from dis_causal_conv1d.backends import triton_conv
 from dis_causal_conv1d.backends.call import ConvCall
-from dis_mamba import add_norm_modulate, gated_add, selective_scan
-from dis_mamba.backends import triton_scan, triton_tokenwise
+from dis_kernels.tokenwise import add_norm_modulate, gated_add, triton_tokenwise
+from dis_kernels.tokenwise.call import ReadCall, WriteCall
+from dis_mamba import selective_scan
+from dis_mamba.backends import triton_scan
 from dis_mamba.backends.call import ScanCall
-from dis_mamba.backends.tokenwise import ReadCall, WriteCall
 
 from .definitions import scan_arguments, with_gradients
-from .tokenwise_definitions import a_walk, read_arguments, write_arguments
+from .tokenwise.definitions import a_walk, read_arguments, write_arguments
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -54,7 +55,7 @@ needs_triton = pytest.mark.skipif(not has_triton, reason="triton has no package 
 def test_interpreted_kernels_agree_with_the_definitions():
     done = run("-m", "tests.kernels.triton_interpreter", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    files = ("triton_interpreter.py", "triton_tokenwise_checks.py")
+    files = ("triton_interpreter.py", "tokenwise/triton_checks.py")
     text = "".join((ROOT / "tests/kernels" / name).read_text() for name in files)
     checks = re.findall(r"^@check\ndef (\w+)", text, re.M)
     assert [line for line in done.stdout.splitlines() if line.endswith(": passed")] == [

@@ -28,7 +28,7 @@ from tests.kernels.definitions import (
     with_gradients,
 )
 from tests.kernels.operators import CountOperators
-from tests.kernels.triton_tokenwise_checks import CHECKS as TOKENWISE
+from tests.kernels.tokenwise.triton_checks import CHECKS as TOKENWISE
 from zigflow.nn.checkpointing import checkpointed
 
 ALL = ("D", "z", "delta_bias")

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 
-from dis_mamba import MambaMixer, add_norm_modulate
+from dis_kernels.tokenwise import add_norm_modulate
+from dis_mamba import MambaMixer
 from tests.assertions import assert_close
 from tests.kernels.operators import CountOperators, needs_compiler
-from tests.kernels.tokenwise_definitions import a_walk, read_arguments
+from tests.kernels.tokenwise.definitions import a_walk, read_arguments
 from zigflow.nn import LayerNorm, RMSNorm, modulate, permute, read_stream
 from zigflow.nn.checkpointing import checkpointed
 

@@ -26,7 +26,8 @@ def test_top_level_names_shadow_nobody(wheel):
     names = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     packages = {n for n in names if not n.endswith(".dist-info")}
     assert packages == {
-        "zigflow", "scans", "dis_mamba", "dis_causal_conv1d", "model_zigma.py", "train_acc.py", "sample_acc.py"
+        "zigflow", "scans", "dis_kernels", "dis_mamba", "dis_causal_conv1d", "model_zigma.py", "train_acc.py",
+        "sample_acc.py",
     }  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def test_every_yaml_and_data_source_travels(wheel):
     for folder, suffix in (("config", "*.yaml"), ("datasets", "*.py")):
         for path in (ROOT / folder).rglob(suffix):
             assert f"zigflow/{path.relative_to(ROOT)}" in names
-    for path in [*ROOT.glob("dis_*/csrc/*.cpp"), *ROOT.glob("dis_*/csrc/*.h")]:
+    for path in [*ROOT.glob("dis_*/**/csrc/*.cpp"), *ROOT.glob("dis_*/**/csrc/*.h")]:
         assert str(path.relative_to(ROOT)) in names
 
 

@@ -87,10 +87,16 @@ class Fixture:
         """As :meth:`setting`, of a name."""
         if name in self.meta:
             return self.meta[name]
-        for pattern in (*patterns, rf"(?<![\w.]){re.escape(name)} ?[:=] ?(\w+)"):
+        for pattern in (*patterns, rf"(?<![\w.]){re.escape(name)}[ :=]+(\w+)"):
             if match := re.search(pattern, self.prose):
                 return match[1]
         return self._told(name, told)
+
+    def flag(self, name: str) -> bool:
+        """As :meth:`word`, of True or False."""
+        said = str(self.word(name))
+        assert said.lower() in ("true", "false"), f"{self.path.name} says {said} of {name}"
+        return said.lower() == "true"
 
     def _told(self, name: str, told: Mapping[str, Any] | None) -> Any:
         """What the first of the words that the prose has stands for."""

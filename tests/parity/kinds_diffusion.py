@@ -49,7 +49,7 @@ class Toy:
 
 
 def gaussian_settings(fixture, learn_sigma=None):
-    """Keywords of Gaussian from the published ``create_diffusion`` options; its defaults where none are stored.
+    """Keywords of Gaussian from the published ``create_diffusion`` options; its defaults where none are told.
 
     Args:
         learn_sigma: what the network says of it, where there is one.
@@ -63,7 +63,7 @@ def gaussian_settings(fixture, learn_sigma=None):
     schedule = options.pop("noise_schedule", None) or meta.get("schedule", "linear")
     settings = {
         "betas": schedule,
-        "num_steps": options.pop("diffusion_steps", meta.get("diffusion_steps", 1000)),
+        "num_steps": options.pop("diffusion_steps", None) or steps_of(fixture),
         "prediction": "data" if options.pop("predict_xstart", False) else "noise",
         "variance": "learned_range" if learned else "fixed_small" if small else "fixed_large",
         "loss": "rescaled_kl" if kl else "rescaled_mse" if rescaled else "mse",
@@ -72,6 +72,12 @@ def gaussian_settings(fixture, learn_sigma=None):
         f"{fixture.path.name}: create_diffusion has {sorted(options)}, which nothing here reads"
     )
     return settings
+
+
+def steps_of(fixture):
+    """The number of diffusion steps by its key or in the prose; both say nothing of it where it is the default."""
+    told = re.search(r"create_diffusion\([^)]*\),? (\d+) steps|betas \S+ x ?(\d+)", fixture.prose)
+    return fixture.meta.get("diffusion_steps", int(told[1] or told[2]) if told else 1000)
 
 
 def gaussian_process(fixture, learn_sigma=None, **more):
@@ -267,9 +273,9 @@ def check_sampler(fixture, case):
 
 @parity_kind("dit.reverse_bpd")
 def check_reverse_bpd(fixture, case):
-    meta, stored, spacing = fixture.meta, fixture.tensors, fixture.meta["respacing"]
+    stored, spacing = fixture.tensors, fixture.meta["respacing"]
     process, toy = gaussian_process(fixture), gaussian_toy(fixture)
-    sampler = ChainSampler("ddim", spacing, clip_denoised=meta.get("clip_denoised", False))
+    sampler = ChainSampler("ddim", spacing, clip_denoised=fixture.flag("clip_denoised"))
     got = sampler.encode(process, toy, stored["x0"], return_trajectory=True)
     assert_close("reverse", got, stored["reverse"])
     for dtype in (torch.float32, torch.float64):

@@ -34,7 +34,7 @@ def check_dit(fixture: Fixture, case: str) -> None:
         sampled = Guided(model, meta["cfg_scale"], channels=model.guided_channels, process=process)
     # Drawn as published whether the steps need it or not.
     assert stored["noise"].shape == stored["samples"].shape
-    sampler = ChainSampler(meta["kind"], meta["respacing"], meta["eta"], meta.get("clip_denoised", False))
+    sampler = ChainSampler(meta["kind"], meta["respacing"], meta["eta"], fixture.flag("clip_denoised"))
     got = sampler.sample(
         process,
         sampled,

@@ -97,6 +97,7 @@ def check_orders(fixture: Fixture, case: str) -> None:
         tokens = np.arange(len(layout))
         for layer, (before, now) in enumerate(item["chain"]):
             want = np.array(orders[str(now)])
+            assert before == (item["chain"][layer - 1][1] if layer else 0), f"layer {layer}"
             np.testing.assert_array_equal(schedule[layer].path.order, np.r_[:front, want + front])
             if layer:
                 previous = np.array(orders[str(before)])

@@ -13,11 +13,14 @@ import torch
 from PIL import Image
 
 from tests.parity import definitions as define
+from tests.parity.second_core import core
 from tests.parity.second_dim import DIM
 from tests.parity.second_drawn import DRAWN
 from tests.parity.second_networks import networks
 from tests.parity.second_processes import PROCESSES, Maker
+from tests.parity.second_sampled import sampled_uvit
 from tests.parity.second_training import drawn, sampled, stepped
+from tests.parity.second_transport import TRANSPORT
 from tests.parity.second_zigma import ZIGMA
 
 
@@ -104,16 +107,11 @@ def zigma_parts(maker: Maker) -> None:
 
 
 PARTS = (
-    networks,
-    functions,
-    measured,
-    zigma_parts,
-    stepped,
-    sampled,
-    drawn,
+    *(networks, functions, measured, zigma_parts, stepped, sampled, sampled_uvit, core, drawn),
     *DRAWN,
     *ZIGMA,
     *DIM,
+    *TRANSPORT,
     *PROCESSES,
 )
 

@@ -225,7 +225,7 @@ def upsampled_dim(maker: Maker) -> None:
 
     small = torch.randn(2, 1, 2, 2)
     stored |= {"lo.in.x": small, "lo.out": noise(small, stored["in.t"], stored["in.y"]).float()}
-    for i, times in enumerate(([0.95, 0.3], [0.5, 0.46])):
+    for i, times in enumerate(([0.95, 0.35], [0.5, 0.46])):
         parts = upsampled(stored["in.x"], torch.tensor(times), stored["in.y"])
         stored |= {f"ug.{i}.{k}": v.float() for k, v in parts.items()}
     meta = maker.read("dim_large")

@@ -132,7 +132,8 @@ def backwards(maker: Maker) -> None:
     x, reverse = x1.double(), []
     for place in range(count - 1):
         eps = net(x, place)
-        data = (x - (1 - short[place]).sqrt() * eps) / short[place].sqrt()
+        data = ((x - (1 - short[place]).sqrt() * eps) / short[place].sqrt()).clamp(-1, 1)
+        eps = (x - short[place].sqrt() * data) / (1 - short[place]).sqrt()
         x = after[place].sqrt() * data + (1 - after[place]).sqrt() * eps
         reverse.append(x.float())
     mean_over = lambda v: v.mean((1, 2, 3))  # noqa: E731
@@ -164,7 +165,7 @@ def backwards(maker: Maker) -> None:
     tensors = {f"bpd.{k}": torch.stack(v, 1).float() for k, v in columns.items()}
     maker.write("backwards", {
         "fixture_kind": "dit.reverse_bpd", "sd": sd, "respacing": str(count), "schedule": "squaredcos_cap_v2",
-        "create_diffusion": {"learn_sigma": False},
+        "create_diffusion": {"learn_sigma": False}, "clip_denoised": True,
     }, tensors | {
         "toy.mu": mu, "x0": x1, "reverse": torch.stack(reverse), "noise": torch.stack(noises),
         "bpd.prior_bpd": prior.float(), "bpd.total_bpd": (prior + torch.stack(vb, 1).sum(1)).float(),

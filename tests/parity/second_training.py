@@ -28,8 +28,8 @@ def stepped(maker: Maker) -> None:
         state = random_state(family, kwargs, 1)
         p = {k: v.double().requires_grad_(k != "pos_embed" or family == "uvit") for k, v in state.items()}
         trained = [v for v in p.values() if v.requires_grad]
-        optimizer = {"lr": 1e-3, "weight_decay": 0.1, "betas": [0.8, 0.9], "eps": 1e-7}
-        adam = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-7)
+        optimizer = {"lr": 1e-3, "weight_decay": 2.0, "betas": [0.8, 0.9], "eps": 1e-7}
+        adam = torch.optim.AdamW(trained, lr=1e-3, weight_decay=2.0, betas=(0.8, 0.9), eps=1e-7)
         average, tensors, warmup = {k: v.detach().clone() for k, v in p.items()}, {}, 3
         for step in range(count):
             n, x1, x0 = torch.randint(1, 1000, (2,)), torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
@@ -76,8 +76,8 @@ def sampled(maker: Maker) -> None:
     z, y, noise = torch.randn(4, 4, 4, 4), torch.tensor([0, 2, 3, 3]), torch.randn(4, 4, 4, 4, 4)
     guided = lambda x, t: define.guided_dit(lambda x, t, y: define.dit(state, dit, x, t, y), x, t, y, 2.5)  # noqa: E731
     maker.write("dit_end", {"fixture_kind": "dit.end_to_end", "state_from": "dit_sampled", "respacing": "4",
-                            "cfg_scale": 2.5, "kind": "ddim", "eta": 0.0}, {
-        "z": z, "y": y, "noise": noise, "samples": ddim(guided, z.double(), bars, kept).float(),
+                            "cfg_scale": 2.5, "kind": "ddim", "eta": 0.0, "clip_denoised": True}, {
+        "z": z, "y": y, "noise": noise, "samples": ddim(guided, z.double(), bars, kept, True).float(),
     })  # fmt: skip
     dis = {"img_size": 4, "patch_size": 2, "embed_dim": 8, "depth": 2, "channels": 1, "num_classes": -1,
            "learn_sigma": False}  # fmt: skip
@@ -104,13 +104,15 @@ def sampled(maker: Maker) -> None:
     })  # fmt: skip
 
 
-def ddim(network, x: torch.Tensor, bars: torch.Tensor, kept: list[int]) -> torch.Tensor:
-    """The states (K, B, ...) after each step of DDIM without noise, over the ``kept`` steps."""
+def ddim(network, x: torch.Tensor, bars: torch.Tensor, kept: list[int], clip: bool = False) -> torch.Tensor:
+    """The states (K, B, ...) after each of the ``kept`` steps of DDIM without noise, the data clipped or not."""
     states = []
     for place in reversed(range(len(kept))):
         bar, after = bars[kept[place]], bars[kept[place - 1]] if place else torch.ones(()).double()
         eps = network(x, torch.full((len(x),), kept[place]))
-        x = after.sqrt() * (x - (1 - bar).sqrt() * eps) / bar.sqrt() + (1 - after).sqrt() * eps
+        data = (x - (1 - bar).sqrt() * eps) / bar.sqrt()
+        data = data.clamp(-1, 1) if clip else data
+        x = after.sqrt() * data + (1 - after).sqrt() * (x - bar.sqrt() * data) / (1 - bar).sqrt()
         states.append(x)
     return torch.stack(states)
 

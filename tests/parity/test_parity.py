@@ -89,6 +89,33 @@ def test_what_a_check_leaves_unread_is_named(tmp_path, left):
             assert_all_read(kind, path)
 
 
+def _saying(tmp_path, **content):
+    path = tmp_path / "said.json"
+    path.write_text(json.dumps(content))
+    return Fixture(path)
+
+
+@pytest.mark.parametrize(
+    "said", [{"eps": 0.001}, *({"note": f"DPM-Solver, {words}; order 2."} for words in (
+        "eps 1e-3", "eps=1/1000", "eps = .001", "eps: 0.001", "eps of 1e-3"))]
+)  # fmt: skip
+def test_a_setting_is_found_by_key_or_in_prose(tmp_path, said):
+    fixture = _saying(tmp_path, **said)
+    assert fixture.setting("eps", told={"DPM": 0.5}) == pytest.approx(1e-3)
+
+
+def test_a_setting_is_told_by_the_script_that_the_prose_names_or_missed_by_name(tmp_path):
+    fixture = _saying(
+        tmp_path, meaning={"path": "eval_ldm.py, clip_denoised False; skip_type=logSNR, ieps 4"}
+    )
+    assert fixture.setting("eps", told={"eval_ldm_discrete": 1e-3, "eval_ldm": 1e-4}) == 1e-4
+    assert fixture.word("skip_type") == "logSNR" and fixture.flag("clip_denoised") is False
+    with pytest.raises(AssertionError, match=r"said\.json does not say order.*neither"):
+        fixture.setting("order", told={"sample.py": 3})
+    with pytest.raises(AssertionError, match="does not say method"):
+        fixture.word("method")
+
+
 def test_reading_is_noted_leaf_by_leaf():
     made = Recorded({"a": {"b": 1, "c": [1, 2]}, "rows": [{"d": 1}, {"d": 2}], "empty": {}})
     assert made.leaves() == ["a.b", "a.c", "rows.0.d", "rows.1.d", "empty"]

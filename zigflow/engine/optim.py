@@ -141,9 +141,16 @@ class ClassFactory:
     """An optimizer's class as a factory: ``factory(model, lr=..., weight_decay=..., **own)``.
 
     ``accepts`` holds the keywords of the class, so that a setting which it does not have is refused by name.
+
+    Raises:
+        ValueError: a class of torch that cannot train here, with the reason.
     """
 
     def __init__(self, cls: type[Optimizer]):
+        if cls.__module__.startswith("torch.optim") and cls.__name__ in _NO_USE:
+            raise ValueError(_useless(cls.__name__))
+        if cls is torch.optim.Muon:
+            raise ValueError("torch.optim.Muon takes matrices alone: optim=muon gives it those of a model")
         self.cls = cls
         self.__name__ = self.__qualname__ = cls.__name__
         self.__module__ = cls.__module__
@@ -174,10 +181,14 @@ def optimizer_named(name: str) -> OptimizerFactory:
         zigflow.registry.UnknownNameError: no optimizer has that name; near matches are named.
         ValueError: one of torch's that training cannot use; the reason is named.
     """
-    for cls, reason in _NO_USE.items():
+    for cls in _NO_USE:
         if name == cls.lower() and name not in OPTIMIZERS:
-            raise ValueError(f"torch.optim.{cls} cannot train here: {reason}; choose another optimizer")
+            raise ValueError(_useless(cls))
     return OPTIMIZERS.get(name)
+
+
+def _useless(cls: str) -> str:
+    return f"torch.optim.{cls} cannot train here: {_NO_USE[cls]}; choose another optimizer"
 
 
 def build_optimizer(
@@ -207,9 +218,15 @@ def build_optimizer(
     for key, value in (common or {}).items():
         # Betas and eps that nobody changed are the optimizer's own, which differ from one to the next.
         left = key not in ("lr", "weight_decay") and value == COMMON_DEFAULTS.get(key)
-        if key in accepts and not left:
+        # A class that takes anything is given the rate, and what was changed.
+        taken = key in accepts or (
+            takes_any and key != "exclude_tagged" and value != COMMON_DEFAULTS.get(key)
+        )
+        if taken and not left:
             chosen.setdefault(key, value)
-        elif key not in accepts and value != COMMON_DEFAULTS.get(key, value):
+        elif taken and key not in chosen:
+            _tell_own(factory, name, key, value)
+        elif not taken and (key == "lr" or value != COMMON_DEFAULTS.get(key, value)):
             _unused(name, key, value)
     unknown = [] if takes_any else sorted(set(settings) - accepts)
     if unknown:
@@ -219,7 +236,17 @@ def build_optimizer(
     try:
         return factory(model, **chosen)
     except TypeError as error:
-        raise ValueError(f"optimizer {name}: {error}") from error
+        given = ", ".join(f"{key}={value}" for key, value in chosen.items())
+        raise ValueError(f"optimizer {name}: {given} do not fit: {error}") from error
+
+
+def _tell_own(factory: OptimizerFactory, name: str, key: str, value: Any) -> None:
+    """Say where the default of the optimizer, which stands, is not ours."""
+    target = factory.cls.__init__ if isinstance(factory, ClassFactory) else factory
+    keyword = inspect.signature(target).parameters.get(key)
+    own = value if keyword is None or keyword.default is keyword.empty else keyword.default
+    if own != value:
+        log.info("optimizer %s: %s=%s is its own default; optim.args.%s sets another", name, key, own, key)
 
 
 def _unused(name: str, key: str, value: Any) -> None:

@@ -1,6 +1,6 @@
 """Building blocks that two model families use unchanged."""
 
-from dis_mamba import gated_add, permute
+from dis_kernels.tokenwise import gated_add, permute
 
 from .attention import CrossAttention, SelfAttention
 from .conditioning import (

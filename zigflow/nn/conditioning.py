@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dis_causal_conv1d.dispatch import transform_reason
+from dis_kernels.dispatch import transform_reason
 from zigflow.keyed import current_draws
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dis_mamba  # noqa: F401 (registers both operators)
-from dis_causal_conv1d.dispatch import use_backend
+from dis_kernels.dispatch import use_backend
 
 from .norm import RMSNorm
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook  # hooks on all modules; no public way to ask
 
-from dis_mamba import add_norm_modulate, permute
+from dis_kernels.tokenwise import add_norm_modulate, permute
 
 from .norm import LayerNorm, RMSNorm
 

@@ -94,7 +94,7 @@ def _machine() -> dict[str, Any]:
 
 def _compiler() -> str:
     """That of the kernels, ``$CXX`` before others, with its version."""
-    from dis_causal_conv1d.native import NativeError, compiler, compiler_version
+    from dis_kernels.native import NativeError, compiler, compiler_version
 
     try:
         command = compiler()
@@ -152,9 +152,10 @@ def model_calls(device: Any, dtype: Any) -> dict[str, tuple[Any, Any]]:
 
     from dis_causal_conv1d.backends import CONV
     from dis_causal_conv1d.backends.call import ConvCall
-    from dis_mamba.backends import READ, SCAN, WRITE
+    from dis_kernels.tokenwise.backends import READ, WRITE
+    from dis_kernels.tokenwise.call import ReadCall, WriteCall
+    from dis_mamba.backends import SCAN
     from dis_mamba.backends.call import ScanCall
-    from dis_mamba.backends.tokenwise import ReadCall, WriteCall
 
     u, E = torch.ones(1, 4, 8, device=device, dtype=dtype), torch.ones(8, device=device)
     scan = ScanCall(u, u, -E[:, None].expand(8, 8), u, u, E, u, E, True, False)
@@ -176,13 +177,14 @@ def _backends(problems: list[str]) -> dict[str, str]:
 
     import dis_causal_conv1d
     import dis_mamba
+    from dis_kernels.tokenwise import tokenwise_backends
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     known = {
         "selective_scan": dis_mamba.available_backends(),
         "causal_conv1d": dis_causal_conv1d.available_backends(),
-        "add_norm_modulate": dis_mamba.tokenwise_backends(),
-        "gated_add": dis_mamba.tokenwise_backends(),
+        "add_norm_modulate": tokenwise_backends(),
+        "gated_add": tokenwise_backends(),
     }
     found = {}
     for op, (dispatcher, call) in model_calls(device, torch.float32).items():

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dis_causal_conv1d.dispatch import transform_reason
+from dis_kernels.dispatch import transform_reason
 
 
 class _Permute(torch.autograd.Function):

@@ -1,11 +1,11 @@
-"""Argument checks shared by the operations of dis_causal_conv1d and dis_mamba."""
+"""Argument checks of the operations."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from .dtypes import FLOAT_DTYPES
 
 
 def check_tensor(

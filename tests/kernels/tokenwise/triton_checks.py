@@ -8,13 +8,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from dis_mamba import add_norm_modulate, gated_add, use_backend
-from dis_mamba.backends import triton_tokenwise
+from dis_kernels import use_backend
+from dis_kernels.tokenwise import add_norm_modulate, gated_add, triton_tokenwise
 from tests.assertions import assert_close
+from tests.kernels.definitions import with_gradients
 
-from .definitions import with_gradients
-from .test_tokenwise import agree, block, read
-from .tokenwise_definitions import (
+from .definitions import (
     READ_NAMES,
     a_walk,
     read_arguments,
@@ -22,6 +21,7 @@ from .tokenwise_definitions import (
     write_arguments,
     write_definition,
 )
+from .test_tokenwise import agree, block, read
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Stream and mixer; of the largest value, output and gradients.

@@ -6,11 +6,11 @@ Shapes: B batch, L tokens, D width.
 import torch
 from torch import Tensor
 
-from dis_causal_conv1d.checks import FLOAT_DTYPES, check_sequence, check_tensor
+from dis_kernels.checks import check_sequence, check_tensor
+from dis_kernels.dtypes import FLOAT_DTYPES, state_dtype
 
 from .backends import READ, WRITE
-from .backends.call import state_dtype
-from .backends.tokenwise import Read, ReadCall, WriteCall
+from .call import Read, ReadCall, WriteCall
 from .permutation import check_order
 
 

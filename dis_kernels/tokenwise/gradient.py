@@ -1,4 +1,4 @@
-"""What a block does to single tokens around its mixer: the calls, their definition, and what registered kernels share.
+"""What the registered operators share: the shapes of their results and how autograd joins forward and backward.
 
 Operator pairs have these signatures; absent results and gradients are empty tensors::
 
@@ -14,96 +14,11 @@ the norm is computed again, which costs less than reading it.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dis_mamba.permutation import permute
-
-from .call import state_dtype
-
-Read = tuple[Tensor, Tensor | None, Tensor]
-
-
-class ReadCall(NamedTuple):
-    """hidden, residual (B,L,D); weight (D,) in ``state_dtype``; shift, scale (B,D) in ``dtype``; order, inverse."""
-
-    hidden: Tensor | None
-    residual: Tensor
-    weight: Tensor | None
-    shift: Tensor | None
-    scale: Tensor | None
-    order: Tensor | None
-    inverse: Tensor | None
-    eps: float
-    centered: bool
-    keep_normed: bool
-    dtype: torch.dtype
-
-
-class WriteCall(NamedTuple):
-    """base (B,L,D); y (B,L,D) and gate (B,D) of one dtype, no wider; order, inverse: token l takes ``y[order[l]]``."""
-
-    base: Tensor
-    y: Tensor
-    gate: Tensor
-    order: Tensor | None
-    inverse: Tensor | None
-
-
-class PlainRead:
-    """Torch's operators one after another, on any device and in any dtype; torch.compile fuses them."""
-
-    name = "torch"
-
-    def unavailable(self) -> str | None:
-        return None
-
-    def accepts(self, call: ReadCall) -> str | None:
-        return None
-
-    def run(self, call: ReadCall) -> Read:
-        stream = call.residual if call.hidden is None else call.residual + call.hidden
-        wide = stream.to(state_dtype(stream.dtype))
-        weight = None if call.weight is None else call.weight.to(wide.dtype)
-        if call.centered:
-            normed = F.layer_norm(wide, wide.shape[-1:], weight, None, call.eps)
-        else:
-            normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + call.eps)
-            normed = normed if weight is None else normed * weight
-        x = normed = normed.to(call.dtype)
-        if call.shift is not None and call.scale is not None:
-            x = x * (1 + call.scale.unsqueeze(1)) + call.shift.unsqueeze(1)
-        if call.order is not None and call.inverse is not None:
-            x = permute(x, call.order, call.inverse)
-        return x, normed if call.keep_normed else None, stream
-
-
-class PlainWrite:
-    """Torch's operators one after another, on any device and in any dtype; torch.compile fuses them."""
-
-    name = "torch"
-
-    def unavailable(self) -> str | None:
-        return None
-
-    def accepts(self, call: WriteCall) -> str | None:
-        return None
-
-    def run(self, call: WriteCall) -> Tensor:
-        y = call.y
-        if call.order is not None and call.inverse is not None:
-            y = permute(y, call.order, call.inverse)
-        return call.base + call.gate.unsqueeze(1) * y
-
-
-def read_mismatch(call: ReadCall) -> str | None:
-    """Why kernels that read and write two dtypes, the stream's and ``call.dtype``, do not take a call, or None."""
-    if call.hidden is not None and call.hidden.dtype != call.dtype:
-        return f"hidden is {call.hidden.dtype}, the tokens to read are {call.dtype}"
-    return None
+from dis_kernels.dtypes import state_dtype
 
 
 def read_results(

@@ -7,14 +7,15 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-import dis_mamba.backends.cpu_tokenwise as cpu
-from dis_causal_conv1d.native import NativeError, NativeLibrary
-from dis_mamba import add_norm_modulate, gated_add, tokenwise_backends, use_backend
+import dis_kernels.tokenwise.cpu as cpu
+from dis_kernels import use_backend
+from dis_kernels.native import NativeError, NativeLibrary
+from dis_kernels.tokenwise import add_norm_modulate, gated_add, tokenwise_backends
 from tests.assertions import assert_close
+from tests.kernels.definitions import with_gradients
+from tests.kernels.operators import needs_compiler, saved_bytes
 
-from .definitions import with_gradients
-from .operators import needs_compiler, saved_bytes
-from .tokenwise_definitions import (
+from .definitions import (
     READ_NAMES,
     a_walk,
     read_arguments,

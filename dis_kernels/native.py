@@ -51,7 +51,7 @@ class NativeLibrary:
     """One C++ source as a shared library, compiled and loaded at the first ``load``.
 
     Args:
-        source: the .cpp file; it may include the headers of ``dis_causal_conv1d/csrc``.
+        source: the .cpp file; it may include the headers of ``dis_kernels/csrc``.
         defines: preprocessor constants.
     """
 

@@ -6,22 +6,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dis_causal_conv1d.dispatch import transform_reason
-from dis_causal_conv1d.native import NativeLibrary, parallel_address, pointer, rows_in_one_piece
+from dis_kernels.dispatch import transform_reason
+from dis_kernels.native import NativeLibrary, parallel_address, pointer, rows_in_one_piece
 
-from .tokenwise import (
-    Read,
-    ReadCall,
-    WriteCall,
+from .call import Read, ReadCall, WriteCall, read_mismatch
+from .gradient import (
     read_gradients,
-    read_mismatch,
     read_results,
     register_read,
     register_write,
     write_gradients,
 )
 
-LIBRARY = NativeLibrary(Path(__file__).parents[1] / "csrc" / "tokenwise.cpp")
+LIBRARY = NativeLibrary(Path(__file__).parent / "csrc" / "tokenwise.cpp")
 # By the dtype of the stream and that of what the mixer reads and writes.
 _TYPES = {
     (torch.float32, torch.float32): 0,

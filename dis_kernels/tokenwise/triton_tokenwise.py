@@ -8,16 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dis_causal_conv1d.backends.triton_conv import interpreted, launch_reason, unavailable
-from dis_causal_conv1d.dispatch import transform_reason
-from dis_causal_conv1d.native import rows_in_one_piece
+from dis_kernels.dispatch import transform_reason
+from dis_kernels.native import rows_in_one_piece
+from dis_kernels.triton_launch import interpreted, launch_reason, unavailable
 
-from .tokenwise import (
-    Read,
-    ReadCall,
-    WriteCall,
+from .call import Read, ReadCall, WriteCall, read_mismatch
+from .gradient import (
     read_gradients,
-    read_mismatch,
     read_results,
     register_read,
     register_write,
@@ -100,9 +97,9 @@ def runs_of(batch: int, length: int) -> tuple[int, int]:
 
 def _launch(name: str, programs: int, *arguments: Any, **constants: Any) -> None:
     # Imported at use: Triton is missing on some platforms.
-    from . import triton_tokenwise_kernels
+    from . import triton_kernels
 
-    getattr(triton_tokenwise_kernels, name)[(programs,)](*arguments, **constants, enable_fp_fusion=True)
+    getattr(triton_kernels, name)[(programs,)](*arguments, **constants, enable_fp_fusion=True)
 
 
 def _whole(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -130,7 +127,7 @@ def triton_add_norm_modulate(
     keep_normed: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x, normed (empty unless kept) and the stream (empty without ``hidden``), see ``tokenwise``."""
+    """x, normed (empty unless kept) and the stream (empty without ``hidden``), see ``gradient``."""
     results = read_results(hidden, residual, keep_normed, dtype)
     batch, length, width = residual.shape
     if batch:

@@ -1,4 +1,4 @@
-"""Choosing a backend for an operation: the one mechanism that dis_causal_conv1d and dis_mamba share.
+"""Choosing a backend for an operation: the one mechanism of all operations.
 
 An operation has a tuple of backends, fastest first; the last one is the definition. ``backend="auto"`` takes the
 first that accepts the call and logs the choice once. A backend that is named explicitly runs or raises. What a
