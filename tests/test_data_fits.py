@@ -257,6 +257,15 @@ def test_heldout_images_have_the_numbers_of_the_training_set(trained):
     assert json.loads((folder / "results.json").read_text())["protocol"]["n"] == 4
 
 
+def test_a_run_that_starts_from_another_takes_its_classes_by_name(trained, tmp_path):
+    run, _ = trained
+    folder_of(tmp_path / "set", ("bee", "cat", "dog"), size=(8, 12))
+    command = f"data=image_folder data.source.root={tmp_path}/set data.image_size=[8,12] ckpt={run}"
+    train_from_config(compose(tmp_path, command, tmp_path / "run"))
+    adapted = json.loads((tmp_path / "run/adapted.json").read_text())["adapted"]
+    assert list(adapted.values()) == ["2 of 3 classes by their names; new: dog; left out: ant"]
+
+
 def test_what_release_0_1_started_goes_on(sets, tmp_path, caplog):
     """More classes than folders, images that were enlarged, numbers sorted as text."""
     plain = plain_of(compose(sets, FOLDER, tmp_path / "run"))
