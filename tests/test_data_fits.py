@@ -205,6 +205,17 @@ def test_a_run_that_continues_keeps_the_names_of_its_classes(sets, tmp_path):
         settled(plain, source, IdentityCodec(), stored)
 
 
+def test_numbers_as_names_are_texts(tmp_path):
+    folder_of(tmp_path / "set", ("1", "2", "10"))
+    command = "data=image_folder data.source.root={0}/set data.image_size=8 data.class_names="
+    train_from_config(compose(tmp_path, command + "[10,2,1]", tmp_path / "run"))
+    assert open_checkpoint(tmp_path / "run").config["data"]["class_names"] == ["10", "2", "1"]
+    with pytest.raises(SettingsError, match=r"not among the 3 known ones: 10; known: 1, 2, 3"):
+        train_from_config(compose(tmp_path, command + "[1,2,3]", tmp_path / "other"))
+    with pytest.raises(SettingsError, match="has True, the name of a class is a text"):
+        plugins.plain(compose(tmp_path, command + "[1,2,true]", tmp_path / "other"))
+
+
 @pytest.mark.parametrize("command", FOLLOWS)
 def test_what_is_left_out_follows_from_the_data(command, sets, tmp_path):
     plain = plain_of(compose(sets, command, tmp_path / "run"))
