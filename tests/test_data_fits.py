@@ -105,8 +105,20 @@ REFUSED = {
         r"nothing says how many classes: give data\.num_classes=N",
     ),
     "a label beyond the number": (
-        "data=shards data.source.root={0}/cls data.num_classes=1 data.train_steps=3",
-        r"label \d is outside 0\.\.0: data\.num_classes=1 is less",
+        "data=shards data.source.root={0}/cls data.num_classes=1",
+        r"labels up to 2, and the number of classes is 1: set data\.num_classes=3 or more",
+    ),
+    "a number beyond the labels": (
+        "data=shards data.source.root={0}/cls data.num_classes=5",
+        r"no label above 2, and the number of classes is 5: set data\.num_classes=3$",
+    ),
+    "names beyond the labels": (
+        "data=shards data.source.root={0}/json 'data.source.rename={json.label: labels}' data.class_names=[a,b,c,d]",
+        r"no label above 2, and data\.class_names lists 4 names: give 3 names$",
+    ),
+    "fewer names than labels": (
+        "data=shards data.source.root={0}/cls data.class_names=[a,b]",
+        r"labels up to 2, and data\.class_names lists 2 names: give 3 names or more$",
     ),
     "without classes, for a model of them": (
         f"{FOLDER} data.num_classes=0 model=digits_dit model.num_classes=3",
@@ -154,7 +166,7 @@ def test_what_does_not_fit_is_refused(case, sets, tmp_path):
         train_from_config(compose(sets, command, tmp_path / "run"))
     line = plugins.explain(error.value, "default")
     assert line is not None and "\n" not in line
-    assert not (tmp_path / "run" / "checkpoints").exists() or case == "a label beyond the number"
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 FOLLOWS = {
@@ -192,6 +204,21 @@ def test_classes_that_are_called_by_their_numbers_can_be_named(tmp_path):
     plain["data"]["class_names"] = names[:9]
     with pytest.raises(SettingsError, match="lists digit-0, .* does not have"):
         settled(plain, Digits(), IdentityCodec())
+
+
+def test_labels_of_a_large_set_are_looked_at_in_part(sets, monkeypatch, tmp_path, caplog):
+    plain = plain_of(
+        compose(sets, "data=shards data.source.root={0}/cls data.num_classes=1000", tmp_path / "run")
+    )
+    source = build_source(Settings.from_mapping(plain))
+    assert source.highest_label() == (2, 6)
+    monkeypatch.setattr(source, "highest_label", lambda: source.__class__.highest_label(source, 4))
+    settled(plain, source, IdentityCodec())
+    assert "none of 4 labels is above" in caplog.text
+    monkeypatch.setattr(source, "highest_label", lambda: (990, 4))
+    caplog.clear()
+    settled(plain, source, IdentityCodec())
+    assert "above" not in caplog.text
 
 
 def test_a_run_that_continues_keeps_the_names_of_its_classes(sets, tmp_path):

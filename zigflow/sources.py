@@ -266,12 +266,30 @@ def _class_problem(plain: Mapping[str, Any], facts: DataFacts, source: Any, foll
     if conditional and reads not in (None, there) and not (off and follows):
         off.append(("model.num_classes", reads))
     if not off:
-        return ""
+        return _labels_problem(facts, innermost(source), there, len(listed))
     found = facts.classes() if facts.num_classes is not None else f"data.num_classes={there}"
     return (
         f"{facts.name} has {found}, {' and '.join(f'{key}={value}' for key, value in off)}: set "
         f"{' '.join(f'{key}={there}' for key, _ in off)}"
     )
+
+
+def _labels_problem(facts: DataFacts, source: Any, classes: int, listed: int) -> str:
+    """What is wrong with the number of classes of a set whose index does not say, by its labels; "" for nothing."""
+    found = source.highest_label() if not getattr(source, "counted", True) else None
+    if found is None:
+        return ""
+    (highest, count), samples = found, len(source)
+    cure = f"give {highest + 1} names" if listed else f"set data.num_classes={highest + 1}"
+    asked = f"data.class_names lists {listed} names" if listed else f"the number of classes is {classes}"
+    if highest >= classes:
+        return f"{facts.name} has labels up to {highest}, and {asked}: {cure} or more"
+    if highest + 1 < classes and count == samples:
+        return f"{facts.name} has no label above {highest}, and {asked}: {cure}"
+    # Were all classes as frequent, less than once in a thousand sets.
+    if ((highest + 1) / classes) ** count < 1e-3:
+        log.warning("%s: none of %d labels is above %d, and %s", facts.name, count, highest, asked)
+    return ""
 
 
 def _without_labels(facts: DataFacts, source: Any, wanted: str, follows: bool) -> str:
