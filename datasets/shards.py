@@ -1,13 +1,16 @@
 """Samples out of tar shards: images, videos, latents, labels and captions, in the layout of ZigMa and webdataset."""
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from zigflow.data.class_names import check_names
+from zigflow.data.contents import keyed_sample
 from zigflow.data.decode import DEFAULT_LIMITS, Limits
 from zigflow.data.fields import DEFAULT_RENAME, FIELDS, FieldDecoder
 from zigflow.data.json_fields import label_hint
@@ -43,6 +46,7 @@ class ShardSource:
 
     Attributes:
         class_names: as the index lists them, or as given.
+        counted: number of labels as the index says; 0 where it does not.
         stated_classes: number of labels as the index or the names say; 0 for neither.
         ignored: suffixes of the first sample that are not read.
 
@@ -76,7 +80,8 @@ class ShardSource:
         meta = self.reader.index.meta
         own = check_names(meta.get("class_names", ()), str(root))
         self.class_names = own or check_names(class_names or (), "class_names")
-        self.stated_classes = int(meta.get("num_classes", 0)) or len(self.class_names)
+        self.counted = int(meta.get("num_classes", 0)) or len(own)
+        self.stated_classes = self.counted or len(self.class_names)
         self.num_classes = self.stated_classes if num_classes is None else num_classes
         suffixes = [entry.suffix for entry in self.reader.sample(*self.reader.split_index(0)).entries]
         self.decoder = FieldDecoder(
@@ -158,6 +163,19 @@ class ShardSource:
         key, data = self.reader.read(shard, member, set(label[:1]), 64)
         return data[label[0]].decode(errors="replace") if label else class_of_key(key)
 
+    def highest_label(self, most: int = 512) -> tuple[int, int] | None:
+        """The highest of up to ``most`` labels and how many were read; None where none of them can be read."""
+        if "labels" not in self.suffixes:
+            return None
+        # No budget of classes, and nothing but the label: nothing else of a sample is read.
+        decoder = copy.copy(self.decoder)
+        decoder.suffixes, decoder.num_classes = {"labels": self.suffixes["labels"]}, 0
+        labels = []
+        for index in keyed_sample(len(self), most):
+            with suppress(ShardError):  # Told where it is read, if it is.
+                labels.append(self._decoded(index, decoder)["labels"])
+        return (max(labels), len(labels)) if labels else None
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Read sample ``index``.
 
@@ -165,6 +183,9 @@ class ShardSource:
             IndexError: there is none.
             ShardError: a member is missing, damaged, over budget, or has another shape than the first sample's.
         """
+        return self._decoded(index, self.decoder)
+
+    def _decoded(self, index: int, decoder: FieldDecoder) -> dict[str, Any]:
         shard, member = self.reader.split_index(index)
 
         def read(suffixes: set[str]) -> Mapping[str, bytes]:
@@ -173,7 +194,7 @@ class ShardSource:
         def error(suffix: str, message: str) -> ShardError:
             return self.reader.error(shard, member, suffix, message)
 
-        return self.decoder(self.reader.sample(shard, member), read, error)
+        return decoder(self.reader.sample(shard, member), read, error)
 
 
 def example(folder: Path) -> ShardSource:

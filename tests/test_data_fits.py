@@ -1,5 +1,6 @@
 """A configuration that asks for what its data does not hold is refused with the key to change; the rest follows."""
 
+import itertools
 import json
 import logging
 import shlex
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 from zigflow import plugins
 from zigflow.build import train_from_config
 from zigflow.codec import IdentityCodec
+from zigflow.data.class_names import by_name
 from zigflow.data.writer import encode_png
 from zigflow.engine.checkpoint import open_checkpoint
 from zigflow.engine.evaluation import Judge
@@ -21,7 +23,7 @@ from zigflow.metrics.base import StreamingMetric
 from zigflow.real_sets import real_sets
 from zigflow.sample_job import sample_from_config
 from zigflow.settings import Settings, SettingsError
-from zigflow.sources import as_continued, build_source, settled, with_old_defaults
+from zigflow.sources import as_continued, build_source, build_stream, class_names, settled, with_old_defaults
 from zigflow.stored_config import complete_from_checkpoint
 from zigflow.tools.evaluate import _classes_of
 
@@ -103,8 +105,20 @@ REFUSED = {
         r"nothing says how many classes: give data\.num_classes=N",
     ),
     "a label beyond the number": (
-        "data=shards data.source.root={0}/cls data.num_classes=1 data.train_steps=3",
-        r"label \d is outside 0\.\.0: data\.num_classes=1 is less",
+        "data=shards data.source.root={0}/cls data.num_classes=1",
+        r"labels up to 2, and the number of classes is 1: set data\.num_classes=3 or more",
+    ),
+    "a number beyond the labels": (
+        "data=shards data.source.root={0}/cls data.num_classes=5",
+        r"no label above 2, and the number of classes is 5: set data\.num_classes=3$",
+    ),
+    "names beyond the labels": (
+        "data=shards data.source.root={0}/json 'data.source.rename={json.label: labels}' data.class_names=[a,b,c,d]",
+        r"no label above 2, and data\.class_names lists 4 names: give 3 names$",
+    ),
+    "fewer names than labels": (
+        "data=shards data.source.root={0}/cls data.class_names=[a,b]",
+        r"labels up to 2, and data\.class_names lists 2 names: give 3 names or more$",
     ),
     "without classes, for a model of them": (
         f"{FOLDER} data.num_classes=0 model=digits_dit model.num_classes=3",
@@ -124,6 +138,20 @@ REFUSED = {
         f"{FOLDER} '{HELDOUT.format('{0}', 'other', 8)}'",
         r"\(heldout\) has classes that are not among the 3 known ones: dog; known: ant, bee, cat",
     ),
+    "held-out names for a training set without": (
+        "data=shards data.source.root={0}/cls data.num_classes=3 data.heldout.root={0}/named",
+        r"\(heldout\) has 3 classes \(ant, bee, cat\).*training set have no names: give data\.class_names=",
+    ),
+    "streams that say how many": (
+        "data=shards data.order=streaming data.source.root={0}/named data.num_classes=5 "
+        "+data.source.stream.cache_dir={0}/c",
+        r"\(ant, bee, cat\), data\.num_classes=5: set data\.num_classes=3$",
+    ),
+    "streams of other names": (
+        "data=shards data.order=streaming data.source.root={0}/named data.class_names=[ant,bee,cow] "
+        "+data.source.stream.cache_dir={0}/c",
+        r"classes that are not among the 3 known ones: cat",
+    ),
     "held-out size": (
         f"{FOLDER} '{HELDOUT.format('{0}', 'large', 16)}'",
         r"\(heldout\) has samples of shape \(3, 16, 16\)",
@@ -138,7 +166,7 @@ def test_what_does_not_fit_is_refused(case, sets, tmp_path):
         train_from_config(compose(sets, command, tmp_path / "run"))
     line = plugins.explain(error.value, "default")
     assert line is not None and "\n" not in line
-    assert not (tmp_path / "run" / "checkpoints").exists() or case == "a label beyond the number"
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 FOLLOWS = {
@@ -152,6 +180,67 @@ FOLLOWS = {
         3, 3, 8, ["a", "b", "c"],
     ),
 }  # fmt: skip
+
+
+def test_streams_number_their_classes_by_the_names_of_their_index(sets, tmp_path):
+    options = "data.order=streaming '+data.source.stream={cache_dir: {0}/c, shuffle_buffer: 0}'"
+    for names in (("ant", "bee", "cat"), ("cat", "ant", "bee")):
+        listed = f"data.class_names=[{','.join(names)}]" if names[0] == "cat" else ""
+        command = f"data=shards data.source.root={{0}}/named {options} {listed}"
+        settings = Settings.from_mapping(plain_of(compose(sets, command, tmp_path / "run")))
+        stream = build_stream(settings, settings.data.source)
+        assert class_names(settings) == stream.class_names == names and stream.num_classes == 3
+        samples = itertools.islice(stream.samples(0, 1, 0, 0), 6)
+        called = {sample["key"]: names[sample["labels"]] for sample in samples}
+        assert called == {f"{i:04d}": ("ant", "bee", "cat")[i % 3] for i in range(6)}
+
+
+def test_classes_that_are_called_by_their_numbers_can_be_named(tmp_path):
+    names = [f"digit-{n}" for n in range(10)]
+    plain = plain_of(plugins.compose_config([f"run_dir={tmp_path}"]))
+    plain["data"]["class_names"] = names
+    assert settled(plain, Digits(), IdentityCodec())["data"]["class_names"] == names
+    assert by_name(Digits(), names).class_names == Digits.class_names
+    plain["data"]["class_names"] = names[:9]
+    with pytest.raises(SettingsError, match="lists digit-0, .* does not have"):
+        settled(plain, Digits(), IdentityCodec())
+
+
+def test_labels_of_a_large_set_are_looked_at_in_part(sets, monkeypatch, tmp_path, caplog):
+    plain = plain_of(
+        compose(sets, "data=shards data.source.root={0}/cls data.num_classes=1000", tmp_path / "run")
+    )
+    source = build_source(Settings.from_mapping(plain))
+    assert source.highest_label() == (2, 6)
+    monkeypatch.setattr(source, "highest_label", lambda: source.__class__.highest_label(source, 4))
+    settled(plain, source, IdentityCodec())
+    assert "none of 4 labels is above" in caplog.text
+    monkeypatch.setattr(source, "highest_label", lambda: (990, 4))
+    caplog.clear()
+    settled(plain, source, IdentityCodec())
+    assert "above" not in caplog.text
+
+
+def test_a_run_that_continues_keeps_the_names_of_its_classes(sets, tmp_path):
+    command = "data=shards data.source.root={0}/cls data.class_names=[a,b,c]"
+    plain = plain_of(compose(sets, command, tmp_path / "run"))
+    source = build_source(Settings.from_mapping(plain))
+    stored = settled(plain, source, IdentityCodec())
+    assert settled(plain, source, IdentityCodec(), stored) == stored
+    plain["data"]["class_names"] = ["c", "b", "a"]
+    with pytest.raises(SettingsError, match=r"data\.class_names=c, b, a, .* trained with a, b, c: drop"):
+        settled(plain, source, IdentityCodec(), stored)
+
+
+def test_numbers_as_names_are_texts(tmp_path):
+    folder_of(tmp_path / "set", ("1", "2", "10"))
+    command = "data=image_folder data.source.root={0}/set data.image_size=8 data.class_names="
+    train_from_config(compose(tmp_path, command + "[10,2,1]", tmp_path / "run"))
+    assert open_checkpoint(tmp_path / "run").config["data"]["class_names"] == ["10", "2", "1"]
+    with pytest.raises(SettingsError, match=r"not among the 3 known ones: 10; known: 1, 2, 3"):
+        train_from_config(compose(tmp_path, command + "[1,2,3]", tmp_path / "other"))
+    with pytest.raises(SettingsError, match="has True, the name of a class is a text"):
+        plugins.plain(compose(tmp_path, command + "[1,2,true]", tmp_path / "other"))
 
 
 @pytest.mark.parametrize("command", FOLLOWS)
@@ -255,6 +344,15 @@ def test_heldout_images_have_the_numbers_of_the_training_set(trained):
         complete_from_checkpoint(given, open_checkpoint(run).config, "x")
     folder = sampled(run, "likelihood=1")
     assert json.loads((folder / "results.json").read_text())["protocol"]["n"] == 4
+
+
+def test_a_run_that_starts_from_another_takes_its_classes_by_name(trained, tmp_path):
+    run, _ = trained
+    folder_of(tmp_path / "set", ("bee", "cat", "dog"), size=(8, 12))
+    command = f"data=image_folder data.source.root={tmp_path}/set data.image_size=[8,12] ckpt={run}"
+    train_from_config(compose(tmp_path, command, tmp_path / "run"))
+    adapted = json.loads((tmp_path / "run/adapted.json").read_text())["adapted"]
+    assert list(adapted.values()) == ["2 of 3 classes by their names; new: dog; left out: ant"]
 
 
 def test_what_release_0_1_started_goes_on(sets, tmp_path, caplog):

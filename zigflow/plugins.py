@@ -195,12 +195,26 @@ def _no_such_choice(group: str, choice: str, known: list[str]) -> str:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The composed configuration as plain values: interpolations resolved, paths expanded.
+    """The composed configuration as plain values: interpolations resolved, paths expanded, names of classes texts.
 
     Raises:
-        SettingsError: a path that cannot be expanded, in one line.
+        SettingsError: a path that cannot be expanded, or a name that is none, in one line.
     """
-    return paths.with_expanded_paths(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    values = paths.with_expanded_paths(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    data = values.get("data")
+    for node in (data, *((data or {}).get(split) for split in ("source", "heldout"))):
+        if isinstance(node, dict) and isinstance(node.get("class_names"), list):
+            node["class_names"] = [_class_name(name) for name in node["class_names"]]
+    return values
+
+
+def _class_name(name: Any) -> str:
+    """A name as it was typed: ``[10,2,1]`` is read as numbers."""
+    if isinstance(name, str) or type(name) in (int, float):
+        return str(name)
+    raise SettingsError(
+        f"data.class_names has {name!r}, the name of a class is a text: write data.class_names=['\"{name}\"', ...]"
+    )
 
 
 def validated(cfg: DictConfig) -> Settings:

@@ -11,10 +11,11 @@ from typing import Any
 
 from hydra.utils import get_class
 
-from zigflow.data.class_names import are_numbers, by_name, shown
+from zigflow.data.class_names import are_numbers, by_name, only_renames, shown
 from zigflow.data.facts import DataFacts, facts_of, innermost
 from zigflow.data.streaming import StreamSource
 from zigflow.data.subset import Subset
+from zigflow.data.tar import ShardError
 from zigflow.nodes import make
 from zigflow.settings import Settings, SettingsError
 
@@ -66,7 +67,13 @@ def build_stream(settings: Settings, node: Mapping[str, Any]) -> StreamSource:
             "(zigflow.datasets.shards.ShardSource); use data.order=indexed"
         )
     source = make("data.source", {**node, "_target_": f"{target}.stream"})
-    say_facts(facts_of(source, f"data={settings.data.name}"))
+    what = f"data={settings.data.name}"
+    try:
+        if settings.data.num_classes is None or settings.data.num_classes > 0:
+            source.number_by(settings.data.class_names or ())
+    except ValueError as error:
+        raise SettingsError(f"{what} {error}") from error
+    say_facts(facts_of(source, what))
     return source
 
 
@@ -83,16 +90,22 @@ def say_facts(facts: DataFacts, more: str = "") -> None:
 
 def class_names(settings: Settings) -> tuple[str, ...]:
     """The names of the training set's classes by number, as the configuration or else the set says; () for none."""
+    return _known_names(settings) or ()
+
+
+def _known_names(settings: Settings) -> tuple[str, ...] | None:
+    """As :func:`class_names`; None where it cannot be told, since the set is not at hand."""
     if settings.data.class_names is not None:
         return settings.data.class_names
     node = settings.data.source
-    if not node or settings.data.order == "streaming" or ("root" in node and node["root"] is None):
-        return ()
+    if not node or ("root" in node and node["root"] is None):
+        return None
     try:
-        source = make("data.source", node)
-    except (SettingsError, OSError) as error:
+        streams = settings.data.order == "streaming"
+        source = build_stream(settings, node) if streams else make("data.source", node)
+    except (SettingsError, OSError, ShardError) as error:
         log.warning("the names of the classes are not known, the training set cannot be read: %s", error)
-        return ()
+        return None
     return tuple(getattr(source, "class_names", ()))
 
 
@@ -109,7 +122,12 @@ def _numbered(settings: Settings, source: Any, split: str, say: bool) -> Any:
         return source
     names = data.class_names
     if names is None and split == "heldout" and not are_numbers(own):
-        names = class_names(settings)
+        names = _known_names(settings)
+    if names == () and split == "heldout" and not are_numbers(own):
+        raise SettingsError(
+            f"{what} has {facts.classes()}, and the classes of the training set have no names: give "
+            "data.class_names=[...], theirs in the order of their numbers"
+        )
     names = names or ()
     if split == "heldout" and known and not names and (facts.num_classes or 0) > known:
         raise SettingsError(
@@ -117,7 +135,8 @@ def _numbered(settings: Settings, source: Any, split: str, say: bool) -> Any:
         )
     if known and facts.num_classes is None and hasattr(source, "limit_classes"):
         source.limit_classes(known)
-    if names and not own and split == "heldout" and not are_numbers(names):
+    unnamed = not own or only_renames(own, names)
+    if names and unnamed and split == "heldout" and not are_numbers(names):
         log.warning(
             "%s has no names of its classes: its labels are taken as the training set's numbers", what
         )
@@ -125,7 +144,7 @@ def _numbered(settings: Settings, source: Any, split: str, say: bool) -> Any:
         numbered = by_name(source, names)
     except ValueError as error:
         raise SettingsError(f"{what} {error}") from error
-    missing = [name for name in names if own and name not in own]
+    missing = [name for name in names if not unnamed and name not in own]
     if say:
         say_facts(facts, f"; no sample of {shown(missing)}" if missing else "")
     return numbered
@@ -195,8 +214,20 @@ def settled(
             raise SettingsError(problem)
         log.warning("the run goes on as it was started, but: %s", problem)
     _settle_classes(data, model, facts)
+    _check_kept_names(data, stored)
     _settle_shapes(plain, facts, codec)
     return plain
+
+
+def _check_kept_names(data: Mapping[str, Any], stored: Mapping[str, Any] | None) -> None:
+    """A run that continues keeps the class that each embedding belongs to."""
+    before = list(((stored or {}).get("data") or {}).get("class_names") or ())
+    now = list(data["class_names"] or ())
+    if data["num_classes"] > 0 and before != now and not are_numbers(before):
+        raise SettingsError(
+            f"data.class_names={shown(now) or '[]'}, and the run that continues was trained with {shown(before)}: drop "
+            "data.class_names, or start a new run that takes the weights with ckpt="
+        )
 
 
 def _class_problem(plain: Mapping[str, Any], facts: DataFacts, source: Any, follows: bool) -> str:
@@ -217,7 +248,7 @@ def _class_problem(plain: Mapping[str, Any], facts: DataFacts, source: Any, foll
     listed = data.get("class_names") or ()
     raw = tuple(getattr(innermost(source), "class_names", ()))
     missing = [label for label in listed if raw and label not in raw]
-    if missing:
+    if missing and not only_renames(raw, listed):
         return (
             f"data.class_names lists {shown(missing)}, which {facts.name} does not have: it has {shown(raw)}"
         )
@@ -235,12 +266,30 @@ def _class_problem(plain: Mapping[str, Any], facts: DataFacts, source: Any, foll
     if conditional and reads not in (None, there) and not (off and follows):
         off.append(("model.num_classes", reads))
     if not off:
-        return ""
+        return _labels_problem(facts, innermost(source), there, len(listed))
     found = facts.classes() if facts.num_classes is not None else f"data.num_classes={there}"
     return (
         f"{facts.name} has {found}, {' and '.join(f'{key}={value}' for key, value in off)}: set "
         f"{' '.join(f'{key}={there}' for key, _ in off)}"
     )
+
+
+def _labels_problem(facts: DataFacts, source: Any, classes: int, listed: int) -> str:
+    """What is wrong with the number of classes of a set whose index does not say, by its labels; "" for nothing."""
+    found = source.highest_label() if not getattr(source, "counted", True) else None
+    if found is None:
+        return ""
+    (highest, count), samples = found, len(source)
+    cure = f"give {highest + 1} names" if listed else f"set data.num_classes={highest + 1}"
+    asked = f"data.class_names lists {listed} names" if listed else f"the number of classes is {classes}"
+    if highest >= classes:
+        return f"{facts.name} has labels up to {highest}, and {asked}: {cure} or more"
+    if highest + 1 < classes and count == samples:
+        return f"{facts.name} has no label above {highest}, and {asked}: {cure}"
+    # Were all classes as frequent, less than once in a thousand sets.
+    if ((highest + 1) / classes) ** count < 1e-3:
+        log.warning("%s: none of %d labels is above %d, and %s", facts.name, count, highest, asked)
+    return ""
 
 
 def _without_labels(facts: DataFacts, source: Any, wanted: str, follows: bool) -> str:

@@ -62,6 +62,7 @@ def start_from(settings: Settings, model: torch.nn.Module, config: Mapping[str, 
                 averages,
                 built=built,
                 same_classes=stored.config["model"].get("num_classes") == config["model"].get("num_classes"),
+                classes=(_class_names(stored.config), _class_names(config)),
                 patches=settings.ckpt_patches,
                 images=int(stored.trainer["counters"]["images_seen"])
                 + int(stored.trainer["counters"].get("ema_images", 0)),
@@ -73,6 +74,12 @@ def start_from(settings: Settings, model: torch.nn.Module, config: Mapping[str, 
         Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
         durable.replace_json(Path(settings.run_dir) / "adapted.json", {"ckpt": ckpt, **asdict(start.report)})
     return start
+
+
+def _class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of a model's classes by number; () where there are none, or others than the model has."""
+    names = tuple((config.get("data") or {}).get("class_names") or ())
+    return names if len(names) == config["model"].get("num_classes") else ()
 
 
 def build_order(settings: Settings, source: Any) -> DataOrder:

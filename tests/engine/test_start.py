@@ -108,6 +108,30 @@ def test_classes_and_what_only_one_side_has():
     assert torch.equal(other.x_embedder.proj.bias, kept)
 
 
+@pytest.mark.parametrize("now", [("bee", "dog", "cat"), ("cat", "bee", "ant", "dog"), ("ant", "bee", "cat")])
+def test_classes_of_the_same_name_start_from_each_other(now):
+    small, other = build("dit"), build("dit", 1, num_classes=len(now))
+    table, initial = (m.y_embedder.embedding_table.weight.detach().clone() for m in (small, other))
+    before = ("ant", "bee", "cat")
+    averages = {"slow": {k: 2 * v.detach() for k, v in named_floating(small).items()}}
+    start = start_model(
+        other, small.state_dict(), averages, built=(1, 2, 2), same_classes=True, classes=(before, now)
+    )
+    rows = other.y_embedder.embedding_table.weight
+    for place, name in enumerate(now):
+        assert torch.equal(rows[place], table[before.index(name)] if name in before else initial[place])
+    assert torch.equal(rows[-1], table[-1])
+    key = "y_embedder.embedding_table.weight"
+    assert torch.equal(start.averages["slow"][key][now.index("cat")], 2 * table[2])
+    told = start.report.adapted.get(key, "")
+    assert ("new: dog" in told) == ("dog" in now) and (key in start.report.copied) == (now == before)
+    # Names that say no more than their numbers are none.
+    plain = build("dit", 1)
+    digits = (("0", "1", "2"), ("cat", "bee", "ant"))
+    start_model(plain, small.state_dict(), {}, built=(1, 2, 2), same_classes=True, classes=digits)
+    assert torch.equal(plain.y_embedder.embedding_table.weight, table)
+
+
 def test_averages_are_adapted_like_the_weights():
     small, large = build("zigma"), build("zigma", 1, img_dim=8)
     averages = {"slow": {k: 2 * v.detach() for k, v in named_floating(small).items()}}

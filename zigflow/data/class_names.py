@@ -67,6 +67,31 @@ def number_of(label: int | str, names: Sequence[str], what: str = "class") -> in
     return list(names).index(label)
 
 
+def only_renames(own: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether ``names`` call classes by a name that have none of their own, be it that they are called 0, 1, 2, ..."""
+    return are_numbers(own) and len(own) == len(names) and set(own) != set(names)
+
+
+def numbers_among(own: Sequence[str], names: Sequence[str]) -> tuple[int, ...] | None:
+    """The numbers that the classes ``own`` have among ``names``; None where they are their own already.
+
+    Raises:
+        UnknownNameError: a class is not among ``names``.
+    """
+    if not names or not own or tuple(own) == tuple(names)[: len(own)] or only_renames(own, names):
+        return None
+    return _among(own, names)
+
+
+def _among(own: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
+    unknown = [name for name in own if name not in names]
+    if unknown:
+        raise UnknownNameError(
+            f"has classes that are not among the {len(names)} known ones: {shown(unknown)}; known: {shown(names)}"
+        )
+    return tuple(list(names).index(name) for name in own)
+
+
 class NamedClasses:
     """Another source, with labels that count along ``names`` instead of along its own ``class_names``.
 
@@ -77,13 +102,7 @@ class NamedClasses:
     def __init__(self, source: DataSource, names: Sequence[str]):
         self.source, self.class_names = source, tuple(names)
         own: tuple[str, ...] = tuple(getattr(source, "class_names", ()))
-        unknown = [name for name in own if name not in self.class_names]
-        if unknown:
-            raise UnknownNameError(
-                f"has classes that are not among the {len(self.class_names)} known ones: {shown(unknown)}; known: "
-                f"{shown(self.class_names)}"
-            )
-        self.numbers = tuple(self.class_names.index(name) for name in own)
+        self.numbers = _among(own, self.class_names)
         self.image_shape, self.shard_sizes = source.image_shape, source.shard_sizes
         self.num_classes = len(self.class_names)
         self.first: Mapping[str, Any] = self._named(getattr(source, "first", None) or source[0])
@@ -105,10 +124,10 @@ class NamedClasses:
 def by_name(source: DataSource, names: Sequence[str]) -> DataSource:
     """``source`` with the numbers that its classes have among ``names``: itself where they are its own already.
 
+    Classes that are called by their numbers have no names: as many ``names`` are theirs, in their order.
+
     Raises:
         ValueError: a class of the source is not among ``names``.
     """
     own = tuple(getattr(source, "class_names", ()))
-    if not names or not own or own == tuple(names)[: len(own)]:
-        return source
-    return NamedClasses(source, names)
+    return source if numbers_among(own, names) is None else NamedClasses(source, names)

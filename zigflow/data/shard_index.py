@@ -276,6 +276,15 @@ def write_folder_index(folder: Path, index: FolderIndex) -> None:
         file.write(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False).encode())
 
 
+def is_folder_index(path: Path) -> bool:
+    """Whether this is an index of ours, of whatever version; other tools have an ``index.json``, too."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and document.get("format") == FORMAT
+
+
 def load_folder_index(folder: Path) -> FolderIndex:
     """Read and check ``index.json``.
 

@@ -20,15 +20,15 @@ from zigflow.keyed import keyed_permutation, keyed_seed
 
 from .batch import Batch
 from .cache import FetchOptions, ShardCache
-from .class_names import check_names
+from .class_names import check_names, numbers_among
 from .decode import DEFAULT_LIMITS, Limits
 from .fields import FieldDecoder
 from .global_batch import GlobalBatch
 from .loader import DEFAULT_TIMEOUT, make_loader, pick_caption
 from .mixing import StreamMixing
 from .picture import WHITE, Background
-from .remote import shown, unsigned
-from .shard_index import Sample, scan_open
+from .remote import scheme_of, shown, unsigned
+from .shard_index import INDEX_NAME, Sample, is_folder_index, load_folder_index, scan_open
 from .shard_urls import import_webdataset, shard_urls
 from .shards import read_members
 from .tar import Budget, BudgetError, ShardError
@@ -61,7 +61,8 @@ class StreamSource:
     Attributes:
         shards: the URLs.
         first: the first readable sample; all others have its fields and shapes.
-        class_names, ignored: see ``zigflow.datasets.shards.ShardSource``.
+        class_names, stated_classes, ignored: see ``zigflow.datasets.shards.ShardSource``; an index is read where all
+            shards lie in a local folder of ours.
         image_shape, num_classes, fingerprint: as every data source has them; the fingerprint covers names only.
 
     Raises:
@@ -101,8 +102,10 @@ class StreamSource:
             head = next(places)
         except StopIteration:
             raise ShardError("none of the shards has a readable sample", shown(self.shards[0])) from None
-        self.class_names = check_names(class_names or (), "class_names")
-        self.stated_classes = len(self.class_names)
+        meta = _meta_of(self.shards)
+        own = check_names(meta.get("class_names", ()), "index.json")
+        self.class_names = own or check_names(class_names or (), "class_names")
+        self.stated_classes = int(meta.get("num_classes", 0)) or len(self.class_names)
         classes = self.stated_classes if num_classes is None else max(num_classes, 0)
         self.decoder = FieldDecoder(
             [entry.suffix for entry in head.sample.entries],
@@ -116,6 +119,7 @@ class StreamSource:
             limits=limits,
             background=background,
         )
+        self.numbers: tuple[int, ...] = ()
         self.num_classes = classes if "labels" in self.decoder.suffixes else 0
         self.ignored = self.decoder.ignored
         self.first = next(self._samples(itertools.chain([head], places), skips))
@@ -127,6 +131,24 @@ class StreamSource:
     def limit_classes(self, num_classes: int) -> None:
         """Labels run from 0 to ``num_classes`` - 1."""
         self.num_classes = self.decoder.num_classes = num_classes
+
+    def number_by(self, names: Sequence[str]) -> None:
+        """Give the classes the numbers that they have among ``names``; each of them stays a class of its own.
+
+        Raises:
+            ValueError: a class of the stream is not among ``names``.
+        """
+        numbers = numbers_among(self.class_names, names)
+        if numbers is None:
+            return
+        self.numbers, self.class_names = numbers, tuple(names)
+        self.num_classes = self.stated_classes = len(self.class_names)
+        self.first = self._numbered(self.first)
+
+    def _numbered(self, sample: dict[str, Any]) -> dict[str, Any]:
+        if not self.numbers or "labels" not in sample:
+            return sample
+        return {**sample, "labels": self.numbers[sample["labels"]]}
 
     def identity(self, seed: int) -> dict[str, Any]:
         """What the order depends on, for a checkpoint: plain JSON values."""
@@ -211,7 +233,7 @@ class StreamSource:
     def _samples(self, places: Iterable[_Place], skips: "_Skips") -> Iterator[dict[str, Any]]:
         for place in places:
             try:
-                sample = self._read(place)
+                sample = self._numbered(self._read(place))
             except BudgetError:
                 raise
             except ShardError as error:
@@ -257,6 +279,15 @@ class StreamSource:
     def __del__(self) -> None:
         if hasattr(self, "_files"):
             self.close()
+
+
+def _meta_of(shards: Sequence[str]) -> Mapping[str, Any]:
+    """What the index of our own local shards says of them all; {} for shards that have none."""
+    folders = {Path(url).parent if scheme_of(url) == "file" else None for url in shards}
+    folder = folders.pop()
+    if folders or folder is None or not is_folder_index(folder / INDEX_NAME):
+        return {}
+    return load_folder_index(folder).meta
 
 
 class _Skips:

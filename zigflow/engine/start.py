@@ -13,12 +13,13 @@ Legend: p patch size, h w token grid, T frames, E extra tokens, D width, C chann
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from zigflow.data.class_names import are_numbers, shown
 from zigflow.nn import PatchEmbed, interpolate_positions
 from zigflow.registry import unknown_name
 
@@ -95,6 +96,7 @@ def start_model(
     *,
     built: Grid | None = None,
     same_classes: bool = False,
+    classes: tuple[Sequence[str], Sequence[str]] = ((), ()),
     patches: str = "spread",
     images: int = 0,
 ) -> Start:
@@ -104,6 +106,8 @@ def start_model(
         averages: by EMA profile, adapted in the same way.
         built: the grid that the weights were trained on; None: of the proportions of the model's.
         same_classes: class i of the weights is class i of the model, which may have a null class more or less.
+        classes: names of the classes of the weights and of the model. Where both have some that are no plain numbers,
+            each class starts from the one of its name, and ``same_classes`` is not asked.
         patches: "spread" or "as_published".
         images: that are behind the averages.
 
@@ -112,7 +116,7 @@ def start_model(
     """
     if patches not in PATCH_RULES:
         raise unknown_name("rule for patch layers", patches, list(PATCH_RULES))
-    rules = _Rules(model, built, same_classes, patches)
+    rules = _Rules(model, built, same_classes, classes, patches)
     targets = {clean_name(name): value for name, value in model.state_dict().items()}
     report = Adapted()
     kept = {
@@ -126,11 +130,19 @@ def start_model(
 class _Rules:
     """How a parameter of one model becomes that of another."""
 
-    def __init__(self, model: nn.Module, built: Grid | None, same_classes: bool, patches: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        built: Grid | None,
+        same_classes: bool,
+        names: tuple[Sequence[str], Sequence[str]],
+        patches: str,
+    ):
         grid = tuple(getattr(model, "grid", ()))
         self.grid: Grid | None = (1, *grid) if len(grid) == 2 else grid or None
         self.built = built
         self.same_classes, self.patches = same_classes, patches
+        self.names = None if any(are_numbers(n) for n in names) else (list(names[0]), list(names[1]))
         self.patch_size = getattr(model, "patch_size", None)
         self.mode = getattr(model, "position_mode", "bicubic")
         modules = {clean_name(name): module for name, module in model.named_modules()}
@@ -169,6 +181,8 @@ class _Rules:
                 before, now = value.shape[1], initial.shape[1]
                 table = interpolate_positions(value, (before, 1, 1), (now, 1, 1))
                 return table, f"{before} -> {now} frames, linear"
+        if name in self.classes and self.names is not None and value.shape[1:] == initial.shape[1:]:
+            return self._classes_by_name(value, initial, *self.names)
         if value.shape == initial.shape:
             return value, None
         if name in self.patch_inputs and value.shape[:2] == initial.shape[:2]:
@@ -241,6 +255,21 @@ class _Rules:
         result = initial.clone()
         result[:rows] = value[:rows].to(result)
         return result, f"{rows} rows copied, {len(initial) - rows} new"
+
+    def _classes_by_name(
+        self, value: Tensor, initial: Tensor, before: list[str], now: list[str]
+    ) -> tuple[Tensor, str | None]:
+        """Rows of the classes, then that of the null class, if there is one."""
+        rows = {place: before.index(label) for place, label in enumerate(now) if label in before}
+        if len(value) > len(before) and len(initial) > len(now):
+            rows[len(now)] = len(before)
+        result = initial.clone()
+        result[list(rows)] = value[list(rows.values())].to(result)
+        if before == now and len(value) == len(initial):
+            return result, None
+        new, gone = ([n for n in one if n not in other] for one, other in ((now, before), (before, now)))
+        told = [f"{what}: {shown(some)}" for what, some in (("new", new), ("left out", gone)) if some]
+        return result, "; ".join([f"{len(now) - len(new)} of {len(now)} classes by their names", *told])
 
 
 def _resized(pixels: Tensor, size: int) -> Tensor:
