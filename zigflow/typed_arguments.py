@@ -16,12 +16,17 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from zigflow.paths import expanded, is_path_key
+from zigflow.paths import expanded
 from zigflow.settings import SettingsError
 
 # Paths of which there is one.
 _SINGLE = ("run_dir", "sample_dir", "ckpt", "captions")
 _HYDRA_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
+# Keys whose numbers are names of files; num_paths, drop_path and cache take numbers of their own.
+_TEXT_PATHS = re.compile(
+    r"(?!(?:num|max|min|drop|n)_)(?:\w+_)?(?:root|path|file|folder|dir)"
+    r"|ckpt|captions|tar_base|inception_weights|reference_stats"
+)
 
 
 @functools.cache
@@ -81,12 +86,13 @@ def _is_misread(argument: str) -> bool:
         return False
     if value.startswith("~"):
         return not set(value) & set("\"',[]{}()")
-    if not is_path_key(key.lstrip("+")):
+    if not _TEXT_PATHS.fullmatch(key.lstrip("+").rpartition(".")[2]):
         return False
     try:
-        return isinstance(_parsed(argument).value(), (bool, int, float))
+        read = _parsed(argument).value()
     except HydraException:
         return False
+    return isinstance(read, (int, float)) and not isinstance(read, bool)
 
 
 def check_grammar(overrides: list[str], multirun: bool = False) -> None:

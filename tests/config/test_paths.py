@@ -158,6 +158,23 @@ def test_the_run_directory_that_is_typed_is_known_before_hydra(home):
 def test_a_path_that_looks_like_a_number_stays_as_it_is_typed():
     cfg = plugins.compose_config(["run_dir=2024_05_01", "sample_dir=1e3", "log_every=1_000", "ckpt=null"])
     assert (cfg.run_dir, cfg.sample_dir, cfg.log_every, cfg.ckpt) == ("2024_05_01", "1e3", 1000, None)
+    numbers = ["model.num_paths=2", "+model.num_paths=2", "model.drop_path=0.1", "+data.source.cache=false"]
+    numbers += ["data.source.cache=1", "+codec.path=null", "ckpt=true"]
+    assert as_meant(numbers) == numbers
+    typed = ["data.source.root=2024", "+codec.path=1e3", "++metrics.reference_stats=1_0"]
+    assert as_meant(typed) == [
+        'data.source.root="2024"',
+        '+codec.path="1e3"',
+        '++metrics.reference_stats="1_0"',
+    ]
+
+
+@pytest.mark.parametrize("sign", ["", "+"])
+def test_a_number_whose_key_resembles_a_path_stays_a_number(sign):
+    typed = ["model=digits_dim", f"{sign}model.num_paths=2", "+data.source.cache=false", "run_dir=r"]
+    cfg = plugins.compose_config(typed)
+    assert cfg.model.num_paths == 2 and isinstance(cfg.model.num_paths, int)
+    assert cfg.data.source.cache is False
 
 
 @pytest.mark.parametrize(
