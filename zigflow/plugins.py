@@ -178,7 +178,7 @@ def check_choices(arguments: list[str]) -> None:
     for argument in arguments:
         group, given, choices = argument.lstrip("+").partition("=")
         follows = group in FOLLOW_DATA and bool(choices)
-        if not given or not re.fullmatch(r"\w+", group):
+        if not given or not re.fullmatch(r"[\w/]+", group):
             continue
         if not follows and not any(_NO_NAME.fullmatch(choice) for choice in choices.split(",")):
             continue
@@ -254,22 +254,24 @@ def check_command_line(arguments: list[str], config_name: str) -> list[str]:
         return arguments
     shows = bool(typed.cfg or typed.info)
     forced: set[str] = set()
+    subdirs: list[tuple[str, str]] = []
     jobs = _sweep(typed, overrides, config_name) if sweep else [(overrides, True)]
     for job, whole in jobs:
         cfg, made_from = _composed_as_typed(typed, job, config_name)
         forced |= {text.lstrip("+").partition("=")[0] for text in made_from if text.startswith("++")}
         with flag_override(cfg, "struct", False):
             name_no_job(cfg)
+            subdirs.append(hydra_folders.subdir_of(cfg))
             hydra = cfg.pop("hydra")
             refuse_key(cfg, hydra)
         if shows:
             continue
         check_hydra_folders(hydra)
         plain(cfg)
-        if sweep:
-            hydra_folders.check_folders(hydra, len(jobs) if whole else 2)
         if config_name == "default" and whole:
             check_training(validated(cfg))
+    if sweep and not shows:
+        hydra_folders.check_folders(subdirs, all(whole for _, whole in jobs))
     return [
         f"++{argument.lstrip('+')}" if argument.lstrip("+").partition("=")[0] in forced else argument
         for argument in arguments
