@@ -239,7 +239,7 @@ def check_command_line(arguments: list[str], config_name: str) -> list[str]:
                 "--multirun inside a launched process would run the whole sweep in each of them: start the sweep with "
                 "plain `python`, which runs one process per job, or launch one run per choice from a shell loop"
             )
-        if any(a.startswith("run_dir=") for a in overrides):
+        if any(a.lstrip("+").startswith("run_dir=") for a in overrides):
             raise SettingsError(
                 "run_dir= with --multirun would put every job into one directory: give hydra.sweep.dir=FOLDER, whose "
                 "sub-folders are the runs"
@@ -379,6 +379,13 @@ def explain(error: BaseException, config_name: str) -> str | None:
             if isinstance(cause, OmegaConfBaseException) and "not in struct" in str(cause):
                 key = cause.full_key or str(cause.key)
                 return unknown_key(key, _known_keys(config_name, key, cause.parent_node))
+            variable = re.search(r"Interpolation key '(\w+)' not found", str(cause))
+            if variable and (variable[1] in os.environ or variable[1].isupper()):
+                name, key = variable[1], getattr(cause, "full_key", None)
+                return (
+                    f"{f'{key}: ' if key else ''}${{{name}}} is no key of the configuration: for the environment "
+                    f"variable write ${name} in a path, or ${{oc.env:{name}}}"
+                )
             cause = cause.__cause__
         return _one_line(str(error))
     # Errors of our own are written for the user: a run directory in use, a damaged checkpoint, a NaN loss.

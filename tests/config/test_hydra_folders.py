@@ -103,6 +103,8 @@ def test_what_tells_the_jobs_apart_may_name_their_folders(swept, template, monke
         (["-m", "optim.lr=1,2", "hydra.sweep.subdir=same"], ["hydra.sweep.subdir=same", "override_dirname"]),
         (["-m", "optim.lr=1,2", "hydra.sweep.subdir='${hydra.job.name}'"], ["job.name} puts the 2 runs"]),
         (["-m", "optim.lr=1,2", "note=a,b", "hydra.sweep.subdir='${note}'"], ["${note} puts the 4 runs"]),
+        (["++run_dir=a", "hydra.run.dir=b"], ["run_dir=a", "hydra.run.dir=b", "drop"]),
+        (["-m", "optim.lr=1,2", "+run_dir=a"], ["run_dir=", "hydra.sweep.dir=FOLDER"]),
         (["-m", "optim.lr=1,2", "run_dir=a"], ["run_dir=", "hydra.sweep.dir=FOLDER"]),
     ],
 )

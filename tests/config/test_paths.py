@@ -137,6 +137,13 @@ def test_wherever_it_comes_from_a_path_is_expanded(tmp_path, home, monkeypatch):
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package hydra\nsweep:\n  dir: ~/s\n")
     with pytest.raises(SettingsError, match=rf"hydra.sweep.dir=~/s: .* write hydra.sweep.dir={home}/s"):
         plugins.check_command_line(own, "default")
+    for folder, meant in (("$SETS/s", "/mnt/sets/s"), ("$SETS/${note}", "${oc.env:SETS}/${note}")):
+        (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
+            f"# @package hydra\nsweep:\n  dir: {folder}\n"
+        )
+        with pytest.raises(SettingsError) as refused:
+            plugins.check_command_line(own, "default")
+        assert str(refused.value).endswith(f"Hydra takes $SETS as a name: write hydra.sweep.dir={meant}")
     raw = plugins.compose_config(["run_dir=~/r"])
     assert Settings.from_mapping(plugins.plain(raw)).run_dir == str(home / "r")
     assert not (tmp_path / "~").exists()
@@ -149,6 +156,9 @@ def test_the_run_directory_that_is_typed_is_known_before_hydra(home):
         ("run_dir=$SETS/a", Path("/mnt/sets/a")),
         ("run_dir=2024_05_01", Path("2024_05_01")),
         ("run_dir=1e3", Path("1e3")),
+        ("+run_dir=~/a", home / "a"),
+        ("++run_dir=2024_05_01", Path("2024_05_01")),
+        ("++hydra.run.dir=~/a", home / "a"),
     ):
         assert hydra_folders.typed_run_dir([argument, "+debug=cpu_tiny"]) == str(meant)
     assert hydra_folders.typed_run_dir(["log_every=1"]) is None
