@@ -42,6 +42,7 @@ class _Job:
 
         stop.install()  # a sweep may run its jobs in processes of its own
         exits.note.release()
+        stop.build()
         trains = self.config_name == "default"
         cfg.run_dir = paths.expanded("run_dir", str(cfg.run_dir))
         try:

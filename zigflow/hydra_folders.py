@@ -8,18 +8,20 @@ Hydra writes the command line and the log, we write everything else. ``hydra.run
 import functools
 import logging
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from zigflow.engine import launch
 from zigflow.settings import SettingsError
 from zigflow.typed_arguments import typed_path
 
-__all__ = ["check_folders", "default_run_dir", "one_folder", "run_id", "typed_run_dir"]
+__all__ = ["check_folders", "default_run_dir", "one_folder", "run_id", "subdir_of", "typed_run_dir"]
 
 log = logging.getLogger(__name__)
 
@@ -76,21 +78,36 @@ def typed_run_dir(arguments: Sequence[str]) -> str | None:
     return ours if ours is not None else theirs
 
 
-def check_folders(hydra: DictConfig, jobs: int) -> None:
+def subdir_of(cfg: DictConfig) -> tuple[str, str]:
+    """``hydra.sweep.subdir`` as it is written, and for this job; the same twice where no job is told by it."""
+    written = str(OmegaConf.to_container(cfg.hydra.sweep, resolve=False)["subdir"])  # type: ignore[call-overload,index]
+    probe = cfg.copy()
+    OmegaConf.set_readonly(probe.hydra, False)
+    probe.hydra.sweep.subdir = written.replace("${hydra:", "${hydra.")
+    try:
+        return written, str(probe.hydra.sweep.subdir)
+    except OmegaConfBaseException:
+        return written, written
+
+
+def check_folders(subdirs: Sequence[tuple[str, str]], whole: bool) -> None:
     """Refuse a sweep whose jobs would share one folder, each continuing the one before.
 
     Args:
-        hydra: the composed node ``hydra``.
-        jobs: their number.
+        subdirs: what :func:`subdir_of` says of each job.
+        whole: whether these are all jobs; those of a sweeper that chooses by itself are not known before.
 
     Raises:
-        SettingsError: ``hydra.sweep.subdir`` names one folder for all.
+        SettingsError: ``hydra.sweep.subdir`` names one folder for several.
     """
-    subdir = OmegaConf.to_container(hydra.sweep, resolve=False)["subdir"]  # type: ignore[call-overload,index]
-    if jobs > 1 and "${" not in str(subdir):
+    written, _ = subdirs[0]
+    if re.search(r"\$\{hydra[.:]job\.(num|id|override_dirname)\}", written):
+        return
+    if not whole or len({folder for _, folder in subdirs}) < len(subdirs):
+        jobs = f"the {len(subdirs)} runs" if whole else "runs"
         raise SettingsError(
-            f"hydra.sweep.subdir={subdir} puts the {jobs} runs of the sweep into one folder: drop it, or give one that "
-            "tells them apart, such as '${hydra.job.override_dirname}'"
+            f"hydra.sweep.subdir={written} puts {jobs} of the sweep into one folder: drop it, or give one that "
+            "tells them apart by ${hydra.job.num}, ${hydra.job.id} or ${hydra.job.override_dirname}"
         )
 
 

@@ -178,7 +178,7 @@ def check_choices(arguments: list[str]) -> None:
     for argument in arguments:
         group, given, choices = argument.lstrip("+").partition("=")
         follows = group in FOLLOW_DATA and bool(choices)
-        if not given or not re.fullmatch(r"\w+", group):
+        if not given or not re.fullmatch(r"[\w/]+", group):
             continue
         if not follows and not any(_NO_NAME.fullmatch(choice) for choice in choices.split(",")):
             continue
@@ -253,7 +253,7 @@ def check_command_line(arguments: list[str], config_name: str) -> list[str]:
                 "--multirun inside a launched process would run the whole sweep in each of them: start the sweep with "
                 "plain `python`, which runs one process per job, or launch one run per choice from a shell loop"
             )
-        if any(a.startswith("run_dir=") for a in overrides):
+        if any(a.lstrip("+").startswith("run_dir=") for a in overrides):
             raise SettingsError(
                 "run_dir= with --multirun would put every job into one directory: give hydra.sweep.dir=FOLDER, whose "
                 "sub-folders are the runs"
@@ -268,22 +268,24 @@ def check_command_line(arguments: list[str], config_name: str) -> list[str]:
         return arguments
     shows = bool(typed.cfg or typed.info)
     forced: set[str] = set()
+    subdirs: list[tuple[str, str]] = []
     jobs = _sweep(typed, overrides, config_name) if sweep else [(overrides, True)]
     for job, whole in jobs:
         cfg, made_from = _composed_as_typed(typed, job, config_name)
         forced |= {text.lstrip("+").partition("=")[0] for text in made_from if text.startswith("++")}
         with flag_override(cfg, "struct", False):
             name_no_job(cfg)
+            subdirs.append(hydra_folders.subdir_of(cfg))
             hydra = cfg.pop("hydra")
             refuse_key(cfg, hydra)
         if shows:
             continue
         check_hydra_folders(hydra)
         plain(cfg)
-        if sweep:
-            hydra_folders.check_folders(hydra, len(jobs) if whole else 2)
         if config_name == "default" and whole:
             check_training(validated(cfg))
+    if sweep and not shows:
+        hydra_folders.check_folders(subdirs, all(whole for _, whole in jobs))
     return [
         f"++{argument.lstrip('+')}" if argument.lstrip("+").partition("=")[0] in forced else argument
         for argument in arguments
@@ -391,6 +393,13 @@ def explain(error: BaseException, config_name: str) -> str | None:
             if isinstance(cause, OmegaConfBaseException) and "not in struct" in str(cause):
                 key = cause.full_key or str(cause.key)
                 return unknown_key(key, _known_keys(config_name, key, cause.parent_node))
+            variable = re.search(r"Interpolation key '(\w+)' not found", str(cause))
+            if variable and (variable[1] in os.environ or variable[1].isupper()):
+                name, key = variable[1], getattr(cause, "full_key", None)
+                return (
+                    f"{f'{key}: ' if key else ''}${{{name}}} is no key of the configuration: for the environment "
+                    f"variable write ${name} in a path, or ${{oc.env:{name}}}"
+                )
             cause = cause.__cause__
         return _one_line(str(error))
     # Errors of our own are written for the user: a run directory in use, a damaged checkpoint, a NaN loss.

@@ -16,12 +16,17 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from zigflow.paths import expanded, is_path_key
+from zigflow.paths import expanded
 from zigflow.settings import SettingsError
 
 # Paths of which there is one.
 _SINGLE = ("run_dir", "sample_dir", "ckpt", "captions")
 _HYDRA_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
+# Keys whose numbers are names of files; num_paths, drop_path and cache take numbers of their own.
+_TEXT_PATHS = re.compile(
+    r"(?!(?:num|max|min|drop|n)_)(?:\w+_)?(?:root|path|file|folder|dir)"
+    r"|ckpt|captions|tar_base|inception_weights|reference_stats"
+)
 
 
 @functools.cache
@@ -64,14 +69,14 @@ def as_meant(arguments: list[str]) -> list[str]:
 def _as_meant(argument: str) -> str:
     key, equals, _ = argument.partition("=")
     quoted = _quoted(argument) if _is_misread(argument) else argument
-    if not equals or key not in _HYDRA_FOLDERS:
+    if not equals or key.lstrip("+") not in _HYDRA_FOLDERS:
         return quoted
     try:
         value = str(_parsed(quoted).value())
     except HydraException:
         return quoted
     # An interpolation is Hydra's own.
-    meant = value if "${" in value else expanded(key, value)
+    meant = value if "${" in value else expanded(key.lstrip("+"), value)
     return quoted if meant == value else _quoted(f"{key}={meant}")
 
 
@@ -81,12 +86,13 @@ def _is_misread(argument: str) -> bool:
         return False
     if value.startswith("~"):
         return not set(value) & set("\"',[]{}()")
-    if not is_path_key(key.lstrip("+")):
+    if not _TEXT_PATHS.fullmatch(key.lstrip("+").rpartition(".")[2]):
         return False
     try:
-        return isinstance(_parsed(argument).value(), (bool, int, float))
+        read = _parsed(argument).value()
     except HydraException:
         return False
+    return isinstance(read, (int, float)) and not isinstance(read, bool)
 
 
 def check_grammar(overrides: list[str], multirun: bool = False) -> None:
@@ -123,7 +129,7 @@ def check_grammar(overrides: list[str], multirun: bool = False) -> None:
 
 def typed_path(arguments: Sequence[str], key: str) -> str | None:
     """The path that a command line gives to ``key``, as it is meant; None without one, or where it cannot be read."""
-    named = [a for a in as_meant(list(arguments)) if a.startswith(f"{key}=")]
+    named = [a for a in as_meant(list(arguments)) if a.lstrip("+").startswith(f"{key}=")]
     try:
         return expanded(key, str(_parsed(named[-1]).value())) if named else None
     except (HydraException, SettingsError):
@@ -138,7 +144,7 @@ def name_no_job(cfg: DictConfig) -> None:
 
 
 def check_hydra_folders(hydra: DictConfig) -> None:
-    """Refuse ``~`` in the folders of Hydra's own keys that a YAML file names: Hydra takes it as a name.
+    """Refuse ``~`` and ``$NAME`` in the folders of Hydra's own keys that a YAML file names: Hydra takes them as names.
 
     Raises:
         SettingsError: the key, its value and what to write, in one line.
@@ -146,5 +152,8 @@ def check_hydra_folders(hydra: DictConfig) -> None:
     raw: Any = OmegaConf.to_container(hydra, resolve=False)
     for key in _HYDRA_FOLDERS:
         value = str(raw[key.split(".")[1]]["dir"])
-        if value.startswith("~"):
-            raise SettingsError(f"{key}={value}: Hydra takes ~ as a name: write {key}={expanded(key, value)}")
+        variable = re.search(r"\$\w+", value)
+        if value.startswith("~") or variable:
+            sign = variable[0] if variable else "~"
+            meant = re.sub(r"\$(\w+)", r"${oc.env:\1}", value) if "${" in value else expanded(key, value)
+            raise SettingsError(f"{key}={value}: Hydra takes {sign} as a name: write {key}={meant}")

@@ -323,6 +323,11 @@ def test_help_and_config_do_not_import_torch(script, flags, tmp_path):
     "override, line",
     [
         ("scan=[1]", "scan=[1]: a group takes the name of a choice"),
+        (
+            "run_dir='${HOME}/x'",
+            "run_dir: ${HOME} is no key of the configuration: for the environment variable write",
+        ),
+        ("data.source.root='${NOT_SET}'", "data.source.root: ${NOT_SET} is no key of the configuration"),
     ],
 )
 def test_what_hydra_says_badly_is_said_in_one_line(override, line):

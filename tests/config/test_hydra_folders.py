@@ -81,10 +81,30 @@ def test_a_sweep_goes_where_hydra_is_told(command, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "swept, template",
+    [
+        ("note=a,b", "${hydra:job.num}"),
+        ("note=a,b", "x-${hydra.job.override_dirname}"),
+        ("model=digits_zigzag8,digits_dit", "${hydra:runtime.choices.model}"),
+    ],
+)
+def test_what_tells_the_jobs_apart_may_name_their_folders(swept, template, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RUN_ID", "sweep")
+    plugins.prepare()
+    arguments = ["-m", swept, f"hydra.sweep.subdir={template}"]
+    assert plugins.check_command_line(arguments, "default") == arguments
+
+
+@pytest.mark.parametrize(
     "arguments, parts",
     [
         (["run_dir=a", "hydra.run.dir=b"], ["run_dir=a", "hydra.run.dir=b", "drop"]),
         (["-m", "optim.lr=1,2", "hydra.sweep.subdir=same"], ["hydra.sweep.subdir=same", "override_dirname"]),
+        (["-m", "optim.lr=1,2", "hydra.sweep.subdir='${hydra.job.name}'"], ["job.name} puts the 2 runs"]),
+        (["-m", "optim.lr=1,2", "note=a,b", "hydra.sweep.subdir='${note}'"], ["${note} puts the 4 runs"]),
+        (["++run_dir=a", "hydra.run.dir=b"], ["run_dir=a", "hydra.run.dir=b", "drop"]),
+        (["-m", "optim.lr=1,2", "+run_dir=a"], ["run_dir=", "hydra.sweep.dir=FOLDER"]),
         (["-m", "optim.lr=1,2", "run_dir=a"], ["run_dir=", "hydra.sweep.dir=FOLDER"]),
     ],
 )

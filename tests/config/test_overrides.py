@@ -109,6 +109,9 @@ GROUPS = (
     "optim",
     "train",
     "text",
+    "hydra/job_logging",
+    "hydra/launcher",
+    "hydra/sweeper",
 )
 
 

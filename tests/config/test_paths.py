@@ -137,6 +137,13 @@ def test_wherever_it_comes_from_a_path_is_expanded(tmp_path, home, monkeypatch):
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package hydra\nsweep:\n  dir: ~/s\n")
     with pytest.raises(SettingsError, match=rf"hydra.sweep.dir=~/s: .* write hydra.sweep.dir={home}/s"):
         plugins.check_command_line(own, "default")
+    for folder, meant in (("$SETS/s", "/mnt/sets/s"), ("$SETS/${note}", "${oc.env:SETS}/${note}")):
+        (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
+            f"# @package hydra\nsweep:\n  dir: {folder}\n"
+        )
+        with pytest.raises(SettingsError) as refused:
+            plugins.check_command_line(own, "default")
+        assert str(refused.value).endswith(f"Hydra takes $SETS as a name: write hydra.sweep.dir={meant}")
     raw = plugins.compose_config(["run_dir=~/r"])
     assert Settings.from_mapping(plugins.plain(raw)).run_dir == str(home / "r")
     assert not (tmp_path / "~").exists()
@@ -149,6 +156,9 @@ def test_the_run_directory_that_is_typed_is_known_before_hydra(home):
         ("run_dir=$SETS/a", Path("/mnt/sets/a")),
         ("run_dir=2024_05_01", Path("2024_05_01")),
         ("run_dir=1e3", Path("1e3")),
+        ("+run_dir=~/a", home / "a"),
+        ("++run_dir=2024_05_01", Path("2024_05_01")),
+        ("++hydra.run.dir=~/a", home / "a"),
     ):
         assert hydra_folders.typed_run_dir([argument, "+debug=cpu_tiny"]) == str(meant)
     assert hydra_folders.typed_run_dir(["log_every=1"]) is None
@@ -158,6 +168,23 @@ def test_the_run_directory_that_is_typed_is_known_before_hydra(home):
 def test_a_path_that_looks_like_a_number_stays_as_it_is_typed():
     cfg = plugins.compose_config(["run_dir=2024_05_01", "sample_dir=1e3", "log_every=1_000", "ckpt=null"])
     assert (cfg.run_dir, cfg.sample_dir, cfg.log_every, cfg.ckpt) == ("2024_05_01", "1e3", 1000, None)
+    numbers = ["model.num_paths=2", "+model.num_paths=2", "model.drop_path=0.1", "+data.source.cache=false"]
+    numbers += ["data.source.cache=1", "+codec.path=null", "ckpt=true"]
+    assert as_meant(numbers) == numbers
+    typed = ["data.source.root=2024", "+codec.path=1e3", "++metrics.reference_stats=1_0"]
+    assert as_meant(typed) == [
+        'data.source.root="2024"',
+        '+codec.path="1e3"',
+        '++metrics.reference_stats="1_0"',
+    ]
+
+
+@pytest.mark.parametrize("sign", ["", "+"])
+def test_a_number_whose_key_resembles_a_path_stays_a_number(sign):
+    typed = ["model=digits_dim", f"{sign}model.num_paths=2", "+data.source.cache=false", "run_dir=r"]
+    cfg = plugins.compose_config(typed)
+    assert cfg.model.num_paths == 2 and isinstance(cfg.model.num_paths, int)
+    assert cfg.data.source.cache is False
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,13 @@ import signal
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from tests.engine.toys import Loader, TinyModel, ToyProcess, assert_same_bits, make_trainer, snapshot
+from zigflow import cli
 from zigflow.engine import checkpoint, durable, exits, signals
 from zigflow.engine.signals import SIGNALS, Stopped, StopSignals, stop
+from zigflow.settings import SettingsError
 
 STEPS = 5
 
@@ -299,6 +302,28 @@ def test_ctrl_c_while_building_or_compiling_leaves_at_once(monkeypatch):
     handlers.wait()
     handlers._handle(signal.SIGINT, None)
     assert left == ["stopped by SIGINT before the first step had ended; there was nothing to save"]
+
+
+def test_each_job_of_a_sweep_is_built_in_a_window_of_its_own(monkeypatch):
+    handlers, _, left = of_a_run(monkeypatch, launched=False)
+    handlers.hold()
+    handlers.build()
+    with pytest.raises(Stopped, match="stopped by SIGINT before training began"):
+        handlers._handle(signal.SIGINT, None)
+    with pytest.raises(Stopped, match="SIGINT"):
+        handlers.build()
+    assert (handlers.received, left) == ("SIGINT", [])
+
+
+def test_a_job_begins_in_the_window_of_building(monkeypatch):
+    def hydra_folder(cfg):
+        raise SettingsError(stop._window)
+
+    monkeypatch.setattr(cli.hydra_folders, "one_folder", hydra_folder)
+    stop.hold()
+    kept = []
+    cli._Job("sample", kept)(OmegaConf.create({"run_dir": "r"}))
+    assert [str(error) for error, _ in kept] == ["building"]
 
 
 def test_a_process_that_is_leaving_after_ctrl_c_can_still_be_ended():

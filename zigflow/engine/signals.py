@@ -103,6 +103,17 @@ class StopSignals:
         self._cancel()
         self.received, self._window, self._interrupted = None, "building", None
 
+    def build(self) -> None:
+        """Begin the window in which a job is built; a sweep has several jobs in one process.
+
+        Raises:
+            Stopped: a signal came in an earlier job, and no later one begins.
+        """
+        self._cancel()
+        self._window = "building"
+        if self.received:
+            raise Stopped(f"stopped by {self.received} before training began; there was nothing to save")
+
     def wait(self) -> None:
         """Begin the window in which a signal waits for the first step, but not for long."""
         self._window = "waiting"
