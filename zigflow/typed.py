@@ -42,6 +42,15 @@ def has_field(cls: type, key: str) -> bool:
     return not rest or has_field(typing.get_type_hints(cls)[name], rest)
 
 
+def is_text_field(cls: type, key: str) -> bool:
+    """Whether ``key``, a path of names, is a field of ``cls`` or of one inside it that is a text, or a text or None."""
+    name, _, rest = key.partition(".")
+    if not has_field(cls, name):
+        return False
+    hint = typing.get_type_hints(cls)[name]
+    return is_text_field(hint, rest) if rest else hint in (str, str | None)
+
+
 def unknown_key(key: str, known: list[str]) -> str:
     """One line for a key that does not exist, with near matches."""
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.85) or difflib.get_close_matches(

@@ -17,7 +17,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from zigflow.paths import expanded
-from zigflow.settings import SettingsError
+from zigflow.settings import Settings, SettingsError
+from zigflow.typed import is_text_field
 
 # Paths of which there is one.
 _SINGLE = ("run_dir", "sample_dir", "ckpt", "captions")
@@ -86,13 +87,18 @@ def _is_misread(argument: str) -> bool:
         return False
     if value.startswith("~"):
         return not set(value) & set("\"',[]{}()")
-    if not _TEXT_PATHS.fullmatch(key.lstrip("+").rpartition(".")[2]):
+    name = key.lstrip("+")
+    is_path = _TEXT_PATHS.fullmatch(name.rpartition(".")[2]) is not None
+    if not is_path and not is_text_field(Settings, name):
         return False
     try:
         read = _parsed(argument).value()
     except HydraException:
         return False
-    return isinstance(read, (int, float)) and not isinstance(read, bool)
+    if isinstance(read, bool) or not isinstance(read, (int, float)):
+        return False
+    # Of a text, what is the same as a number needs no quotes.
+    return is_path or str(read) != value
 
 
 def check_grammar(overrides: list[str], multirun: bool = False) -> None:

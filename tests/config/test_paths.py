@@ -179,6 +179,22 @@ def test_a_path_that_looks_like_a_number_stays_as_it_is_typed():
     ]
 
 
+def test_a_text_that_looks_like_a_number_stays_as_it_is_typed():
+    typed = [
+        "note=2024_05_01",
+        "wandb.name=1e5",
+        "+wandb.entity=007",
+        "optim.lr=1e-5",
+        "data.limit=1_0",
+        "run_dir=r",
+    ]
+    meant = Settings.from_mapping(plugins.plain(plugins.compose_config(typed)))
+    assert (meant.note, meant.wandb.name, meant.wandb.entity) == ("2024_05_01", "1e5", "007")
+    assert (meant.optim.lr, meant.data.limit) == (1e-5, 10)
+    left = ["note=5", "diffusion.num_steps=250", "note=null", "note=true", "wandb=2", "model.name=1e5"]
+    assert as_meant(left) == left
+
+
 @pytest.mark.parametrize("sign", ["", "+"])
 def test_a_number_whose_key_resembles_a_path_stays_a_number(sign):
     typed = ["model=digits_dim", f"{sign}model.num_paths=2", "+data.source.cache=false", "run_dir=r"]
