@@ -232,11 +232,17 @@ def test_a_run_that_continues_keeps_the_names_of_its_classes(sets, tmp_path):
         settled(plain, source, IdentityCodec(), stored)
 
 
-def test_numbers_as_names_are_texts(tmp_path):
+def test_numbers_as_names_are_texts(tmp_path, caplog):
     folder_of(tmp_path / "set", ("1", "2", "10"))
     command = "data=image_folder data.source.root={0}/set data.image_size=8 data.class_names="
     train_from_config(compose(tmp_path, command + "[10,2,1]", tmp_path / "run"))
     assert open_checkpoint(tmp_path / "run").config["data"]["class_names"] == ["10", "2", "1"]
+    caplog.clear()
+    by_number = sampled(tmp_path / "run", "labels=[1,0]")
+    assert "1 is '2', 0 is '10'" in caplog.text and "names go in quotes" in caplog.text
+    caplog.clear()
+    assert sampled(tmp_path / "run", 'labels=["2","10"]') == by_number
+    assert "names go in quotes" not in caplog.text
     with pytest.raises(SettingsError, match=r"not among the 3 known ones: 10; known: 1, 2, 3"):
         train_from_config(compose(tmp_path, command + "[1,2,3]", tmp_path / "other"))
     with pytest.raises(SettingsError, match="has True, the name of a class is a text"):

@@ -20,6 +20,7 @@ from zigflow.build import (
     model_arguments,
 )
 from zigflow.codec import IdentityCodec
+from zigflow.data.class_names import renumbered
 from zigflow.data.contents import exact_fingerprint
 from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine.evaluation import Judge, sample_size
@@ -231,8 +232,11 @@ def _pictures(run: SamplingRun, folder: Path, model: Any, options: SampleOptions
 
 def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple[Any, dict[str, Any]]:
     """What each sample is conditioned on, a function of sample numbers or None, and the facts about it."""
-    if options.names_classes and model.num_classes > 0:
-        options = options.by_number(class_names(settings))
+    if model.num_classes > 0 and not isinstance(options.labels, str):
+        # Numbers alone need no training set at hand.
+        names = class_names(settings) if options.names_classes else settings.data.class_names or ()
+        _tell_numbers(options.labels, names)
+        options = options.by_number(names)
     facts = options.facts()
     if not model.has_text:
         if options.captions is not None:
@@ -255,6 +259,19 @@ def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple
         rows = open_captions(options.captions)
         plan = text_plan(rows, model.d_context, f"captions={options.captions}")
     return plan, {**facts, "captions": rows.fingerprint}
+
+
+def _tell_numbers(labels: tuple[int | str, ...], names: tuple[str, ...]) -> None:
+    """Say which classes numbers are where some class is named by a number that is not its own."""
+    moved = renumbered(names)
+    numbers = dict.fromkeys(label for label in labels if type(label) is int and 0 <= label < len(names))
+    if not moved or not numbers:
+        return
+    taken = ", ".join(f"{number} is {names[number]!r}" for number in numbers)
+    log.warning(
+        "labels are numbers of classes, and %d classes are named by other numbers: %s; names go in quotes: "
+        "'labels=[\"%s\"]'", len(moved), taken, moved[0][0],
+    )  # fmt: skip
 
 
 def _ready_judge(

@@ -47,7 +47,7 @@ def folder(tmp_path):
 def options(folder, *more, root=None):
     return [
         "data=shards", "+debug=cpu_tiny", "loop.progress=false", "loop.device=cpu", "metrics=none", "data.heldout=null",
-        f"data.source.root={root or folder / 'set'}", "data.image_size=8", "data.channels=1", "data.num_classes=10",
+        f"data.source.root={root or folder / 'set'}", "data.image_size=8", "data.channels=1", "data.num_classes=8",
         "data.num_workers=0", "data.batch_size=8", f"run_dir={folder / 'run'}", *more,
     ]  # fmt: skip
 
