@@ -87,8 +87,8 @@ def test_only_samples_are_made_larger():
 
 
 def test_a_metric_of_one_size_judges_block_means(monkeypatch):
-    monkeypatch.setattr("zigflow.evaluation_job.build_source", lambda settings, split="source": None)
-    data = SimpleNamespace(source={"root": "x"}, heldout={"root": "y"}, order="indexed")
+    monkeypatch.setattr("zigflow.evaluation_job.build_source", lambda settings, split="source", **_: None)
+    data = SimpleNamespace(source={"root": "x"}, heldout={"root": "y"}, order="indexed", video_frames=0)
     for target, reduced in (("digit_judge.DigitJudge", 2), ("fid.Fid", 1)):
         chosen = SimpleNamespace(
             metrics={"_target_": f"zigflow.metrics.{target}"}, data=data, upsample=UpsampleSettings(factor=2)

@@ -323,7 +323,7 @@ def test_bfloat16_stays_close(changes):
         ({"depth": -1}, "depth is at least 0"),
         ({"class_dropout_prob": 1.0}, "class_dropout_prob"),
         ({"class_dropout_prob": 0.1}, "set num_classes"),
-        ({"guided_channels": 3}, r"1\.\.2"),
+        ({"guided_channels": 99}, r"guided_channels is 1\.\.\d \(output channels\)"),
         ({"scan": "zigzg"}, "zigzag"),
         ({"ssm_cfg": {"d_stat": 4}}, "d_state"),
         ({"drop_path_rate": 1.5}, r"drop_path_rate.*\[0, 1\)"),

@@ -132,7 +132,7 @@ def test_unconditional_models_take_no_condition():
     "kwargs, message",
     [
         ({"drop_sigma": True, "learn_sigma": False}, "learn_sigma"),
-        ({"guided_channels": 5}, r"1\.\.4"),
+        ({"guided_channels": 9}, r"1\.\.8"),
         ({"depth": 0}, "depth is at least 1"),
     ],
 )
