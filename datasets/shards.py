@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,10 @@ from zigflow.data.shards import ShardReader
 from zigflow.data.sizes import check_sizes
 from zigflow.data.streaming import StreamSource
 from zigflow.data.tar import BudgetError, ShardError
+
+log = logging.getLogger(__name__)
+
+_LOOKED_AT = 32
 
 
 class ShardSource:
@@ -102,6 +107,8 @@ class ShardSource:
             self.num_classes = 0
         if not enlarge:
             check_sizes(len(self), self._size_at, self.decoder.image_size)
+        if channels is None and "pixels" in self.suffixes:
+            self.decoder.channels = self._channels()
         self.first = self._first(max_skipped)
         self.image_shape = self.decoder.fix_shapes(self.first)
         self.contents = self.reader.contents.each(
@@ -152,11 +159,39 @@ class ShardSource:
     def __len__(self) -> int:
         return len(self.reader)
 
+    def _channels(self) -> int | None:
+        """3 where any of the images that are looked at has colors, 1 where all are grey; None where none can be read.
+
+        One grey image among colored ones must not decide for all, and which one comes first is chance.
+        """
+        looked = keyed_sample(len(self), _LOOKED_AT)
+        kinds = []
+        for index in looked:
+            with suppress(ShardError):  # Told where it is read, if it is.
+                kinds.append(self._decoded(index, self._only("pixels"))["pixels"].shape[-3])
+        if len(set(kinds)) > 1:
+            log.warning(
+                "%s: %d of %d images that were looked at are grey and are read with three equal channels; "
+                "data.channels=1 reads all as grey",
+                self.reader.root, kinds.count(1), len(kinds),
+            )  # fmt: skip
+        return max(kinds, default=None)
+
+    def _only(self, field: str) -> FieldDecoder:
+        """A decoder of one field, without a budget of classes: nothing else of a sample is read."""
+        decoder = copy.copy(self.decoder)
+        decoder.suffixes, decoder.num_classes = {field: self.suffixes[field]}, 0
+        return decoder
+
     def class_of(self, index: int) -> str | None:
         """The class of sample ``index`` as its label says, else as its key does; None where neither tells.
 
-        Nothing but the label is read, and nothing is decoded.
+        Nothing but the label is read.
         """
+        if "labels" in self.suffixes:
+            with suppress(ShardError):  # Told where it is read, if it is.
+                return str(self._decoded(index, self._only("labels"))["labels"])
+            return None
         shard, member = self.reader.split_index(index)
         known = {entry.suffix for entry in self.reader.sample(shard, member).entries}
         label = [suffix for suffix in ("cls_id.cls", "cls") if suffix in known]
@@ -167,10 +202,7 @@ class ShardSource:
         """The highest of up to ``most`` labels and how many were read; None where none of them can be read."""
         if "labels" not in self.suffixes:
             return None
-        # No budget of classes, and nothing but the label: nothing else of a sample is read.
-        decoder = copy.copy(self.decoder)
-        decoder.suffixes, decoder.num_classes = {"labels": self.suffixes["labels"]}, 0
-        labels = []
+        decoder, labels = self._only("labels"), []
         for index in keyed_sample(len(self), most):
             with suppress(ShardError):  # Told where it is read, if it is.
                 labels.append(self._decoded(index, decoder)["labels"])

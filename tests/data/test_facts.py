@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from zigflow.data.class_names import NamedClasses, by_name, folder_order, number_of, renumbered
 from zigflow.data.facts import facts_of
@@ -14,6 +15,7 @@ from zigflow.data.subset import Subset
 from zigflow.data.writer import ShardWriter, encode_png
 from zigflow.datasets.image_folder import ImageFolderSource
 from zigflow.datasets.shards import ShardSource
+from zigflow.tools.make_shards import main as make_shards
 
 NAMES = st.lists(st.text("abcdefgh", min_size=1, max_size=3), unique=True, min_size=1, max_size=8)
 
@@ -206,3 +208,45 @@ def test_channels_follow_the_first_image(tmp_path):
     source = ShardSource(tmp_path / "g", channels=None)
     assert source.image_shape == (1, 8, 8)
     assert source.fingerprint == ShardSource(tmp_path / "g", channels=1).fingerprint
+
+
+def _picture(path, mode, size=8, value=90):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (size, size), value if mode == "L" else (value, 10, 200)).save(path)
+
+
+@pytest.mark.parametrize("grey, channels", [((0,), 3), ((0, 1, 2), 1), ((), 3)])
+def test_one_grey_image_does_not_decide_the_channels_of_a_set(tmp_path, caplog, grey, channels):
+    for index in range(3):
+        _picture(tmp_path / "in" / f"{index}.png", "L" if index in grey else "RGB")
+    make_shards(
+        ["folder", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--order", "given"]
+    )
+    source = ShardSource(tmp_path / "out", channels=None)
+    assert source.image_shape == (channels, 8, 8)
+    assert {tuple(source[i]["pixels"].shape) for i in range(3)} == {(channels, 8, 8)}
+    assert ("are grey and are read with three equal channels" in caplog.text) == (0 < len(grey) < 3)
+
+
+def test_make_shards_enlarges_only_when_asked(tmp_path):
+    _picture(tmp_path / "in" / "a.png", "RGB")
+    words = ["folder", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--resize", "16"]
+    with pytest.raises(
+        ValueError, match=r"a.png has 8 x 8 pixels, --resize 16 would enlarge it: .*--enlarge"
+    ):
+        make_shards(words)
+    assert not list((tmp_path / "out").rglob("*.tar"))
+    make_shards([*words, "--enlarge"])
+    assert ShardSource(tmp_path / "out").image_shape == (3, 16, 16)
+
+
+def test_the_class_of_a_sample_is_read_where_its_label_is(tmp_path):
+    with ShardWriter(tmp_path, meta={"num_classes": 4}) as writer:
+        for index in range(4):
+            members = {
+                "png": encode_png(np.zeros((4, 4, 3), np.uint8)),
+                "json": f'{{"label": {3 - index}}}'.encode(),
+            }
+            writer.add(f"part7_{index:04d}", members)
+    source = ShardSource(tmp_path, {"json.label": "labels"})
+    assert [source.class_of(i) for i in range(4)] == ["3", "2", "1", "0"]

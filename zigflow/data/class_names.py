@@ -117,6 +117,11 @@ class NamedClasses:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         return self._named(self.source[index])
 
+    def class_of(self, index: int) -> str | None:
+        """As the source says; None where it does not."""
+        known = getattr(self.source, "class_of", None)
+        return None if known is None else known(index)
+
     def _named(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**sample, "labels": self.numbers[sample["labels"]]} if "labels" in sample else sample
 

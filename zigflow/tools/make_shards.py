@@ -183,6 +183,11 @@ def _run_folder(args: argparse.Namespace) -> None:
         path = args.input / files[index]
         data, image = read_image(path, background=background)
         if args.resize:
+            if not args.enlarge and min(image.shape[:2]) < args.resize:
+                raise ValueError(
+                    f"{path} has {image.shape[0]} x {image.shape[1]} pixels, --resize {args.resize} would enlarge it: "
+                    f"give --resize {min(image.shape[:2])} or less, leave the image out, or --enlarge"
+                )
             image = np.array(CROPS[args.crop](Image.fromarray(image), args.resize))
             out = {"image.png": encode_png(image)}
         else:
@@ -275,6 +280,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--input", type=Path, required=True, help=_INPUTS[name])
         if name == "folder":
             sub.add_argument("--resize", type=int, help="crop to the center and resize to this many pixels")
+            sub.add_argument("--enlarge", action="store_true", help="let --resize make smaller images larger")
             sub.add_argument(
                 "--crop", choices=list(CROPS), default="cover", help="how --resize crops; adm: ADM and DiT's ImageNet, "
                 "lanczos: U-ViT's COCO (cover)",
