@@ -228,16 +228,18 @@ def test_one_grey_image_does_not_decide_the_channels_of_a_set(tmp_path, caplog, 
     assert ("are grey and are read with three equal channels" in caplog.text) == (0 < len(grey) < 3)
 
 
-def test_make_shards_enlarges_only_when_asked(tmp_path):
+def test_make_shards_says_what_it_enlarged(tmp_path, capsys):
     _picture(tmp_path / "in" / "a.png", "RGB")
-    words = ["folder", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--resize", "16"]
-    with pytest.raises(
-        ValueError, match=r"a.png has 8 x 8 pixels, --resize 16 would enlarge it: .*--enlarge"
-    ):
-        make_shards(words)
-    assert not list((tmp_path / "out").rglob("*.tar"))
-    make_shards([*words, "--enlarge"])
-    assert ShardSource(tmp_path / "out").image_shape == (3, 16, 16)
+    _picture(tmp_path / "in" / "b.png", "RGB", size=20)
+    for resize, told in ((16, True), (8, False)):
+        out = tmp_path / f"out{resize}"
+        make_shards(
+            ["folder", "--input", str(tmp_path / "in"), "--output", str(out), "--resize", str(resize)]
+        )
+        said = capsys.readouterr().out
+        assert (f"1 images are smaller than --resize {resize} and were enlarged, such as" in said) == told
+        assert ("a.png" in said) == told
+        assert ShardSource(out).image_shape == (3, resize, resize)
 
 
 def test_the_class_of_a_sample_is_read_where_its_label_is(tmp_path):

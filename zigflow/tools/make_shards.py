@@ -59,6 +59,11 @@ def main(argv: list[str]) -> int:
         for name, place in renumbered(names)[:1]:
             print(f"classes are named by numbers that are not theirs: {name} is class {place}, and so on")
     print(f"{total} samples written to {args.output}")
+    enlarged = getattr(args, "enlarged", ())
+    if enlarged:
+        print(
+            f"{len(enlarged)} images are smaller than --resize {args.resize} and were enlarged, such as {enlarged[0]}"
+        )
     sizes = len(getattr(args, "sizes", ()))
     if sizes > 1:
         print(
@@ -177,17 +182,14 @@ def _run_folder(args: argparse.Namespace) -> None:
         )
     files, labels, classes, _ = list_images(args.input)
     args.count = len(files)
-    args.sizes = set()
+    args.sizes, args.enlarged = set(), []
 
     def members(index: int) -> dict[str, bytes]:
         path = args.input / files[index]
         data, image = read_image(path, background=background)
         if args.resize:
-            if not args.enlarge and min(image.shape[:2]) < args.resize:
-                raise ValueError(
-                    f"{path} has {image.shape[0]} x {image.shape[1]} pixels, --resize {args.resize} would enlarge it: "
-                    f"give --resize {min(image.shape[:2])} or less, leave the image out, or --enlarge"
-                )
+            if min(image.shape[:2]) < args.resize:
+                args.enlarged.append(path)
             image = np.array(CROPS[args.crop](Image.fromarray(image), args.resize))
             out = {"image.png": encode_png(image)}
         else:
@@ -280,7 +282,6 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--input", type=Path, required=True, help=_INPUTS[name])
         if name == "folder":
             sub.add_argument("--resize", type=int, help="crop to the center and resize to this many pixels")
-            sub.add_argument("--enlarge", action="store_true", help="let --resize make smaller images larger")
             sub.add_argument(
                 "--crop", choices=list(CROPS), default="cover", help="how --resize crops; adm: ADM and DiT's ImageNet, "
                 "lanczos: U-ViT's COCO (cover)",
