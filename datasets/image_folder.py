@@ -8,10 +8,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from zigflow.data.class_names import folder_order
 from zigflow.data.contents import folder_contents
-from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, Limits, to_pixels
+from zigflow.data.decode import DEFAULT_LIMITS, Limits, to_pixels
 from zigflow.data.picture import WHITE, Background, background_color, image_size_of, read_image
 from zigflow.data.picture_files import KNOWN, LeftOut, find_images, scan_folder
-from zigflow.data.sizes import check_sizes, enlarging
+from zigflow.data.sizes import EnlargedOnce, check_sizes, enlarging
 from zigflow.registry import unknown_name
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class ImageFolderSource:
         shown = "" if self.background == WHITE else f" {self.background}"
         self.contents = folder_contents(self.root, self.files, self.image_shape, shown)
         self.fingerprint = self.contents.fingerprint
+        self._enlarged = EnlargedOnce()
         if not enlarge:
             check_sizes(len(self), self._size_at, self.image_size)
 
@@ -93,9 +94,8 @@ class ImageFolderSource:
             raise IndexError(f"no image {index} among {len(self)}")
         path = self.files[index]
         image = read_image(self.root / path, self.limits, self.background)[1]
-        problem = "" if self.enlarge else enlarging(image.shape[:2], self.image_size)
-        if problem:
-            raise DecodeError(f"{self.root / path}: {problem}")
+        if not self.enlarge:
+            self._enlarged.tell(str(self.root / path), enlarging(image.shape[:2], self.image_size))
         sample: dict[str, Any] = {
             "key": path.as_posix(),
             "pixels": to_pixels(image, self.channels, self.image_size),

@@ -192,13 +192,18 @@ def test_smaller_images_are_refused_unless_asked_for(tmp_path):
     assert ShardSource(shards, image_size=(8, 9), enlarge=True).image_shape == (3, 8, 9)
 
 
-def test_a_small_image_that_was_not_looked_at_is_refused_when_it_is_read(tmp_path):
-    root = folder_of(tmp_path / "f", ("ant",), each=100, size=(16, 16))
-    (root / "ant" / "1.png").write_bytes(image(1))
+def test_a_small_image_that_was_not_looked_at_is_enlarged_and_said_once(tmp_path, caplog):
+    """A run must not end in its middle at an image that nobody had looked at."""
+    root = folder_of(tmp_path / "f", ("ant",), each=600, size=(16, 16))
+    names = sorted(path.name for path in (root / "ant").iterdir())
+    for place in (1, 3):
+        (root / "ant" / names[place]).write_bytes(image(1))
     source = ImageFolderSource(root, 16)
-    small = next(i for i, path in enumerate(source.files) if path.name == "1.png")
-    with pytest.raises(ValueError, match=r"1\.png.*would enlarge"):
-        source[small]
+    small = [i for i, path in enumerate(source.files) if path.name in (names[1], names[3])]
+    assert "would enlarge" not in caplog.text
+    for index in small:
+        assert source[index]["pixels"].shape == (3, 16, 16)
+    assert caplog.text.count("would enlarge") == 1 and names[1] in caplog.text
 
 
 def test_channels_follow_the_first_image(tmp_path):

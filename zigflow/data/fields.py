@@ -12,7 +12,7 @@ from .decode import DEFAULT_LIMITS, DecodeError, Limits, decode, to_pixels
 from .json_fields import pick, split_suffix
 from .picture import SUFFIXES, WHITE, Background, background_color
 from .shard_index import Sample
-from .sizes import enlarging
+from .sizes import EnlargedOnce, enlarging
 from .source import image_shape
 from .tar import ShardError
 
@@ -106,6 +106,14 @@ class FieldDecoder:
         # The usual names cover sets whose images are of several formats.
         self._usual = not set((normal_rename(rename) or {}).values()) & set(_POINTS)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._enlarged = EnlargedOnce()
+
+    def _check_size(self, size: tuple[int, int]) -> None:
+        """Refuse an image that would be enlarged while a source is opened; say it once while samples are read."""
+        problem = "" if self.enlarge else enlarging(size, self.image_size)
+        if problem and not self.shapes:
+            raise DecodeError(problem)
+        self._enlarged.tell("an image", problem)
 
     @property
     def identity(self) -> str:
@@ -217,15 +225,11 @@ class FieldDecoder:
         if value.dtype != np.uint8:
             raise DecodeError(f"pixels are stored as 8-bit values, these are {value.dtype}")
         if value.ndim == 2 or (value.ndim == 3 and value.shape[2] == 3):
-            problem = "" if self.enlarge else enlarging(value.shape[:2], self.image_size)
-            if problem:
-                raise DecodeError(problem)
+            self._check_size(value.shape[:2])
             channels = self.channels or (1 if value.ndim == 2 else 3)
             return to_pixels(value, channels, self.image_size)
         if value.ndim == 4 and len(value):
-            problem = "" if self.enlarge else enlarging(value.shape[2:], self.image_size)
-            if problem:
-                raise DecodeError(problem)
+            self._check_size(value.shape[2:])
             channels = self.channels or value.shape[1]
             frames = [to_pixels(np.moveaxis(frame, 0, -1), channels, self.image_size) for frame in value]
             return torch.stack(frames)

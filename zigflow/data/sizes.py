@@ -1,8 +1,28 @@
 """Images are made smaller without asking, larger only where ``enlarge`` says so."""
 
+import logging
 from collections.abc import Callable
 
-_LOOKED_AT = 32
+log = logging.getLogger(__name__)
+
+_LOOKED_AT = 256
+
+
+class EnlargedOnce:
+    """Says in one line that a smaller image is made larger: a run must not end at one that nobody looked at before."""
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def tell(self, name: str, problem: str) -> None:
+        """Log ``problem`` of the image ``name``, the first time that there is one."""
+        if problem and not self._told:
+            self._told = True
+            log.warning(
+                "%s: %s; it was not among those that were looked at, and is enlarged, as any other is",
+                name,
+                problem,
+            )
 
 
 def enlarging(size: tuple[int, int], wanted: tuple[int, int] | None) -> str:
