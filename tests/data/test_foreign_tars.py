@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 
@@ -86,6 +87,27 @@ def test_an_index_is_built_once_and_again_when_a_tar_changes(tmp_path, monkeypat
     changed = ShardReader(root)
     assert (len(changed), changed.sizes) == (4, (1, 1, 2))
     assert changed.fingerprint != reader.fingerprint
+
+
+@pytest.mark.parametrize("members", [[("0.cls", b"7"), ("1.cls", b"1")], [("0.cls", b"0"), ("2.cls", b"1")]])
+def test_a_tar_that_is_replaced_under_its_size_and_time_stamp_is_noticed(tmp_path, members):
+    first, copy = tmp_path / "set", tmp_path / "copy"
+    first.mkdir()
+    write_tar(first / "a.tar", [("0.cls", b"0"), ("1.cls", b"1")])
+    before = ShardReader(first)
+    shutil.copytree(first, copy)
+    index = (copy / INDEX_NAME).read_bytes()
+    assert ShardReader(copy).fingerprint == before.fingerprint
+    # The times of the copy are kept: it is not hashed at every start.
+    assert (kept := (copy / INDEX_NAME).read_bytes()) != index
+    assert ShardReader(copy).fingerprint == before.fingerprint and (copy / INDEX_NAME).read_bytes() == kept
+    stat = (first / "a.tar").stat()
+    write_tar(first / "a.tar", members)
+    os.utime(first / "a.tar", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (first / "a.tar").stat().st_size == stat.st_size
+    after = ShardReader(first)
+    assert after.fingerprint != before.fingerprint
+    assert [f"{after.read(0, i)[0]}.cls" for i in range(2)] == [name for name, _ in members]
 
 
 def test_the_index_can_lie_in_a_cache(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .tar import Budget, ShardError
 
 log = logging.getLogger(__name__)
 
-_CONTENTS = "contents"
+_CONTENTS, _CHANGES = "contents", "ctime_ns"
 _SAMPLES = 4096
 _FROM_A_SHARD = 16
 _WHOLE, _PIECE = 1 << 16, 1 << 14
@@ -112,12 +113,18 @@ def _with_contents(root: Path, folder: Path, index: FolderIndex) -> FolderIndex:
         )
         for shard in index.shards
     }
-    complete = FolderIndex(index.shards, {**index.meta, _CONTENTS: contents})
+    return _kept(
+        root, folder, FolderIndex(index.shards, {**index.meta, _CONTENTS: contents, _CHANGES: _changes(root)})
+    )
+
+
+def _kept(root: Path, folder: Path, index: FolderIndex) -> FolderIndex:
+    """``index``, written to ``folder`` where that can be."""
     try:
-        write_folder_index(folder, complete)
+        write_folder_index(folder, index)
     except OSError as error:
         log.info("the index of %s is completed at every start, since it cannot be kept: %s", root, error)
-    return complete
+    return index
 
 
 def _current(root: Path, folder: Path, budget: Budget) -> FolderIndex | None:
@@ -127,6 +134,9 @@ def _current(root: Path, folder: Path, budget: Budget) -> FolderIndex | None:
     index = load_folder_index(folder)
     stored = {shard.name: (shard.size, shard.mtime_ns) for shard in index.shards}
     if index.meta.get("origin") != "foreign" or stored != _stamps(root):
+        return None
+    index = _held_against_tars(root, folder, index)
+    if index is None:
         return None
     try:
         for row in index.meta.get("problems", []):
@@ -139,6 +149,39 @@ def _current(root: Path, folder: Path, budget: Budget) -> FolderIndex | None:
     return index
 
 
+def _held_against_tars(root: Path, folder: Path, index: FolderIndex) -> FolderIndex | None:
+    """An index whose tars have their size and time stamp; None where their members are others all the same.
+
+    Time stamps can be set by whoever copies a file, those of its last change cannot. Tars that were written or copied
+    since they were indexed are listed and hashed again; copies of the same are taken as they are.
+    """
+    changes, known = _changes(root), index.meta.get(_CHANGES)
+    contents = index.meta.get(_CONTENTS)
+    if changes == known or not isinstance(contents, dict):
+        return index
+    known = known if isinstance(known, dict) else {}
+    for shard in index.shards:
+        if changes.get(shard.name) == known.get(shard.name):
+            continue
+        path = root / shard.name
+        # Problems that were passed over once are no change; new ones change the list of samples.
+        try:
+            samples = scan_shard(path, budget=Budget(sys.maxsize, quiet=True))
+        except ShardError:
+            return None
+        listed = hashlib.sha256(dump_samples(shard.name, samples)).hexdigest() == shard.index_sha256
+        if not listed or _contents(path, samples, len(index.shards)) != contents.get(shard.name):
+            log.warning(
+                "%s was replaced by another of its size and time stamp: %s is indexed anew", path, root
+            )
+            return None
+    return _kept(root, folder, FolderIndex(index.shards, {**index.meta, _CHANGES: changes}))
+
+
+def _changes(root: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_ctime_ns for path in root.glob("*.tar") if path.is_file()}
+
+
 def _stamps(root: Path) -> dict[str, tuple[int, int]]:
     found = {path.name: path.stat() for path in root.glob("*.tar") if path.is_file()}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
@@ -146,7 +189,7 @@ def _stamps(root: Path) -> dict[str, tuple[int, int]]:
 
 def _build(root: Path, folder: Path, paths: list[Path], budget: Budget) -> FolderIndex:
     log.info("indexing %d shards of %s", len(paths), root)
-    before, shards = _stamps(root), []
+    before, changes, shards = _stamps(root), _changes(root), []
     contents: dict[str, list[Any]] = {}
     for path in paths:
         samples = scan_shard(path, budget=budget)
@@ -157,9 +200,9 @@ def _build(root: Path, folder: Path, paths: list[Path], budget: Budget) -> Folde
         size, stamp = before[path.name]
         digest = hashlib.sha256(data).hexdigest()
         shards.append(Shard(path.name, size, len(samples), digest, mtime_ns=stamp))
-    if _stamps(root) != before:
+    if _stamps(root) != before or _changes(root) != changes:
         raise ShardError(f"the tars of {root} changed while they were indexed: try again when they are final")
-    meta: dict[str, Any] = {"origin": "foreign", _CONTENTS: contents}
+    meta: dict[str, Any] = {"origin": "foreign", _CONTENTS: contents, _CHANGES: changes}
     if budget.errors:
         meta["problems"] = [[e.shard, e.offset, e.key, e.what] for e in budget.errors]
     index = FolderIndex(tuple(shards), meta)
