@@ -300,3 +300,16 @@ def test_all_problems_of_a_folder_are_reported_at_once(tmp_path, capsys):
         "9 errors",
     )
     assert [text for text in wanted if text not in out] == []
+
+
+@pytest.mark.parametrize(
+    "stated, sound", [({"num_classes": 3}, False), ({"num_classes": 4}, True), ({}, True)]
+)
+def test_labels_are_held_against_the_stated_number_of_classes(tmp_path, capsys, stated, sound):
+    from zigflow.data.writer import ShardWriter
+
+    with ShardWriter(tmp_path / "s", meta=stated) as writer:
+        for label in range(4):
+            writer.add(f"k{label}", {"cls": str(label).encode()})
+    assert run("verify-shards", tmp_path / "s") == (0 if sound else 1)
+    assert ("key 'k3': cls: label 3 is outside 0..2" in capsys.readouterr().out) != sound

@@ -69,6 +69,8 @@ class _Check:
         self.fields: frozenset[str] | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.keys: dict[str, str] = {}
+        # Labels run from 0 to this less 1; 0 where the index does not say it.
+        self.num_classes = 0
 
     def run(self) -> None:
         """Check everything.
@@ -77,6 +79,8 @@ class _Check:
             BudgetError: there are more problems than are reported.
         """
         index = self._index()
+        stated = index.meta.get("num_classes") if index else None
+        self.num_classes = stated if isinstance(stated, int) else 0
         listed = {shard.name: shard for shard in index.shards} if index else {}
         tars = {path.name: path for path in self.folder.glob("*.tar")}
         for name in sorted(listed.keys() | tars.keys()):
@@ -177,7 +181,15 @@ class _Check:
         return len(sample.entries)
 
     def _value(self, suffix: str, value: Any) -> None:
-        """Arrays of one suffix have one shape, apart from the number of captions; sizes of images may differ."""
+        """Arrays of one suffix have one shape, apart from the number of captions; sizes of images may differ.
+
+        Labels are among the classes that the index states.
+        """
+        number = isinstance(value, int) and DEFAULT_RENAME.get(suffix) == "labels"
+        if number and 0 < self.num_classes <= value:
+            raise DecodeError(
+                f"label {value} is outside 0..{self.num_classes - 1}: {INDEX_NAME} states {self.num_classes} classes"
+            )
         if not suffix.endswith("npy") or not isinstance(value, np.ndarray):
             return
         if value.dtype.kind == "f" and not np.isfinite(value).all():
