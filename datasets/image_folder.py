@@ -3,12 +3,13 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from zigflow.data.class_names import folder_order
-from zigflow.data.contents import folder_contents
-from zigflow.data.decode import DEFAULT_LIMITS, Limits, to_pixels
+from zigflow.data.contents import folder_contents, keyed_sample
+from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, Limits, to_pixels
 from zigflow.data.picture import WHITE, Background, background_color, image_size_of, read_image
 from zigflow.data.picture_files import KNOWN, LeftOut, find_images, scan_folder
 from zigflow.data.sizes import EnlargedOnce, check_sizes, enlarging
@@ -17,6 +18,7 @@ from zigflow.registry import unknown_name
 log = logging.getLogger(__name__)
 
 CLASS_ORDERS: dict[str, Callable[[list[str]], list[str]]] = {"numbers": folder_order, "text": sorted}
+_LOOKED_AT = 32
 _FORMATS = {"jpeg": "jpg", "tif": "tiff"}
 
 
@@ -29,13 +31,15 @@ class ImageFolderSource:
     Args:
         root: the folder.
         image_size: pixels of both sides, or (height, width).
-        channels: 1 or 3.
+        channels: 1 or 3; None: 1 if all of up to 32 images, drawn from all, are grey, else 3.
         enlarge: smaller images than ``image_size`` are made larger instead of refused.
         class_order: "numbers", or "text" to sort numbers as text, too.
         limits: budgets of one file.
         background: what shows through transparent images: a grey level, or red, green and blue, 0 to 255.
+        max_skipped: how many images may be unreadable before the first readable one.
 
     Attributes:
+        first: the first readable sample.
         left_out: what lies in the folder and is not read, in words; empty where everything is.
 
     Raises:
@@ -50,14 +54,19 @@ class ImageFolderSource:
     def __init__(
         self,
         root: str | Path,
-        image_size: int | Sequence[int],
+        image_size: int | Sequence[int] | None,
         *,
-        channels: int = 3,
+        channels: int | None = 3,
         enlarge: bool = False,
         class_order: str = "numbers",
         limits: Limits = DEFAULT_LIMITS,
         background: Background = WHITE,
+        max_skipped: int = 0,
     ):
+        if image_size is None:
+            raise ValueError(
+                "images of a folder are read in one size, and none is given: set data.image_size=N or [HEIGHT,WIDTH]"
+            )
         if class_order not in CLASS_ORDERS:
             raise unknown_name("class_order", class_order, list(CLASS_ORDERS))
         self.root, self.enlarge = Path(root), enlarge
@@ -65,8 +74,9 @@ class ImageFolderSource:
         self.files, labels, self.class_names, self.left_out = list_images(self.root, class_order)
         self.labels = labels if self.class_names else None
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.image_size, self.channels, self.limits = (int(height), int(width)), channels, limits
-        self.image_shape = (channels, *self.image_size)
+        self.image_size, self.limits, self.max_skipped = (int(height), int(width)), limits, max_skipped
+        self.channels = self._channels() if channels is None else channels
+        self.image_shape = (self.channels, *self.image_size)
         self.num_classes = len(self.class_names)
         self.shard_sizes = (len(self.files),)
         shown = "" if self.background == WHITE else f" {self.background}"
@@ -75,6 +85,28 @@ class ImageFolderSource:
         self._enlarged = EnlargedOnce()
         if not enlarge:
             check_sizes(len(self), self._size_at, self.image_size)
+
+    @property
+    def first(self) -> dict[str, Any]:
+        for index in range(min(self.max_skipped, len(self) - 1)):
+            with suppress(DecodeError):
+                return self[index]
+        return self[min(self.max_skipped, len(self) - 1)]
+
+    def _channels(self) -> int:
+        """One grey image among colored ones does not decide for all."""
+        kinds = []
+        for index in keyed_sample(len(self), _LOOKED_AT):
+            with suppress(DecodeError):  # Told where it is read, if it is.
+                image = read_image(self.root / self.files[index], self.limits, self.background)[1]
+                kinds.append(1 if image.ndim == 2 else 3)
+        if len(set(kinds)) > 1:
+            log.warning(
+                "%s: %d of %d images that were looked at are grey and are read with three equal channels; "
+                "data.channels=1 reads all as grey",
+                self.root, kinds.count(1), len(kinds),
+            )  # fmt: skip
+        return max(kinds, default=3)
 
     def _size_at(self, index: int) -> tuple[str, tuple[int, int] | None]:
         path = self.root / self.files[index]

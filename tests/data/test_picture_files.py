@@ -9,7 +9,9 @@ from PIL import Image
 
 from tests.data import pictures as p
 from zigflow.data.decode import to_pixels
+from zigflow.data.facts import facts_of
 from zigflow.data.limits import DecodeError
+from zigflow.data.subset import Subset
 from zigflow.datasets.image_folder import ImageFolderSource
 from zigflow.datasets.shards import ShardSource
 from zigflow.metrics.stored_images import StoredImages
@@ -240,3 +242,24 @@ def test_a_bad_file_is_named_by_make_shards(tmp_path, capsys):
     assert "1.webp: an animation of 3 frames" in capsys.readouterr().err
     with pytest.raises(DecodeError, match=r"1\.webp: an animation"):
         ImageFolderSource(tmp_path / "in", 8)[1]
+
+
+def test_a_folder_without_a_size_or_number_of_channels(tmp_path, caplog):
+    grey = p.saved(Image.new("L", SIZE), "PNG")
+    mixed = fill(tmp_path / "mixed", {"0.png": grey, "1.png": image(), "2.png": b"text"})
+    with pytest.raises(ValueError, match=r"set data\.image_size=N"):
+        ImageFolderSource(mixed, None)
+    source = ImageFolderSource(mixed, 4, channels=None)
+    assert source.image_shape == (3, 4, 4) == tuple(source[0]["pixels"].shape)
+    assert "1 of 2 images that were looked at are grey" in caplog.text
+    assert ImageFolderSource(fill(tmp_path / "g", {"0.png": grey}), 4, channels=None).image_shape == (1, 4, 4)
+
+
+def test_damage_at_the_front_of_a_folder_is_passed_over_only_where_that_is_allowed(tmp_path):
+    root = fill(tmp_path, {"0.png": b"text", "1.png": b"text", "2.png": image()})
+    assert ImageFolderSource(root, 4, max_skipped=2).first["key"] == "2.png"
+    assert facts_of(ImageFolderSource(root, 4, max_skipped=2), "x").fields == ("pixels",)
+    assert facts_of(Subset(ImageFolderSource(root, 4, max_skipped=2), 2), "x").fields == ("pixels",)
+    for allowed in (0, 1):
+        with pytest.raises(ValueError, match=rf"{allowed}\.png"):
+            facts_of(ImageFolderSource(root, 4, max_skipped=allowed), "x")

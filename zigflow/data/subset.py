@@ -30,6 +30,11 @@ class Subset:
         )
         self.fingerprint = self.contents.fingerprint
 
+    @property
+    def first(self) -> Mapping[str, Any]:
+        """A readable sample, which shows the fields of all."""
+        return getattr(self.source, "first", None) or self.source[0]
+
     def __len__(self) -> int:
         return self.limit
 
