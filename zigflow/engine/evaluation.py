@@ -95,6 +95,7 @@ class Judge:
         self._reduced = reduced
         self._ready = metric is None
         self._sizes: dict[str, tuple[int, int]] = {}
+        self._channels: dict[str, int] = {}
 
     def check(self, count: int, labels: Tensor | None, size: tuple[int, int] | None = None) -> None:
         """Refuse, before any is made, samples that cannot be judged; reads the real images.
@@ -132,6 +133,7 @@ class Judge:
                     if metric is not None:
                         judged = _reduce(images, self._reduced)
                         self._check_size((judged.shape[-2], judged.shape[-1]))
+                        self._check_channels(judged.shape[1])
                         metric.update(judged, labels, ids)
                     first = ids < self.preview
                     if first.any():
@@ -146,6 +148,16 @@ class Judge:
                 raise ValueError(
                     f"the samples have {size[0]} x {size[1]} pixels, the {name} images {real[0]} x {real[1]}: read the "
                     f"real ones smaller with data.image_size={side}, or resize the samples"
+                )
+
+    def _check_channels(self, channels: int) -> None:
+        """Refuse grey samples against real images in color, and the reverse: the color would be measured."""
+        words = {1: "grey", 3: "in color"}
+        for name, real in self._channels.items():
+            if real != channels:
+                raise ValueError(
+                    f"the samples are {words.get(channels, channels)}, the {name} images "
+                    f"{words.get(real, real)}: read the real ones with data.channels={channels}, or convert the samples"
                 )
 
     def _conclude(self, counted: SampleIds, shown: list[tuple[Tensor, Tensor, Tensor | None]]) -> Judgement:
@@ -212,6 +224,7 @@ class Judge:
                 )
             for images, _ in self._pixels(source, self.ranks.rank, self.ranks.size):
                 self._sizes[metric.reference] = (images.shape[-2], images.shape[-1])
+                self._channels[metric.reference] = images.shape[1]
                 metric.add_reference(images)
         states = _gather(self.ranks, metric.reference_state())
         # From nothing and in the order of the ranks, so that all processes hold the same sums.
@@ -237,6 +250,7 @@ class Judge:
             return None
         images, labels = zip(*self._pixels(source), strict=True)
         self._sizes[name] = (images[0].shape[-2], images[0].shape[-1])
+        self._channels[name] = images[0].shape[1]
         return torch.cat(images), None if labels[0] is None else torch.cat(labels)
 
 

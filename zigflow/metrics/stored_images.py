@@ -144,5 +144,10 @@ class StoredImages:
             raise ValueError(
                 f"{file} is {tuple(tensor.shape)} (channels, height, width), the images before it are "
                 f"{tuple(self._shape)}: judge images of one kind, or move it away"
+                + (
+                    ": convert the grey ones to RGB, or all to grey"
+                    if tensor.shape[1:] == self._shape[1:]
+                    else ""
+                )
             )
         return tensor
