@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from zigflow import plugins
-from zigflow.build import train_from_config
+from zigflow.build import _check_heldout, train_from_config
 from zigflow.codec import IdentityCodec
 from zigflow.data.class_names import by_name
 from zigflow.data.writer import encode_png
@@ -423,6 +423,33 @@ def test_samples_of_another_size_than_the_real_images_are_refused(sets, tmp_path
         judge.check(2, None, (5 * reduced, 5 * reduced))
     judge.check(2, None, (8 * reduced, 8 * reduced))
     assert judge(Rounds(8 * reduced)).metrics == {"count": 2}
+
+
+def test_grey_samples_are_not_held_against_real_images_in_color(sets, tmp_path):
+    source = build_source(Settings.from_mapping(plain_of(compose(sets, FOLDER, tmp_path))))
+
+    class Grey(Rounds):
+        def round(self, number):
+            images, ids, labels = super().round(number)
+            return images[:, :1], ids, labels
+
+    with pytest.raises(ValueError, match=r"samples are grey, the train images in color.*data\.channels=1"):
+        Judge(Count(), source, None, ranks=Ranks())(Grey(8))
+
+
+def test_a_heldout_folder_that_does_not_exist_is_said(sets, tmp_path, caplog):
+    missing = str(tmp_path / "nowhere")
+    plain = plain_of(compose(sets, FOLDER, tmp_path))
+    plain["data"]["heldout"] = {**plain["data"]["source"], "root": missing}
+    _check_heldout(Settings.from_mapping(plain), None, None)
+    assert f"data.heldout.root={missing} does not exist here" in caplog.text
+
+
+def test_a_folder_without_a_size_is_refused_with_the_key(sets, tmp_path):
+    plain = plain_of(compose(sets, FOLDER + " data.image_size=null", tmp_path))
+    with pytest.raises(SettingsError, match=r"data\.image_size=N") as caught:
+        build_source(Settings.from_mapping(plain))
+    assert "\n" not in str(caught.value)
 
 
 def test_videos_are_not_judged_as_images():

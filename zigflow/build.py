@@ -221,7 +221,13 @@ def _training_data(
 def _check_heldout(settings: Settings, model: Any, codec: Any) -> None:
     """Say what the held-out set holds and refuse one that does not fit, where it is on this machine."""
     root = (settings.data.heldout or {}).get("root")
-    if root is None or not Path(str(root)).exists():
+    if root is None:
+        return
+    if not Path(str(root)).exists():
+        log.warning(
+            "data.heldout.root=%s does not exist here: the held-out set is not checked, and metrics that need it can "
+            "only be taken on a machine that has it", root,
+        )  # fmt: skip
         return
     heldout = build_source(settings, "heldout")
     if heldout is not None:
