@@ -12,13 +12,12 @@ from zigflow.data.contents import folder_contents, keyed_sample
 from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, Limits, to_pixels
 from zigflow.data.picture import WHITE, Background, background_color, image_size_of, read_image
 from zigflow.data.picture_files import KNOWN, LeftOut, find_images, scan_folder
-from zigflow.data.sizes import EnlargedOnce, check_sizes, enlarging
+from zigflow.data.sizes import DECODED, EnlargedOnce, check_sizes, common_channels, enlarging
 from zigflow.registry import unknown_name
 
 log = logging.getLogger(__name__)
 
 CLASS_ORDERS: dict[str, Callable[[list[str]], list[str]]] = {"numbers": folder_order, "text": sorted}
-_LOOKED_AT = 32
 _FORMATS = {"jpeg": "jpg", "tif": "tiff"}
 
 
@@ -94,19 +93,13 @@ class ImageFolderSource:
         return self[min(self.max_skipped, len(self) - 1)]
 
     def _channels(self) -> int:
-        """One grey image among colored ones does not decide for all."""
+        """Of the images that are looked at."""
         kinds = []
-        for index in keyed_sample(len(self), _LOOKED_AT):
+        for index in keyed_sample(len(self), DECODED):
             with suppress(DecodeError):  # Told where it is read, if it is.
                 image = read_image(self.root / self.files[index], self.limits, self.background)[1]
                 kinds.append(1 if image.ndim == 2 else 3)
-        if len(set(kinds)) > 1:
-            log.warning(
-                "%s: %d of %d images that were looked at are grey and are read with three equal channels; "
-                "data.channels=1 reads all as grey",
-                self.root, kinds.count(1), len(kinds),
-            )  # fmt: skip
-        return max(kinds, default=3)
+        return common_channels(kinds, self.root) or 3
 
     def _size_at(self, index: int) -> tuple[str, tuple[int, int] | None]:
         path = self.root / self.files[index]

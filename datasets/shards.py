@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,13 +17,9 @@ from zigflow.data.json_fields import label_hint
 from zigflow.data.mixing import class_of_key
 from zigflow.data.picture import WHITE, Background, image_size_of
 from zigflow.data.shards import ShardReader
-from zigflow.data.sizes import check_sizes
+from zigflow.data.sizes import DECODED, check_sizes, common_channels
 from zigflow.data.streaming import StreamSource
 from zigflow.data.tar import BudgetError, ShardError
-
-log = logging.getLogger(__name__)
-
-_LOOKED_AT = 32
 
 
 class ShardSource:
@@ -160,22 +155,12 @@ class ShardSource:
         return len(self.reader)
 
     def _channels(self) -> int | None:
-        """3 where any of the images that are looked at has colors, 1 where all are grey; None where none can be read.
-
-        One grey image among colored ones must not decide for all, and which one comes first is chance.
-        """
-        looked = keyed_sample(len(self), _LOOKED_AT)
+        """Of the images that are looked at; None where none of them can be read."""
         kinds = []
-        for index in looked:
+        for index in keyed_sample(len(self), DECODED):
             with suppress(ShardError):  # Told where it is read, if it is.
                 kinds.append(self._decoded(index, self._only("pixels"))["pixels"].shape[-3])
-        if len(set(kinds)) > 1:
-            log.warning(
-                "%s: %d of %d images that were looked at are grey and are read with three equal channels; "
-                "data.channels=1 reads all as grey",
-                self.reader.root, kinds.count(1), len(kinds),
-            )  # fmt: skip
-        return max(kinds, default=None)
+        return common_channels(kinds, self.reader.root)
 
     def _only(self, field: str) -> FieldDecoder:
         """A decoder of one field, without a budget of classes: nothing else of a sample is read."""

@@ -221,7 +221,7 @@ def _training_data(
 def _check_heldout(settings: Settings, model: Any, codec: Any) -> None:
     """Say what the held-out set holds and refuse one that does not fit, where it is on this machine."""
     root = (settings.data.heldout or {}).get("root")
-    if root is None:
+    if root is None or "://" in str(root):
         return
     if not Path(str(root)).exists():
         log.warning(

@@ -1,11 +1,13 @@
 """Images are made smaller without asking, larger only where ``enlarge`` says so."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 log = logging.getLogger(__name__)
 
 _LOOKED_AT = 256
+DECODED = 32
+"""Images whose channels are looked at: whole ones are decoded for it, not headers alone."""
 
 
 class EnlargedOnce:
@@ -62,3 +64,18 @@ def check_sizes(
 
 def _typed(size: tuple[int, int]) -> str:
     return str(size[0]) if size[0] == size[1] else f"[{size[0]},{size[1]}]"
+
+
+def common_channels(kinds: Sequence[int], name: object) -> int | None:
+    """The channels that all images of a set are read with, from those (1 or 3) of the ones that were looked at.
+
+    3 where any has colors: one grey image among colored ones must not decide for all, and which one comes first is
+    chance. A mixture is logged in one line. None for no image.
+    """
+    if len(set(kinds)) > 1:
+        log.warning(
+            "%s: %d of %d images that were looked at are grey and are read with three equal channels; "
+            "data.channels=1 reads all as grey",
+            name, kinds.count(1), len(kinds),
+        )  # fmt: skip
+    return max(kinds, default=None)
