@@ -215,6 +215,11 @@ def test_labels_of_a_large_set_are_looked_at_in_part(sets, monkeypatch, tmp_path
     monkeypatch.setattr(source, "highest_label", lambda: source.__class__.highest_label(source, 4))
     settled(plain, source, IdentityCodec())
     assert "none of 4 labels is above" in caplog.text
+    # Six samples cannot hold a thousand classes: a trial of a published set, not a wrong number.
+    caplog.clear()
+    monkeypatch.setattr(source, "highest_label", lambda: (2, 6))
+    settled(plain, source, IdentityCodec())
+    assert "none of 6 labels is above 2" in caplog.text
     monkeypatch.setattr(source, "highest_label", lambda: (990, 4))
     caplog.clear()
     settled(plain, source, IdentityCodec())

@@ -227,7 +227,7 @@ def test_the_latent_commands_run(tmp_path, monkeypatch):
     run_tool(next(c for c in OURS if "make-shards" in c and "imagenet" in c))
     command = next(c for c in OURS if "dis_imagenet512_h_2" in c)
     trained(command, "data.image_size=32", "model.img_dim=4", "data.sample_fid_every=2", "data.sample_fid_n=2",
-            "data.sample_fid_bs=2", "diffusion.num_steps=2")  # fmt: skip
+            "data.sample_fid_bs=2", "diffusion.num_steps=2", "data.num_classes=2", "model.num_classes=2")  # fmt: skip
     assert Path("run/eval/step-0000002.png").is_file()
     again = next(c for c in OURS if "ckpt=outputs/dis" in c and "ddpm" in c).replace("outputs/dis", "run")
     found = pictures(sample_from_config(plugins.compose_config([*shrunk(again), *FEW], "sample")))

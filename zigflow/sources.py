@@ -284,7 +284,8 @@ def _labels_problem(facts: DataFacts, source: Any, classes: int, listed: int) ->
     asked = f"data.class_names lists {listed} names" if listed else f"the number of classes is {classes}"
     if highest >= classes:
         return f"{facts.name} has labels up to {highest}, and {asked}: {cure} or more"
-    if highest + 1 < classes and count == samples:
+    # A trial with a few samples of a published set cannot hold all its classes, and is only warned of.
+    if highest + 1 < classes and count == samples >= classes:
         return f"{facts.name} has no label above {highest}, and {asked}: {cure}"
     # Were all classes as frequent, less than once in a thousand sets.
     if ((highest + 1) / classes) ** count < 1e-3:
