@@ -72,23 +72,3 @@ class Registry(Generic[T]):
 def _origin(value: object) -> str:
     module = getattr(value, "__module__", type(value).__module__)
     return f"{module}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-
-
-MODEL_VARIANTS: Registry[Callable] = Registry("model variant")
-
-
-def register_variant(name: str, family: Callable, what: str, **fixed) -> Callable:
-    """A function that builds ``family`` with the keywords ``fixed`` unless they are given; registered as a variant.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-
-    def build(**kwargs):
-        return family(**{**fixed, **kwargs})
-
-    build.__name__ = build.__qualname__ = name
-    # Of two families that claim a name, both are named.
-    build.__module__ = family.__module__
-    build.__doc__ = f"{what} of width {fixed['embed_dim']} and depth {fixed['depth']}."
-    return MODEL_VARIANTS.register(name)(build)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     1: ["scans", "dis_kernels", "dis_causal_conv1d", "dis_mamba"],
     2: ["zigflow.nn", "zigflow.processes", "zigflow.data", "zigflow.settings", "zigflow.typed",
-        "zigflow.registry", "zigflow.paths", "zigflow.settings_sampling",
+        "zigflow.registry", "zigflow.paths", "zigflow.shapes", "zigflow.settings_sampling",
         "zigflow.keyed", "zigflow._version", "zigflow.latents"],
     3: ["model_zigma", "zigflow.models", "zigflow.samplers", "zigflow.metrics", "zigflow.datasets", "zigflow.codec",
         "zigflow.compvis", "zigflow.text"],

@@ -140,13 +140,13 @@ def test_options_may_stand_between_the_overrides(capsys):
 def test_list_has_everything_registered(capsys):
     from scans import list_scans
     from zigflow.engine.optim import OPTIMIZERS
-    from zigflow.models import list_models
+    from zigflow.models import list_variants
     from zigflow.samplers import SAMPLERS
 
     found = json.loads(printed(capsys, "list", "--json"))
     assert set(found) == set(listing.KINDS)
     assert list(found["scans"]) == list_scans()
-    assert set(list_models()) < set(found["models"])
+    assert set(list_variants()) < set(found["models"])
     assert list(found["samplers"]) == SAMPLERS.names()
     assert list(found["optimizers"]) == OPTIMIZERS.names()
     folders = {
