@@ -153,6 +153,27 @@ def test_a_class_without_an_image_is_an_error_for_every_reader(tmp_path, capsys,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("names", [("train", "val"), ("Train",)])
+def test_parts_of_a_set_are_no_classes(tmp_path, capsys, names):
+    fill(tmp_path, {f"in/{name}/{animal}/0.png": image() for name in names for animal in ("ant", "bee")})
+    with pytest.raises(ValueError, match=rf"parts of a set .*\(ant, bee\): give .*in/{names[0]}$"):
+        ImageFolderSource(tmp_path / "in", 8)
+    command = ["make-shards", "folder", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    assert main(command) == 1
+    assert "holds parts of a set" in capsys.readouterr().err
+    assert ImageFolderSource(tmp_path / "in" / names[0], 8).class_names == ("ant", "bee")
+
+
+def test_classes_whose_images_all_lie_deeper_are_said(tmp_path, caplog):
+    fill(tmp_path, {"train/red/0.png": image(), "car/red/0.png": image(), "car/blue/0.png": image()})
+    assert ImageFolderSource(tmp_path, 8).class_names == ("car", "train")
+    assert "the classes are car, train; what their folders hold (blue, red)" in caplog.text
+    caplog.clear()
+    fill(tmp_path, {"train/1.png": image()})
+    ImageFolderSource(tmp_path, 8)
+    assert "the classes are" not in caplog.text
+
+
 def test_folders_that_hold_nothing_to_read_say_what_they_hold(tmp_path):
     fill(tmp_path, {"x.gif": b"", "sub/y.heic": b""})
     with pytest.raises(
