@@ -95,6 +95,8 @@ def test_the_background_is_a_parameter_of_every_reader(tmp_path):
     assert np.array_equal(ShardSource(tmp_path / "gray")[0]["pixels"], gray[0]["pixels"])
     kept = [ShardSource(tmp_path / "kept", background=level).fingerprint for level in (255, 51)]
     assert kept[0] != kept[1] and kept[0] == ShardSource(tmp_path / "kept").fingerprint
+    judged = StoredImages(tmp_path / "in" / "a", background=51).round(0)[0]
+    assert (judged == 51).all() and (StoredImages(tmp_path / "in" / "a").round(0)[0] == 255).all()
     with pytest.raises(ValueError, match="background is a level"):
         ShardSource(tmp_path / "kept", background="white")
 
