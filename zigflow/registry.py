@@ -4,10 +4,12 @@ import difflib
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
+from zigflow.errors import ZigflowError
+
 T = TypeVar("T")
 
 
-class UnknownNameError(KeyError, ValueError):
+class UnknownNameError(ZigflowError, KeyError, ValueError):
     """A name that no registry entry answers to; the message lists near matches."""
 
     def __str__(self) -> str:
