@@ -5,10 +5,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
+from zigflow.errors import ZigflowError
+
 T = TypeVar("T")
 
 
-class UnknownNameError(KeyError, ValueError):
+class UnknownNameError(ZigflowError, KeyError, ValueError):
     """A name that no registry entry answers to; the message lists near matches."""
 
     def __str__(self) -> str:

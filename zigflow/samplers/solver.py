@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from zigflow.errors import ZigflowError
 from zigflow.processes import Process, predict
 from zigflow.processes.process import ModelFunction
 from zigflow.registry import Registry
@@ -21,7 +22,7 @@ Callback = Callable[[int, Tensor, Tensor], None]
 """``callback(step, t, x)`` after each step: its number from 1, the times (B,) reached and the state."""
 
 
-class SamplingError(RuntimeError):
+class SamplingError(ZigflowError, RuntimeError):
     """A run that cannot go on: a non-finite state, a vanishing step, too many steps."""
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from zigflow.errors import needs
+
 from .solver import (
     ODE_SOLVERS,
     Callback,
@@ -81,14 +83,10 @@ def adapters() -> dict[str, TorchdiffeqSolver]:
     """One adapter per method that the installed torchdiffeq lists, by its name here.
 
     Raises:
-        ImportError: torchdiffeq is missing.
+        MissingPackageError: torchdiffeq is missing; the extra to install is named.
     """
-    try:
+    with needs("torchdiffeq", f"a solver called {TORCHDIFFEQ}NAME", extra="torchdiffeq"):
         from torchdiffeq._impl.odeint import SOLVERS
-    except ImportError as error:
-        raise ImportError(
-            "solvers called 'torchdiffeq/...' need the package torchdiffeq: pip install torchdiffeq"
-        ) from error
 
     found = {}
     for method, solver in SOLVERS.items():
