@@ -77,7 +77,7 @@ FLOW = {"_target_": "zigflow.processes.flow.Flow"}
 )
 def test_impossible_combinations_are_named(options, process, message):
     with pytest.raises(SettingsError, match=message):
-        UpsampleSettings(**options).check(process, measures=False)
+        parse(UpsampleSettings, options, "upsample.").check(process, measures=False)
 
 
 def test_only_samples_are_made_larger():

@@ -142,8 +142,7 @@ def _sampling_facts(
 def sample_from_config(cfg: DictConfig) -> Path:
     """Sample and judge as configured; returns the folder of samples."""
     given = plugins.plain(cfg)
-    ckpt, wanted = given.get("ckpt"), given.pop("weights", None)
-    options = SampleOptions.take_from(given)
+    ckpt, options = given.get("ckpt"), SampleOptions.take_from(given)
     if ckpt is None:
         raise SettingsError("ckpt is missing: give ckpt=RUN_DIR, a checkpoint in it, or an official .pt file")
     if Path(str(ckpt)).suffix in OFFICIAL_SUFFIXES and not Path(str(ckpt)).exists():
@@ -158,7 +157,7 @@ def sample_from_config(cfg: DictConfig) -> Path:
     if given["mixed_precision"] is None and launched_precision() != "no":
         given["mixed_precision"] = launched_precision()
     plugins.load_plugins()
-    trained = _open_trained(given, str(ckpt), wanted)
+    trained = _open_trained(given, str(ckpt), options.weights)
     settings = trained.settings
     accelerator = make_accelerator(cpu=settings.loop.device == "cpu")
     # After accelerate, which counts the threads of several CPU processes itself.

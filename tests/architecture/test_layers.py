@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     1: ["scans", "dis_kernels", "dis_causal_conv1d", "dis_mamba"],
     2: ["zigflow.nn", "zigflow.processes", "zigflow.data", "zigflow.settings", "zigflow.typed",
-        "zigflow.registry", "zigflow.paths", "zigflow.settings_sampling",
+        "zigflow.registry", "zigflow.paths", "zigflow.settings_sampling", "zigflow.sample_options",
         "zigflow.keyed", "zigflow._version", "zigflow.latents"],
     3: ["model_zigma", "zigflow.models", "zigflow.samplers", "zigflow.metrics", "zigflow.datasets", "zigflow.codec",
         "zigflow.compvis", "zigflow.text"],
@@ -19,7 +19,8 @@ LAYERS = {
     5: ["zigflow.build", "zigflow.evaluation_job", "zigflow.sample_job", "zigflow.stored_config", "zigflow.plugins",
         "zigflow.tools", "zigflow.preflight", "zigflow.start_job", "zigflow.real_sets",
         "zigflow.sources", "zigflow.nodes", "zigflow.typed_arguments",
-        "zigflow.hydra_folders", "zigflow.objective", "zigflow.overrides", "zigflow.wandb_key"],
+        "zigflow.hydra_folders", "zigflow.hydra_run", "zigflow.command_help",
+        "zigflow.objective", "zigflow.overrides", "zigflow.wandb_key"],
     6: ["train_acc", "sample_acc", "zigflow.cli"],
 }  # fmt: skip
 # Inside layer 1, whose parts are usable alone.
@@ -40,6 +41,8 @@ ENTRY_IMPORTS = {
     "zigflow.paths",
     "zigflow.typed_arguments",
     "zigflow.hydra_folders",
+    "zigflow.hydra_run",
+    "zigflow.command_help",
     "scans",
     "zigflow.cli",
 }

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     )
     from zigflow.preflight import scaled_codec
 
-    experiment = any(o.startswith("+experiment=") for o in args.overrides)
+    experiment = any(o.startswith("experiment=") for o in args.overrides)
     named = experiment or any(o.startswith("model=") for o in args.overrides)
     try:
         # An experiment brings its data, and with them the codec.
