@@ -13,12 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zigflow.errors import SettingsError
+
 REQUIRED = dataclasses.MISSING
 _METADATA = "zigflow.key"
-
-
-class SettingsError(ValueError):
-    """A configuration that cannot run; the message is one line."""
 
 
 @dataclass(frozen=True)
