@@ -30,7 +30,10 @@ _WIDTH = 110
 
 def keys_of(config_name: str) -> list[Key]:
     """The declared keys of a command; ``default`` trains, ``sample`` samples."""
-    return [*declared(Settings), *(declared(SampleOptions) if config_name == "sample" else ())]
+    return [
+        *declared(Settings),
+        *(declared(SampleOptions, used="sampling") if config_name == "sample" else ()),
+    ]
 
 
 def help_text(typed: Any, config_name: str) -> str:

@@ -29,15 +29,20 @@ class TrainSettings:
     path_type: str = key("Linear", "how data and noise are mixed along the time of a flow process")
     prediction: str = key("velocity", "what the network of a flow process predicts")
     loss_weight: str | None = key(
-        None, "weight of a flow's loss over time; null: none", choices=(None, "velocity", "likelihood")
+        None,
+        "weight of a flow's loss over time: null (none) | velocity | likelihood",
+        choices=(None, "velocity", "likelihood"),
+        used="training",
     )
     sample_eps: float | None = key(
         None,
         "sampling of a flow keeps this distance from the ends of time; null: what path and prediction need",
+        used="sampling",
     )
     train_eps: float | None = key(
         None,
         "training of a flow keeps this distance from the ends of time; null: what path and prediction need",
+        used="training",
     )
 
     def __post_init__(self):
@@ -87,8 +92,8 @@ class DataSettings:
     """
 
     name: str = key(REQUIRED, "label of the data set, for logs and errors")
-    train_steps: int = key(REQUIRED, "optimizer steps of the whole run", least=1)
-    batch_size: int = key(REQUIRED, "samples per process and micro-batch", least=1)
+    train_steps: int = key(REQUIRED, "optimizer steps of the whole run", least=1, used="training")
+    batch_size: int = key(REQUIRED, "samples per process and micro-batch", least=1, used="training")
     image_size: int | tuple[int, int] | None = key(
         None, "height and width in pixels, one number or [height, width]; null: as stored", least=1
     )
@@ -99,14 +104,21 @@ class DataSettings:
     channels: int | None = key(3, "1 | 3 for pixels; null: those of the first image", least=1)
     video_frames: int = key(0, "frames of a video; 0: images", least=0)
     num_workers: int = key(
-        0, "processes that read data, for each training process; 0: read in the process itself", least=0
+        0,
+        "processes that read data, for each training process; 0: read in the process itself",
+        least=0,
+        used="training",
     )
-    sample_fid_n: int = key(5_000, "samples of an evaluation during training", least=1)
+    sample_fid_n: int = key(5_000, "samples of an evaluation during training", least=1, used="training")
     sample_fid_every: int = key(
-        0, "optimizer steps between evaluations, which use the EMA weights; 0: none", least=0
+        0, "optimizer steps between evaluations, which use the EMA weights; 0: none", least=0, used="training"
     )
-    sample_fid_bs: int = key(128, "samples per batch of an evaluation during training", least=1)
-    sample_vis_n: int = key(16, "samples of an evaluation that are shown as a picture", least=0)
+    sample_fid_bs: int = key(
+        128, "samples per batch of an evaluation during training", least=1, used="training"
+    )
+    sample_vis_n: int = key(
+        16, "samples of an evaluation that are shown as a picture", least=0, used="training"
+    )
     is_video: bool | None = key(None, "checked against data.video_frames; null: follows from it")
     is_latent: bool = key(False, "the data holds latents instead of pixels")
     has_text: bool = key(False, "the data holds caption features")
@@ -116,17 +128,21 @@ class DataSettings:
         None, "folder of the training tars, from which data.source.root follows in published data sets"
     )
     prepare: str = key("", "how to make this data set, repeated by the error when it is missing")
-    limit: int | None = key(None, "train on the first samples only; null: on all", least=1)
+    limit: int | None = key(None, "train on the first samples only; null: on all", least=1, used="training")
     order: str = key(
         "indexed",
         "indexed: a function of the seed, resumed exactly | streaming: for URLs, resumed approximately",
         choices=("indexed", "streaming"),
     )
     shards_at_once: int | None = key(
-        None, "shards whose samples mix; null: all, up to 4,194,304 samples", least=1
+        None, "shards whose samples mix; null: all, up to 4,194,304 samples", least=1, used="training"
     )
-    max_skipped: int = key(0, "unreadable samples that may be replaced; 0: each is an error", least=0)
-    random_flip: bool = key(False, "mirror images left to right with probability 1/2 in training")
+    max_skipped: int = key(
+        0, "unreadable samples that may be replaced; 0: each is an error", least=0, used="training"
+    )
+    random_flip: bool = key(
+        False, "mirror images left to right with probability 1/2 in training", used="training"
+    )
     source: Mapping[str, Any] | None = key(None, "training data: a class by _target_ with its arguments")
     heldout: Mapping[str, Any] | None = key(None, "held-out data: a class by _target_ with its arguments")
 
@@ -169,30 +185,39 @@ def _check_class_names(names: tuple[str, ...], num_classes: int | None) -> None:
 class LoopSettings:
     """Group ``loop``: what the official layout has no key for."""
 
-    keep_last: int = key(3, "checkpoints that are kept", least=1)
+    keep_last: int = key(3, "checkpoints that are kept", least=1, used="training")
     progress: bool = key(True, "a bar on a terminal, elsewhere a line of the log now and then")
-    compile: bool = key(False, "compile the model's blocks; false unless accelerate was told")
+    compile: bool = key(
+        False, "compile the model's blocks; false unless accelerate was told", used="training"
+    )
     checkpoint_policy: str = key(
         "none",
         "what is kept for the backward pass: none (everything) | block | selective",
         choices=("none", "block", "selective"),
+        used="training",
     )
-    shard: bool = key(False, "several processes keep a part of every parameter each, instead of a copy")
+    shard: bool = key(
+        False, "several processes keep a part of every parameter each, instead of a copy", used="training"
+    )
     ema_half_life: tuple[int, ...] = key(
-        (), "EMA profiles, half-life in images; unused with ema_rate", least=1
+        (500_000,), "EMA profiles, half-life in images; unused with ema_rate", least=1, used="training"
     )
-    ema_ramp: float = key(0.05, "an EMA never looks further back than this share of the images seen", least=0)
+    ema_ramp: float = key(
+        0.05, "an EMA never looks further back than this share of the images seen", least=0, used="training"
+    )
     threads: int | None = key(None, "CPU threads; null: torch's choice", least=1)
     device: str | None = key(None, "null: the GPU when there is one | cpu", choices=(None, "cpu"))
-    tensorboard: bool = key(False, "write event files to the run directory's tensorboard/")
+    tensorboard: bool = key(False, "write event files to the run directory's tensorboard/", used="training")
     peak_flops: float | None = key(
         None,
         "operations per second of one device, for the utilization; null: known GPUs, a CPU is measured",
         above=0,
+        used="training",
     )
     objective: str | None = key(
         None,
         "the number that a sweeper sees: loss, or one of the evaluation; null: the metric's own, else the loss",
+        used="training",
     )
 
 
@@ -216,13 +241,17 @@ class Settings:
 
     data: DataSettings = key(REQUIRED, "what is trained on, in which batches, for how long")
     train: TrainSettings = key(REQUIRED, "path, prediction and loss weight of the flow process")
-    optim: OptimSettings = key(REQUIRED, "optimizer and learning rate")
-    ode: OdeSettings = key(REQUIRED, "solver of sample_mode=ODE")
-    sde: SdeSettings = key(REQUIRED, "solver of sample_mode=SDE")
+    optim: OptimSettings = key(REQUIRED, "optimizer and learning rate", used="training")
+    ode: OdeSettings = key(REQUIRED, "solver of sample_mode=ODE", used="sampling")
+    sde: SdeSettings = key(REQUIRED, "solver of sample_mode=SDE", used="sampling")
     loop: LoopSettings = key(REQUIRED, "checkpoints kept, EMA, compilation, sharding, device, progress")
-    diffusion: DiffusionSettings = key(DiffusionSettings, "samplers of sample_mode=diffusion")
+    diffusion: DiffusionSettings = key(
+        DiffusionSettings, "samplers of sample_mode=diffusion", used="sampling"
+    )
     upsample: UpsampleSettings = key(
-        UpsampleSettings, "larger images than trained on, without training (docs/sampling.md)"
+        UpsampleSettings,
+        "larger images than trained on, without training (docs/sampling.md)",
+        used="sampling",
     )
     model: Mapping[str, Any] = key(REQUIRED, "backbone: a class by _target_ with its arguments")
     scan: Mapping[str, Any] = key(REQUIRED, "scan order of every layer: from_model, or a registered name")
@@ -233,9 +262,11 @@ class Settings:
         REQUIRED, "between pixels and what the model sees: a class by _target_ with its arguments"
     )
     metrics: Mapping[str, Any] | None = key(
-        None, "what evaluates samples: a class by _target_ with its arguments"
+        None, "what evaluates samples: a class by _target_ with its arguments", used="sampling"
     )
-    wandb: WandbSettings = key(WandbSettings, "tracking by wandb, switched on by use_wandb=true")
+    wandb: WandbSettings = key(
+        WandbSettings, "tracking by wandb, switched on by use_wandb=true", used="training"
+    )
     dist: Mapping[str, Any] | None = key(None, "empty group of the official layout")
     ckpt: str | None = key(
         None,
@@ -245,44 +276,52 @@ class Settings:
         "spread",
         "patch layers of ckpt= at another patch size: spread | as_published",
         choices=("spread", "as_published"),
+        used="training",
     )
     ckpt_every: int = key(
-        50_000, "optimizer steps between checkpoints; the last step is always saved", least=1
+        50_000, "optimizer steps between checkpoints; the last step is always saved", least=1, used="training"
     )
-    log_every: int = key(100, "optimizer steps between lines of the log", least=1)
+    log_every: int = key(100, "optimizer steps between lines of the log", least=1, used="training")
     max_grad_norm: float | None = key(
         2.0,
         "gradients are clipped to this norm before the step; null: off; 2.0 unless accelerate was told",
         above=0,
+        used="training",
     )
     ema_rate: float | None = key(
-        0.9999, "the official constant decay per step; null: the profiles of loop.ema_half_life"
+        None,
+        "the official constant decay per step; null: the profiles of loop.ema_half_life",
+        used="training",
     )
     global_seed: int = key(
         0, "seed of initial weights, data order and noise; when sampling, of the sampling noise", least=0
     )
-    grad_accum: int = key(1, "micro-batches per optimizer step; 1 unless accelerate was told", least=1)
+    grad_accum: int = key(
+        1, "micro-batches per optimizer step; 1 unless accelerate was told", least=1, used="training"
+    )
     is_latent: bool = key(False, "the data holds latents")
     use_latent: bool = key(False, "train on latents: those of the data, or the pixels encoded by codec=")
-    use_wandb: bool = key(False, "track the run with wandb")
-    note: str = key("", "free text, kept in the checkpoint's configuration")
+    use_wandb: bool = key(False, "track the run with wandb", used="training")
+    note: str = key("", "free text, kept in the checkpoint's configuration", used="training")
     sample_mode: str | None = key(
-        None,
+        "ODE",
         "ODE | SDE | diffusion (process=gaussian, vp, sd_discrete; ODE and SDE sample those, too)",
         choices=(None, "ODE", "SDE", "diffusion"),
+        used="sampling",
     )
     likelihood: bool = key(
         False,
         "bits per dimension of held-out data instead of samples; with sample_mode=diffusion the variational bound",
+        used="sampling",
     )
-    num_fid_samples: int = key(4_000, "samples to draw", least=1)
-    sample_debug: bool = key(False, "stop sampling after 4 batches")
-    sample_dir: str | None = key(None, "folder of the samples; null: RUN_DIR/samples/NAME")
+    num_fid_samples: int = key(500, "samples to draw", least=1, used="sampling")
+    sample_debug: bool = key(False, "stop sampling after 4 batches", used="sampling")
+    sample_dir: str | None = key(None, "folder of the samples; null: RUN_DIR/samples/NAME", used="sampling")
     vae: str = key(
         "ema", "which published autoencoder codec.path holds: ema | mse; recorded", choices=("ema", "mse")
     )
-    cfg_scale: float = key(1.0, "guidance scale w: uncond + w (cond - uncond); 1 is off")
-    cfg_interval: tuple[float, float] = key((0.0, 1.0), "times at which guidance acts")
+    cfg_scale: float = key(1.0, "guidance scale w: uncond + w (cond - uncond); 1 is off", used="sampling")
+    cfg_interval: tuple[float, float] = key((0.0, 1.0), "times at which guidance acts", used="sampling")
     mixed_precision: str | None = key(
         None, "no | fp16 | bf16; null: as accelerate was told, else no", choices=(None, "no", "fp16", "bf16")
     )
@@ -293,6 +332,7 @@ class Settings:
         "auto",
         "auto: the same command with the same run_dir continues it | never: refuse a directory in use",
         choices=("auto", "never"),
+        used="training",
     )
 
     def __post_init__(self):

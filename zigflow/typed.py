@@ -30,6 +30,8 @@ class Declaration:
         above: a bound that values must exceed.
         name: the key, where the field is called otherwise.
         accepts: the type that is typed, where the field holds another one.
+        used: where it matters: "training", "sampling" (in evaluations during training, too) or "both"; empty for the
+            same as its group.
     """
 
     text: str
@@ -38,6 +40,7 @@ class Declaration:
     above: float | None = None
     name: str | None = None
     accepts: Any = None
+    used: str = ""
 
     def check(self, key: str, value: Any) -> None:
         """Refuse a value out of range; of a list each entry is held against the bounds.
@@ -79,6 +82,7 @@ class Key:
         hint: the annotated type.
         default: ``REQUIRED`` without one; also for a group.
         about: the declaration.
+        used: where it matters, the group's where the key says nothing itself.
         group: the dataclass of a group of keys; None for a key with a value.
     """
 
@@ -86,6 +90,7 @@ class Key:
     hint: Any
     default: Any
     about: Declaration
+    used: str
     group: type | None = None
 
 
@@ -94,18 +99,23 @@ def declaration(field: "dataclasses.Field[Any]") -> Declaration:
     return field.metadata.get(_METADATA, Declaration(""))
 
 
-def declared(cls: type, prefix: str = "") -> Iterator[Key]:
-    """The keys of a settings class in the order of their declaration, each group before its keys."""
+def declared(cls: type, prefix: str = "", used: str = "both") -> Iterator[Key]:
+    """The keys of a settings class in the order of their declaration, each group before its keys.
+
+    Args:
+        prefix: the path of the group, with a dot at its end.
+        used: where keys matter that do not say so themselves.
+    """
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         about, hint = declaration(field), hints[field.name]
-        path = prefix + (about.name or field.name)
+        path, where = prefix + (about.name or field.name), about.used or used
         if dataclasses.is_dataclass(hint):
-            yield Key(path, hint, REQUIRED, about, typing.cast(type, hint))
-            yield from declared(typing.cast(type, hint), f"{path}.")
+            yield Key(path, hint, REQUIRED, about, where, typing.cast(type, hint))
+            yield from declared(typing.cast(type, hint), f"{path}.", where)
             continue
         made = field.default_factory() if field.default_factory is not REQUIRED else field.default
-        yield Key(path, about.accepts or hint, made, about)
+        yield Key(path, about.accepts or hint, made, about, where)
 
 
 def parse(cls: type, values: Mapping[str, Any], prefix: str, known: Sequence[str] = ()) -> Any:
