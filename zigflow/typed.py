@@ -1,7 +1,6 @@
 """Plain mappings as typed, frozen values; every mistake is one line that names the key as it is typed."""
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -9,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zigflow.errors import SettingsError
+from zigflow.registry import near_names
 
 
 def parse(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
@@ -51,9 +51,7 @@ def is_text_field(cls: type, key: str) -> bool:
 
 def unknown_key(key: str, known: list[str]) -> str:
     """One line for a key that does not exist, with near matches."""
-    close = difflib.get_close_matches(key, known, n=3, cutoff=0.85) or difflib.get_close_matches(
-        key, known, n=1
-    )
+    close = near_names(key, known, cutoff=0.85) or near_names(key, known, n=1, cutoff=0.6)
     siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
     hint = (
         f"did you mean {' or '.join(close)}?"
@@ -115,7 +113,7 @@ def convert(key: str, value: Any, hint: Any) -> Any:
 def one_of(key: str, value: Any, allowed: tuple) -> None:
     if value not in allowed:
         names = ["null" if a is None else str(a) for a in allowed]
-        close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+        close = near_names(value, names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise SettingsError(f"{key}={value} is not one of {', '.join(names)}{hint}")
 
