@@ -7,7 +7,6 @@ refused by Hydra, looked at, and composed again with the sign that Hydra wants w
 a field of the settings, has that name. Classes are imported for a key that no YAML lists, and not before.
 """
 
-import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +17,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from zigflow.registry import near_names
 from zigflow.settings import Settings, SettingsError
 from zigflow.typed import has_field
 
@@ -187,7 +187,7 @@ def check_keywords(node: str, target: str, names: Iterable[str]) -> None:
     for name in names:
         if name in known or name == "name" or re.fullmatch(r"_\w+_", name):
             continue
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+        close = near_names(name, known, cutoff=0.6)
         raise SettingsError(
             f"unknown key {node}.{name}: {target.rpartition('.')[2]} has no argument {name}, "
             + (

@@ -8,7 +8,6 @@ modules are imported by ``load_plugins`` after main has begun.
 
 import contextlib
 import copy
-import difflib
 import errno
 import importlib
 import importlib.metadata
@@ -18,7 +17,7 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,7 +46,7 @@ from zigflow.errors import ZigflowError
 from zigflow.hydra_folders import run_id
 from zigflow.overrides import check_added, compose_leniently, signs, with_signs
 from zigflow.preflight import check_training
-from zigflow.registry import UnknownNameError
+from zigflow.registry import UnknownNameError, near_names
 from zigflow.settings import WANDB_KEY, Settings, SettingsError
 from zigflow.typed import unknown_key
 from zigflow.typed_arguments import as_meant, check_grammar, check_hydra_folders, name_no_job
@@ -113,7 +112,11 @@ def is_sweep() -> bool:
 
 def is_plain_sweep() -> bool:
     """Whether this is a job of Hydra's own sweeper, which tries what it is told and compares nothing."""
-    return is_sweep() and str(HydraConfig.get().sweeper._target_).endswith(".BasicSweeper")
+    return is_sweep() and _is_plain(HydraConfig.get().sweeper)
+
+
+def _is_plain(sweeper: Any) -> bool:
+    return str(sweeper._target_) == f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}"
 
 
 def _launched(key: str, default: Any) -> Any:
@@ -214,7 +217,7 @@ def check_choices(arguments: list[str]) -> None:
 
 
 def _no_such_choice(group: str, choice: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(choice, known, n=3, cutoff=0.4)
+    close = near_names(choice, known, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return f"{group}={choice} does not exist: {hint}known: {', '.join(sorted(known))}"
 
@@ -243,12 +246,27 @@ def _class_name(name: Any) -> str:
 
 
 def validated(cfg: DictConfig) -> Settings:
-    """The composed configuration as frozen settings.
+    """The composed configuration as frozen settings, see :func:`checked`."""
+    return checked(plain(cfg))
+
+
+def checked(values: Mapping[str, Any], trains: bool = True) -> Settings:
+    """Plain values as frozen settings whose names are known and whose choices fit: the one check of all commands.
+
+    Plug-ins are loaded for it, and torch is imported; no device is touched.
+
+    Args:
+        trains: the configuration trains; where it samples, its optimizer is not looked at.
 
     Raises:
-        SettingsError: it cannot run, in one line.
+        SettingsError: it cannot run, in one line that names the key.
     """
-    return Settings.from_mapping(plain(cfg))
+    settings = Settings.from_mapping(values)
+    load_plugins()
+    from zigflow.chosen import check_chosen
+
+    check_chosen(settings, trains)
+    return settings
 
 
 @dataclass(frozen=True)
@@ -410,7 +428,7 @@ def _sweep(typed: Any, overrides: list[str], config_name: str) -> list[tuple[lis
     """The jobs of a sweep; of another sweeper's one that has null for the keys that are swept."""
     (base, _), *_ = _jobs(overrides, foreign=True)
     node = _composed_as_typed(typed, [f"run_dir={os.devnull}", *base], config_name)[0].hydra.sweeper
-    if str(node._target_).endswith(".BasicSweeper"):
+    if _is_plain(node):
         return _jobs(overrides)
     parsed = OverridesParser.create().parse_overrides(overrides)
     swept = [str(o.get_key_element()) for o in parsed if o.is_sweep_override()]

@@ -16,10 +16,9 @@ from zigflow import plugins
 from zigflow.build import (
     build_codec,
     build_model,
-    build_sampler,
     model_arguments,
 )
-from zigflow.codec import IdentityCodec
+from zigflow.chosen import build_process, build_sampler
 from zigflow.data.class_names import renumbered
 from zigflow.data.contents import exact_fingerprint
 from zigflow.engine import checkpoint as checkpoints
@@ -45,7 +44,6 @@ from zigflow.metrics.base import SampleIds
 from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
 from zigflow.metrics.report import table
 from zigflow.metrics.results import write_results
-from zigflow.nodes import make
 from zigflow.official import OFFICIAL_SUFFIXES, family_of, load_official, process_of, read_official
 from zigflow.preflight import check_decoding, scaled_codec
 from zigflow.samplers.chain import chain_of
@@ -100,7 +98,7 @@ def _open_trained(given: dict[str, Any], ckpt: str, wanted: str | None) -> _Trai
 
 
 def _settings(completed: dict[str, Any]) -> Settings:
-    return Settings.from_mapping({**completed, "codec": scaled_codec(completed["codec"])})
+    return plugins.checked({**completed, "codec": scaled_codec(completed["codec"])}, trains=False)
 
 
 def _published_process(given: Mapping[str, Any], family: str) -> str:
@@ -164,7 +162,7 @@ def sample_from_config(cfg: DictConfig) -> Path:
     if settings.loop.threads is not None:
         torch.set_num_threads(settings.loop.threads)
     model = trained.model.to(accelerator.device).eval()
-    process, sampler = make("process", settings.process), build_sampler(settings)
+    process, sampler = build_process(settings), build_sampler(settings)
     ranks = Ranks(accelerator.device if accelerator.device.type == "cuda" else "cpu")
     common = {
         "model": model, "process": process, "sampler": sampler, "codec": build_codec(settings, accelerator.device),
@@ -318,9 +316,9 @@ def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: 
         raise SettingsError(f"there is no data to measure: data={settings.data.name} has none")
     check_shape(settings, trained.model, source, codec, "heldout" if settings.data.heldout else "source")
     # Grey levels of 8-bit images in [-1, 1] are 2/255 apart; latents have no levels.
-    level = codec.scale * 2 / 255 if isinstance(codec, IdentityCodec) and not settings.is_latent else None
+    level = codec.scale * 2 / 255 if getattr(codec, "is_identity", False) and not settings.is_latent else None
     extra: dict[str, Any] = {"precision": "no"}
-    bounds = not encodes and settings.sample_mode == "diffusion"
+    bounds = not encodes and not hasattr(common["sampler"], "log_likelihood")
     if bounds:
         if level != 2 / 255:
             raise SettingsError(

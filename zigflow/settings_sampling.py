@@ -1,19 +1,8 @@
 """How a checkpoint is sampled, as frozen, typed values: part of :mod:`zigflow.settings`."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from zigflow.typed import SettingsError, key, one_of
-
-ODE_METHODS = ("euler", "midpoint", "heun", "heun2", "heun3", "rk4", "rk4_classic", "dopri5", "bosh3")
-SDE_METHODS = ("Euler", "Heun")
-DIFFUSION_METHODS = ("ddpm", "ddim", "dpm_solver", "dpm_solver++")
-DPM_VARIANTS = ("singlestep", "fast", "fast_equal_spans", "multistep", "adaptive")
-DPM_GRIDS = ("logSNR", "time_uniform", "time_quadratic")
-DIFFUSION_FORMS = (
-    "constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing", "inccreasing-decreasing",
-)  # fmt: skip
+from zigflow.typed import SettingsError, key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +23,6 @@ class OdeSettings:
     reverse: bool = key(False, "encode data into noise instead")
     likelihood: bool = key(False, "as the key likelihood")
 
-    def __post_init__(self):
-        if not self.sampling_method.startswith("torchdiffeq/"):
-            one_of("ode.sampling_method", self.sampling_method, (*ODE_METHODS, "torchdiffeq/NAME"))
-
 
 @dataclass(frozen=True, kw_only=True)
 class SdeSettings:
@@ -53,13 +38,10 @@ class SdeSettings:
     last_step: str | None = key(
         "Tweedie",
         "how the interval's end becomes data: null | Mean (published; overshoots) | Tweedie (expected data) | Euler",
-        choices=(None, "Mean", "Tweedie", "Euler"),
     )
     last_step_size: float = key(0.04, "part of the time that the last step covers, in [0, 1)")
 
     def __post_init__(self):
-        one_of("sde.sampling_method", self.sampling_method, SDE_METHODS)
-        one_of("sde.diffusion_form", self.diffusion_form, DIFFUSION_FORMS)
         if not 0 <= self.last_step_size < 1:
             raise SettingsError(
                 f"sde.last_step_size={self.last_step_size} is not in [0, 1): a part of the time"
@@ -70,7 +52,8 @@ class SdeSettings:
 class DiffusionSettings:
     """Group ``diffusion``: the samplers of the processes gaussian, vp and sd_discrete.
 
-    ``num_steps`` is text: a number, or for ddpm and ddim a spacing such as ddim50 or 10,15,20.
+    Each sampler takes the keys that it has; ``num_steps`` is text: a number, or for ddpm and ddim a spacing such as
+    ddim50 or 10,15,20.
     """
 
     sampling_method: str = key("ddim", "ddpm | ddim | dpm_solver | dpm_solver++ | another registered one")
@@ -84,9 +67,9 @@ class DiffusionSettings:
         "fast",
         "dpm_solver: fast | fast_equal_spans (as published for continuous time) | singlestep | multistep | adaptive",
     )
-    order: int = key(3, "dpm_solver: 1 | 2 | 3", choices=(1, 2, 3))
+    order: int = key(3, "dpm_solver: 1 | 2 | 3", least=1)
     grid: str = key("time_uniform", "dpm_solver: logSNR | time_uniform | time_quadratic")
-    correction: str = key("dpm_solver", "dpm_solver: dpm_solver | taylor", choices=("dpm_solver", "taylor"))
+    correction: str = key("dpm_solver", "dpm_solver: dpm_solver | taylor")
     lower_order_final: bool = key(True, "dpm_solver: multistep ends with lower orders")
     last_step: bool = key(
         True, "dpm_solver: one more call of the model, a step to the data; false: the last time's noise stays"
@@ -98,33 +81,13 @@ class DiffusionSettings:
     rtol: float = key(0.05, "dpm_solver: relative tolerance of the adaptive variant", above=0)
 
     def __post_init__(self):
-        one_of("diffusion.sampling_method", self.sampling_method, DIFFUSION_METHODS)
-        one_of("diffusion.variant", self.variant, DPM_VARIANTS)
-        one_of("diffusion.grid", self.grid, DPM_GRIDS)
         if not 0 <= self.eta <= 1:
             raise SettingsError(f"diffusion.eta={self.eta} is not in [0, 1]: 0 is deterministic, 1 ancestral")
-        if self.eta and self.sampling_method != "ddim":
-            raise SettingsError(
-                f"diffusion.eta={self.eta} is for diffusion.sampling_method=ddim, not {self.sampling_method}: drop it"
-            )
         if self.lambda_floor is not None and not self.lambda_floor < 0:
             raise SettingsError(
                 f"diffusion.lambda_floor={self.lambda_floor} is not negative: give where the noise ends, such as -5.1, "
                 "or null for no floor"
             )
-        if not self.sampling_method.startswith("dpm_solver") and not self.last_step:
-            raise SettingsError(
-                f"diffusion.last_step=false: the steps of diffusion.sampling_method={self.sampling_method} end at the "
-                "data, drop it"
-            )
-        if self.sampling_method.startswith("dpm_solver"):
-            if not self.num_steps.isdecimal() or int(self.num_steps) < self.order:
-                raise SettingsError(
-                    f"diffusion.num_steps={self.num_steps} must be a number, {self.order} (diffusion.order) at least, "
-                    f"for diffusion.sampling_method={self.sampling_method}"
-                )
-            if self.variant == "adaptive" and self.order == 1:
-                raise SettingsError("diffusion.variant=adaptive needs diffusion.order=2 or 3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,13 +97,10 @@ class UpsampleSettings:
     factor: int = key(1, "images so many times as high and wide as trained on; 1: off", least=1)
     eta: float = key(0.3, "the first so large share of the process's time is guided by the small image")
     theta: float = key(1.0, "how much of the block means is replaced", above=0)
-    matching: str = key(
-        "exact", "of times: exact | as_published (process=sd_discrete)", choices=("exact", "as_published")
-    )
+    matching: str = key("exact", "of times: exact | as_published (process=sd_discrete)")
     skip_tuning: str | None = key(
         None,
         "weights of the long skips of dim, uvit, dis: null | as_intended | as_published (off in effect)",
-        choices=(None, "as_published", "as_intended"),
     )
     skip_tuning_range: tuple[float, float] = key(
         (0.82, 1.0), "weights of the last and the first joining block at pure noise"
@@ -157,28 +117,10 @@ class UpsampleSettings:
                 "or drop it"
             )
 
-    def check(self, process: Mapping[str, Any], measures: bool) -> None:
-        """Refuse what cannot be upsampled.
-
-        Args:
-            process: the process's node.
-            measures: data are measured or encoded, and nothing is sampled.
-        """
-        if self.factor == 1:
-            return
-        if measures:
+    def check(self, measures: bool) -> None:
+        """Refuse to upsample where data are measured or encoded (``measures``), and nothing is sampled."""
+        if self.factor > 1 and measures:
             raise SettingsError(
                 f"upsample.factor={self.factor} with likelihood=true or ode.reverse=true: only samples are made "
                 "larger, set upsample.factor=1"
-            )
-        target = str(process.get("_target_", ""))
-        if self.matching == "as_published" and not target.endswith(".StableDiffusion"):
-            raise SettingsError(
-                "upsample.matching=as_published is the published table of process=sd_discrete: use "
-                "upsample.matching=exact"
-            )
-        if self.skip_tuning is not None and target.endswith(".Flow"):
-            raise SettingsError(
-                f"upsample.skip_tuning={self.skip_tuning} weighs by the noise level 0..1000 that diffusion processes "
-                "feed the model, process=flow feeds it otherwise: drop upsample.skip_tuning"
             )

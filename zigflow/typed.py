@@ -5,7 +5,6 @@ checks, shows or documents keys follows from these fields through :func:`declare
 """
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zigflow.errors import SettingsError
+from zigflow.registry import near_names
 
 REQUIRED = dataclasses.MISSING
 _METADATA = "zigflow.key"
@@ -187,13 +187,14 @@ def _near(key: str, known: list[str]) -> list[str]:
     partly = sorted(
         (path for path in known if words <= set(last[path].split("_"))), key=lambda path: len(last[path])
     )
-    alike = difflib.get_close_matches(key, known, n=3, cutoff=0.85)
+    alike = near_names(key, known, cutoff=0.85)
     if alike:
         here = [path for path in partly if place and path.rpartition(".")[0] == place and path not in alike]
         return alike + here
     same = [path for path in known if last[path] == name]
-    spelled = [path for path in known if difflib.SequenceMatcher(None, name, last[path]).ratio() >= 0.85]
-    return (same or partly or spelled or difflib.get_close_matches(key, known, n=1))[:5]
+    names = near_names(name, dict.fromkeys(last.values()), cutoff=0.85)
+    spelled = [path for path in known if last[path] in names]
+    return (same or partly or spelled or near_names(key, known, n=1, cutoff=0.6))[:5]
 
 
 def convert(key: str, value: Any, hint: Any, known: Sequence[str] = ()) -> Any:
@@ -251,7 +252,7 @@ def convert(key: str, value: Any, hint: Any, known: Sequence[str] = ()) -> Any:
 def one_of(key: str, value: Any, allowed: tuple) -> None:
     if value not in allowed:
         names = ["null" if a is None else str(a) for a in allowed]
-        close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+        close = near_names(value, names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise SettingsError(f"{key}={value} is not one of {', '.join(names)}{hint}")
 

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
         frames = config["model"].get("video_frames", 0)
         config["data"] |= {"video_frames": frames, "num_classes": config["model"].get("num_classes", -1)}
         config["codec"] = scaled_codec(config["codec"])
-        plugins.Settings.from_mapping(config)
+        plugins.checked(config, trains=False)
     except Exception as error:
         line = plugins.explain(error, "default")
         if line is None:
