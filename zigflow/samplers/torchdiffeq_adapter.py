@@ -6,6 +6,7 @@ they step past the end of the interval and interpolate back, so the model is eva
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from zigflow.errors import needs
 
 from .solver import (
-    TORCHDIFFEQ,
+    ODE_SOLVERS,
     Callback,
     Drift,
     FiniteWatch,
@@ -22,6 +23,8 @@ from .solver import (
     SolverSettings,
     full_time,
 )
+
+TORCHDIFFEQ = "torchdiffeq/"
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,9 @@ class TorchdiffeqSolver:
         return Solution(states[-1], evaluations, states if keep else None)
 
 
-def adapters() -> list[TorchdiffeqSolver]:
-    """One adapter per method that the installed torchdiffeq lists.
+@cache
+def adapters() -> dict[str, TorchdiffeqSolver]:
+    """One adapter per method that the installed torchdiffeq lists, by its name here.
 
     Raises:
         MissingPackageError: torchdiffeq is missing; the extra to install is named.
@@ -84,9 +88,13 @@ def adapters() -> list[TorchdiffeqSolver]:
     with needs("torchdiffeq", f"a solver called {TORCHDIFFEQ}NAME", extra="torchdiffeq"):
         from torchdiffeq._impl.odeint import SOLVERS
 
-    found = []
+    found = {}
     for method, solver in SOLVERS.items():
         order = getattr(solver, "order", None)
         adaptive = any("Adaptive" in base.__name__ for base in solver.__mro__)
-        found.append(TorchdiffeqSolver(method, order if isinstance(order, int) else None, adaptive))
+        adapter = TorchdiffeqSolver(method, order if isinstance(order, int) else None, adaptive)
+        found[adapter.name] = adapter
     return found
+
+
+ODE_SOLVERS.register_family(TORCHDIFFEQ, adapters)
