@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 
 from scans.plot import plot_scans
-from zigflow.build import Watched, build_codec, build_sampler
-from zigflow.codec import IdentityCodec
+from zigflow.build import Watched, build_codec
+from zigflow.chosen import build_process, build_sampler
 from zigflow.data.class_names import are_numbers
 from zigflow.engine.evaluation import Judge
 from zigflow.engine.in_loop import InLoopEvaluation
@@ -61,12 +61,12 @@ def build_sampling_run(
     """
     asked = as_denoiser(model)
     *frames, channels, height, width = asked.sample_shape
-    if isinstance(codec, IdentityCodec) and channels not in (1, 3):
+    if getattr(codec, "is_identity", False) and channels not in (1, 3):
         raise SettingsError(
             f"the model makes latents of {channels} channels and codec={settings.codec['_target_']} does "
             "not decode them: sample with codec=sd_vae codec.path=FOLDER"
         )
-    process = make("process", settings.process)
+    process = build_process(settings)
     if settings.upsample.skip_tuning is not None:
         try:
             asked.set_skip_tuning(settings.upsample.skip_tuning, settings.upsample.skip_tuning_range)

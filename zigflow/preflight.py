@@ -1,7 +1,8 @@
-"""What can be known to fail before a device is touched or a file is written; torch-free.
+"""What can be known to fail before a device is touched or a file is written.
 
-``Settings`` checks keys by themselves; here data, model and codec are held against each other and against
-the files they name. What only reading the data can tell is checked by ``zigflow.build``.
+``Settings`` checks keys by themselves; here data, model and codec are held against each other and against the files
+they name. It is asked after plug-ins are loaded, and imports the classes that the configuration names. What only
+reading the data can tell is checked by ``zigflow.build``.
 """
 
 import logging
@@ -11,6 +12,7 @@ from typing import Any
 
 from zigflow.engine.launcher_settings import check_agreement
 from zigflow.latents import LatentScale, LatentSize
+from zigflow.nodes import target
 from zigflow.objective import check_objective
 from zigflow.settings import Settings, SettingsError
 from zigflow.shapes import model_shape, sample_shape
@@ -31,7 +33,6 @@ def check_training(settings: Settings) -> None:
     scaled_codec(settings.codec)
     _check_shapes(settings)
     _check_conditions(settings)
-    _check_variance(settings)
     check_roots(settings)
     check_objective(settings)
     check_agreement(
@@ -102,7 +103,7 @@ def check_roots(settings: Settings) -> None:
 
 
 def _is_autoencoder(codec: Mapping[str, Any]) -> bool:
-    return str(codec.get("_target_", "")).endswith(".AutoencoderKLCodec")
+    return bool(getattr(target("codec", codec), "is_autoencoder", False))
 
 
 def _latent_size(codec: Mapping[str, Any]) -> LatentSize:
@@ -179,15 +180,4 @@ def _check_conditions(settings: Settings) -> None:
         raise SettingsError(
             f"data={data.name} has {data.num_classes} classes, model.num_classes is {classes}: "
             f"set model.num_classes={data.num_classes}"
-        )
-
-
-def _check_variance(settings: Settings) -> None:
-    model = settings.model
-    if not str(settings.process.get("_target_", "")).endswith(".Flow"):
-        return
-    if model.get("learn_sigma") and not model.get("drop_sigma"):
-        raise SettingsError(
-            f"model={model.get('name')} predicts a variance (model.learn_sigma=true), which the flow process does not "
-            "read: set model.learn_sigma=false, or choose another process="
         )

@@ -15,6 +15,7 @@ from dis_causal_conv1d import use_backend
 from scans import get_scan
 from tests.assertions import BF16_RELATIVE_RMS, assert_close, assert_relative_rms
 from tests.models.transformers import filled, inputs
+from zigflow import plugins
 from zigflow.keyed import KeyedDraws
 from zigflow.models import build_variant
 from zigflow.models.dis import SIZES, DiS
@@ -23,7 +24,7 @@ from zigflow.official import load_official, official_arguments, read_official
 from zigflow.plugins import compose_config
 from zigflow.preflight import check_training
 from zigflow.processes import Flow
-from zigflow.settings import Settings, SettingsError
+from zigflow.settings import SettingsError
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures" / "dis_dim" / "manifests"
 MANIFESTS = sorted(FIXTURES.glob("DiS-*.json"))
@@ -294,10 +295,10 @@ def test_it_trains_under_the_flow_process_without_variance():
     overrides = ["model=dis_s_2", "run_dir=unused", "model.in_channels=1", "model.img_dim=8"]
     cfg = compose_config(overrides)
     with pytest.raises(SettingsError, match=r"model=dis_s_2 .*model\.learn_sigma=false"):
-        check_training(Settings.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
+        check_training(plugins.checked(OmegaConf.to_container(cfg, resolve=True)))
     for more in (["model.learn_sigma=false"], ["process=gaussian"]):
         cfg = compose_config([*overrides, *more])
-        check_training(Settings.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
+        check_training(plugins.checked(OmegaConf.to_container(cfg, resolve=True)))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from tests.assertions import assert_close
 from tests.models.transformers import filled, inputs
+from zigflow import plugins
 from zigflow.models import build_variant
 from zigflow.models.dit import SIZES, DiT
 from zigflow.nn.flops import count_flops
@@ -18,7 +19,7 @@ from zigflow.official import load_official, read_official
 from zigflow.plugins import compose_config
 from zigflow.preflight import check_training
 from zigflow.processes.flow import Flow
-from zigflow.settings import Settings, SettingsError
+from zigflow.settings import SettingsError
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures" / "dit_uvit" / "manifests"
 MANIFESTS = sorted(FIXTURES.glob("DiT-*.json"))
@@ -96,7 +97,7 @@ def test_sit_and_dit_train_under_the_flow_process():
 def test_variance_under_the_flow_process_is_refused_before_training():
     def check(*overrides):
         cfg = compose_config(["run_dir=unused", "model.in_channels=1", "model.img_dim=8", *overrides])
-        check_training(Settings.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
+        check_training(plugins.checked(OmegaConf.to_container(cfg, resolve=True)))
 
     with pytest.raises(SettingsError, match=r"model=dit_s_2 .*model\.learn_sigma=false"):
         check("model=dit_s_2")

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     )
     from zigflow.preflight import scaled_codec
 
-    experiment = any(o.startswith("+experiment=") for o in args.overrides)
+    experiment = any(o.startswith("experiment=") for o in args.overrides)
     named = experiment or any(o.startswith("model=") for o in args.overrides)
     try:
         # An experiment brings its data, and with them the codec.
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
         config["model"] = {**names, **kwargs, **seed}
         config["data"] |= data_form(config["model"])
         config["codec"] = scaled_codec(config["codec"])
-        plugins.Settings.from_mapping(config)
+        plugins.checked(config, trains=False)
     except Exception as error:
         line = plugins.explain(error, "default")
         if line is None:

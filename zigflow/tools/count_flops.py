@@ -29,13 +29,11 @@ def main(argv: list[str]) -> int:
             f"model={settings.model.get('name')} is one of videos and takes its number of frames from the data, "
             f"data={settings.data.name} has none: give data.video_frames=16 (and data.num_classes), or data=ucf101"
         )
-    # After the configuration is known to be right: this imports torch's world.
     import torch
 
     from zigflow.build import build_model
     from zigflow.nn import as_denoiser
 
-    plugins.load_plugins()
     with torch.device("meta"):
         # Shapes alone: no model is too large to be counted.
         model = build_model(settings)
