@@ -50,7 +50,7 @@ def compose_leniently(
         What ``compose`` made, and the overrides that it was made from.
 
     Raises:
-        HydraException: ``compose`` refused a key that nothing reads, or something else.
+        hydra.errors.HydraException: ``compose`` refused a key that nothing reads, or something else.
     """
     tried = [overrides]
     first: ConfigCompositionException | None = None

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import Any, cast
 
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -56,11 +57,13 @@ def origins(overrides: list[str], config_name: str) -> dict[str, str]:
         groups = loader.list_groups("")
         repository = loader.repository  # type: ignore[attr-defined]  # of the loader that Hydra itself makes
         for default in listed:
-            result = None if default.config_path is None else repository.load_config(default.config_path)
-            if result is None or default.config_path.startswith("hydra/"):
+            path = default.config_path
+            result = None if path is None else repository.load_config(path)
+            if path is None or result is None or path.startswith("hydra/"):
                 continue
-            where = _place(default.config_path, result.provider)
-            for key, value in flat(OmegaConf.to_container(result.config)).items():
+            where = _place(path, result.provider)
+            keys = cast("dict[str, Any]", OmegaConf.to_container(result.config))
+            for key, value in flat(keys).items():
                 taken = f": {value}" if isinstance(value, str) and "${" in value else ""
                 found[f"{default.package}.{key}" if default.package else key] = where + taken
     for override in OverridesParser.create().parse_overrides(overrides):
