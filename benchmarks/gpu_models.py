@@ -49,6 +49,7 @@ def step(
     chosen, options = settings()[setting], options_of(device, precision, compiler)
     state = weights_of(chosen, options)
     case = Case(chosen, arrangement, mode, "none", state, options)
+    difference = None
     if mode == "compiled":
         eager = Case(chosen, arrangement, "eager", "none", state, options)
         if arrangement in PEERS:
@@ -57,7 +58,7 @@ def step(
         difference = _difference(case, eager)
         del eager
         gc.collect()
-        limits = dict(zip(("output", "gradient"), LIMITS[precision], strict=True))
+        limits: dict[str, float] = dict(zip(("output", "gradient"), LIMITS[precision], strict=True))
         off = [
             f"compiled against eager: the {name} differs by {value} of its size, {limits[name]:.0e} allowed"
             for name, value in difference.items()
@@ -78,7 +79,7 @@ def step(
         "tokens": chosen.tokens,
         "backends": backends(options),
     }
-    if mode == "compiled":
+    if difference is not None:
         found["compiled_from_eager"] = difference
     if profile:
         seconds = statistics.median(case.seconds["train"])
