@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	$(PY) train_acc.py run_dir=$(DEMO_DIR)
-	$(PY) sample_acc.py ckpt=$(DEMO_DIR) +experiment=digits_demo
+	$(PY) sample_acc.py ckpt=$(DEMO_DIR) experiment=digits_demo
 	$(PY) -m zigflow.tools demo-report $(DEMO_DIR) --check
 
 test: $(VENV)/.installed lint

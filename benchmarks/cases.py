@@ -152,7 +152,7 @@ def build(setting, arrangement, backend, device) -> Any:
     if arrangement != "published":
         return ZigMa(scan_type=SCAN_TYPE if arrangement == "ours" else "v1", **options)
     ordered = ZigMa(scan_type=SCAN_TYPE, **{**options, "device": "cpu", "embed_dim": 16})
-    walks = ordered._walks(ordered.grid, torch.device("cpu"))
+    walks = ordered.orders.at(ordered.token_grid, torch.device("cpu"))
     orders = iter([(w.order, w.undo) for w in walks if w.order is not None and w.undo is not None])
 
     def mixer(*args, **given):

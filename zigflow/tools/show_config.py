@@ -25,9 +25,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--origins", action="store_true", help="one key per line, with the file that sets it")
     args = parser.parse_intermixed_args(argv)
     name = {"train": "default", "sample": "sample"}[args.command]
-    overrides = [*args.overrides, *([] if _sets(args.overrides, "run_dir") else ["run_dir=outputs/shown"])]
+    unnamed = [] if _sets(args.overrides, "run_dir") else ["run_dir=outputs/shown"]
     try:
-        cfg = plugins.compose_config(overrides, name)
+        cfg, made_from = plugins.composed([*args.overrides, *unnamed], name)
         if args.command == "train":
             plugins.validated(cfg)
     except Exception as error:
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         print(OmegaConf.to_yaml(cfg, resolve=True))
         return 0
     values = flat(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-    found = origins(args.overrides, name)
+    found = origins([override for override in made_from if override not in unnamed], name)
     width = min(60, max(len(f"{k}={json.dumps(v)}") for k, v in values.items()))
     for key, value in values.items():
         print(f"{f'{key}={json.dumps(value)}'.ljust(width)}  # {found.get(key, 'composed')}")
