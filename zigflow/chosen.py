@@ -8,7 +8,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -200,4 +200,4 @@ def check_optimizer(settings: Settings) -> OptimizerFactory:
         raise SettingsError(
             f"optim._target_={optim._target_} is neither an optimizer's class nor a function of a model"
         )
-    return found
+    return cast(OptimizerFactory, found)
