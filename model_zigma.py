@@ -26,13 +26,20 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dis_mamba import BiMambaMixer, MambaMixer, ParallelMambaMixer
+from dis_mamba import (
+    BiMambaMixer,
+    MambaMixer,
+    ParallelMambaMixer,
+    get_mixer,
+    list_mixers,
+    mixer_backends,
+)
 from scans import parse_scan_type
 from zigflow.nn import (
     Condition,
@@ -167,8 +174,9 @@ class ZigMa(nn.Module):
         has_text, d_context, n_context_token: text tokens (B, S, d_context) through cross-attention.
         drop_path_rate: last block's stochastic depth; blocks 0 and 1 have none.
         ssm_cfg: keywords of the mixer (d_state, d_conv, expand, dt_rank, ..., backend).
-        mixer: a factory called as ``mixer(embed_dim, **ssm_cfg, device=..., dtype=...)`` that replaces the mixer of
-            ``scan_type``: any module from (B, L, D) to (B, L, D); every scan pairs with it.
+        mixer: a name of ``dis_mamba.list_mixers()``, or a factory called as ``mixer(embed_dim, **ssm_cfg, device=...,
+            dtype=...)``, that replaces the mixer of ``scan_type``: any module from (B, L, D) to (B, L, D); every
+            scan pairs with it.
         rms_norm, norm_epsilon, residual_in_fp32: the norms and the residual stream.
         fused_add_norm, use_jit: accepted for compatibility; they never change a result.
         m_init: the published re-initialization of the linear layers.
@@ -180,6 +188,7 @@ class ZigMa(nn.Module):
     """
 
     time_scale = 1.0
+    registries: ClassVar = {"mixer": list_mixers, "ssm_cfg.backend": mixer_backends}
     time_factor = 1000.0  # of the time embedding; diffusion processes feed so much less
 
     def __init__(
@@ -211,7 +220,7 @@ class ZigMa(nn.Module):
         class_dropout_prob: float = 0.0,
         scan: str | None = None,
         scan_seed: int = 0,
-        mixer: Callable[..., nn.Module] | None = None,
+        mixer: str | Callable[..., nn.Module] | None = None,
         official_temporal_reversal: bool = False,
         official_backward_dt_init: bool = False,
     ):
@@ -277,7 +286,9 @@ class ZigMa(nn.Module):
             options["official_backward_dt_init"] = official_backward_dt_init
         if self.scan_spec.mixer == "parallel_mamba":
             options["num_orders"] = self.scan_spec.num_directions
-        build_mixer = partial(mixer or MIXERS[self.scan_spec.mixer], embed_dim, **options, **factory)
+        build_mixer = partial(
+            get_mixer(mixer or MIXERS[self.scan_spec.mixer]), embed_dim, **options, **factory
+        )
         norm = partial(RMSNorm if rms_norm else LayerNorm, embed_dim, eps=norm_epsilon, **factory)
         self.blocks = nn.ModuleList(
             ZigMaBlock(embed_dim, build_mixer(), norm(), has_text, tokens if use_pe == 3 else 0, **factory)

@@ -30,12 +30,12 @@ Legend: B batch, C channels, H W image, h w patch grid, N = h * w patches, L all
 
 import math
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dis_mamba import MambaMixer
+from dis_mamba import MambaMixer, mixer_backends
 from scans import ComposedWalk, ScanSchedule, TokenLayout, composed_walk, get_scan, mirrored_schedule
 from zigflow.nn import (
     PatchEmbed,
@@ -230,6 +230,7 @@ class DiM(Backbone):
     """
 
     # Flow times lie in [0, 1]; the sinusoids are made for 0..1000.
+    registries: ClassVar = {"ssm_cfg.backend": mixer_backends}
     time_scale = 1000.0
     position_mode = "bilinear"
 
