@@ -33,6 +33,7 @@ from zigflow.engine.skips import SkipBudget
 from zigflow.engine.trackers import Trackers
 from zigflow.engine.trainer import Trainer
 from zigflow.metrics.pictures import save_loss_curve
+from zigflow.nn import check_denoiser
 from zigflow.nodes import make
 from zigflow.preflight import check_training, scaled_codec
 from zigflow.real_sets import check_evaluation
@@ -100,9 +101,18 @@ def _takes_scan(target: str) -> bool:
 
 
 def build_model(settings: Settings) -> torch.nn.Module:
-    """The model with its initial weights, which follow from ``global_seed``."""
+    """The model with its initial weights, which follow from ``global_seed``.
+
+    Raises:
+        SettingsError: it is no model that the engine can train, see ``zigflow.nn.Denoiser``.
+    """
     torch.manual_seed(settings.global_seed)
-    return make("model", model_arguments(settings))
+    model = make("model", model_arguments(settings))
+    try:
+        check_denoiser(model)
+    except ValueError as error:
+        raise SettingsError(f"model={settings.model.get('name')}: {error}") from error
+    return model
 
 
 def build_codec(settings: Settings, device: Any) -> Any:

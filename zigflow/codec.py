@@ -230,7 +230,7 @@ class AutoencoderKLCodec:
 
 def _load(path: str) -> Any:
     with needs("diffusers", "the autoencoder codec", extra="codec"):
-        from diffusers import AutoencoderKL
+        from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]  # made at use
     if is_checkpoint_file(path):
         layout, weights = read_autoencoder(path)
         vae: Any = AutoencoderKL(**layout)

@@ -15,6 +15,7 @@ from zigflow.latents import LatentScale, LatentSize
 from zigflow.nodes import target
 from zigflow.objective import check_objective
 from zigflow.settings import Settings, SettingsError
+from zigflow.shapes import model_shape, sample_shape
 
 log = logging.getLogger(__name__)
 
@@ -137,10 +138,7 @@ def _pixel_shape(settings: Settings) -> tuple[int, ...] | None:
     data, source = settings.data, settings.data.source or {}
     size = source.get("image_size", source.get("size", data.image_size))
     channels = source.get("channels", data.channels)
-    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else ()
-    if len(sides) != 2 or not all(isinstance(value, int) for value in (*sides, channels)):
-        return None
-    return (*((data.video_frames,) if data.video_frames else ()), channels, *sides)
+    return sample_shape(channels, size, data.video_frames)
 
 
 def _point_shape(settings: Settings) -> tuple[int, ...] | None:
@@ -158,17 +156,8 @@ def _point_shape(settings: Settings) -> tuple[int, ...] | None:
         raise SettingsError(f"data.image_size of data={settings.data.name}: {error}") from error
 
 
-def _model_shape(model: Mapping[str, Any]) -> tuple[int, ...] | None:
-    channels, size = model.get("in_channels"), model.get("img_dim")
-    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else ()
-    if len(sides) != 2 or not isinstance(channels, int):
-        return None
-    frames = model.get("video_frames") or 0
-    return (*((frames,) if frames > 0 else ()), channels, *sides)
-
-
 def _check_shapes(settings: Settings) -> None:
-    given, read = _point_shape(settings), _model_shape(settings.model)
+    given, read = _point_shape(settings), model_shape(settings.model)
     if given is None or read is None or given == read:
         return
     what = "latents" if settings.use_latent else "samples"

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from tests.assertions import assert_close
 from tests.models.transformers import filled, inputs
 from zigflow import plugins
-from zigflow.models import build_model
+from zigflow.models import build_variant
 from zigflow.models.dit import SIZES, DiT
 from zigflow.nn.flops import count_flops
 from zigflow.official import load_official, read_official
@@ -32,7 +32,7 @@ def variant_of(manifest):
 
 def build(manifest, name):
     with torch.device("meta"):
-        return build_model(name, img_dim=manifest["latent"])
+        return build_variant(name, img_dim=manifest["latent"])
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.stem)
@@ -74,7 +74,7 @@ def test_configurations_are_the_variants(family, size):
         assert node.pop("name") == name
         assert node.pop("_target_") == "zigflow.models.dit.DiT"
         with torch.device("meta"):
-            own, variant = DiT(**{**node, "depth": 1}), build_model(name, depth=1)
+            own, variant = DiT(**{**node, "depth": 1}), build_variant(name, depth=1)
         assert node["depth"] == SIZES[size][1]
         assert str(own) == str(variant)
         assert own.out_channels == variant.out_channels == (8 if family == "dit" else 4)

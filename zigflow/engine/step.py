@@ -76,7 +76,6 @@ class OptimizerStep:
         model: the model itself, its parameters final.
         wrapped: the same, as it is called: what DDP or FSDP made of it.
         no_sync: ``no_sync(wrapped)`` is the context in which gradients stay local.
-        batch_size: samples of a micro-batch on this process.
         draws: ``draws(seed, ids)`` makes the keyed draws of a batch.
     """
 

@@ -161,7 +161,7 @@ class Upsampled(ModelFunction):
 
     def always_doubled(self) -> "Upsampled":
         """The same with both calls at all times, so that a sample's bits do not depend on its neighbors' times."""
-        inner = getattr(self.model, "always_doubled", lambda: self.model)()
+        inner = self.model.always_doubled() if isinstance(self.model, ModelFunction) else self.model
         return Upsampled(inner, self.process, self.factor, self.eta, self.theta, self.matching, False)
 
     def __call__(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:

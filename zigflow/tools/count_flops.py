@@ -5,6 +5,7 @@ import argparse
 from zigflow import plugins
 from zigflow.nn.flops import TRAINING_FACTOR, count_flops
 from zigflow.settings import SettingsError
+from zigflow.shapes import frames_of
 
 
 def main(argv: list[str]) -> int:
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from zigflow.build import build_model
+    from zigflow.nn import as_denoiser
 
     with torch.device("meta"):
         # Shapes alone: no model is too large to be counted.
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> int:
         print(f"{operator}: {100 * flops / count.forward:.1f} %")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}, trained: {trained:,}")
-    frames = getattr(model, "video_frames", 0)
+    frames = frames_of(as_denoiser(model).sample_shape)
     sample = f"sample of {frames} frames" if frames else "sample"
     print(f"forward:  {count.forward:,} FLOPs per {sample} ({count.macs / 1e9:.4g} GMACs)")
     print(
