@@ -283,6 +283,7 @@ class VariancePreserving(Diffusion):
     Args:
         schedule: a name in SCHEDULES: "linear" (beta from beta_min to beta_max) or "cosine" (then the noise end s = 1
             has no score, and s stays below 0.9946, as published).
+        beta_min, beta_max: beta at s = 0 and s = 1, of the linear schedule.
         sample_eps: sampling ends at s = sample_eps.
         prediction, min_snr_gamma: see :class:`Diffusion`.
     """
