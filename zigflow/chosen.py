@@ -190,7 +190,7 @@ def check_optimizer(settings: Settings) -> OptimizerFactory:
             return optimizer_named(optim.name)
         except ValueError as error:
             raise SettingsError(f"optim.name={optim.name!r}: {error}") from error
-    found = target("optim", {"_target_": optim._target_})
+    found: Any = target("optim", {"_target_": optim._target_})
     if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
         try:
             return ClassFactory(found)
