@@ -209,7 +209,9 @@ class Judge:
             with self.ranks.together("reading the real images"):
                 train, heldout = (self._whole(name) for name in ("train", "heldout"))
                 # A metric may judge samples by themselves.
-                by_itself = train is None and heldout is None and metric is not None and not metric.needs_reference
+                by_itself = (
+                    train is None and heldout is None and metric is not None and not metric.needs_reference
+                )
                 if metric is not None and not by_itself:
                     if train is None:
                         raise ValueError(f"{metric.name} needs real images, and the data has no source")
