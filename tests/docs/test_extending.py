@@ -11,10 +11,11 @@ import pytest
 from omegaconf import OmegaConf, open_dict
 
 from zigflow import plugins
-from zigflow.build import train_from_config
+from zigflow.build import build_model, train_from_config
 from zigflow.nn import Denoiser
 from zigflow.nn.denoiser import MEMBERS
 from zigflow.sample_job import sample_from_config
+from zigflow.settings import Settings, SettingsError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -48,6 +49,38 @@ def test_the_smallest_model_trains_and_samples(process, tmp_path, monkeypatch):
         )
     )  # fmt: skip
     assert len(list(folder.glob("[0-9]*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        (
+            "x, t, y=None, return_features=()",
+            "x, t",
+            r"model=tokens: Tokens\.forward\(x, t\) is not called as",
+        ),
+        (
+            "self.in_channels, self.img_dim",
+            "self.channels, self.side",
+            "model=tokens: Tokens does not say what it reads",
+        ),
+    ],
+)
+def test_a_model_that_does_not_meet_the_contract_is_refused_in_one_line(
+    old, new, message, tmp_path, monkeypatch
+):
+    code = BLOCKS["python"]
+    assert old in code
+    (tmp_path / "tokens.py").write_text(code.replace(old, new))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tokens", raising=False)
+    cfg = plugins.compose_config(["data=synthetic", "data.image_size=8", "data.channels=1", "run_dir=unused"])
+    with open_dict(cfg):
+        cfg.model = OmegaConf.create(BLOCKS["yaml"])
+    settings = Settings.from_mapping(OmegaConf.to_container(cfg, resolve=True))
+    with pytest.raises(SettingsError, match=message) as error:
+        build_model(settings)
+    assert "\n" not in str(error.value)
 
 
 def test_named_files_and_methods_exist():
