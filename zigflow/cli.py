@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from zigflow import hydra_folders, paths, plugins
 from zigflow.typed_arguments import as_meant
+from zigflow.typed_plugins import with_plugin_files
 
 
 def train() -> int:
@@ -112,7 +113,7 @@ def _run(config_name: str) -> int:
     trains = config_name == "default"
     named = None
     try:
-        sys.argv[1:] = as_meant(sys.argv[1:])
+        sys.argv[1:] = as_meant(with_plugin_files(sys.argv[1:]))
         named = _run_dir_of(sys.argv[1:]) if trains else None
         plugins.prepare()
         job = _Job(config_name, ended)

@@ -1,6 +1,8 @@
 """A node of the configuration becomes an object."""
 
+import importlib.util
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,10 +21,18 @@ def make(key: str, node: Mapping[str, Any]) -> Any:
         cause = error.__cause__ if error.__cause__ is not None else error
         mistakes = (ValueError, TypeError, KeyError, ImportError, FileNotFoundError, NotADirectoryError)
         if isinstance(cause, mistakes):
-            raise SettingsError(f"{key} ({node.get('_target_')}): {cause}") from error
+            raise SettingsError(f"{key} ({node.get('_target_')}): {cause}{_own_file(node)}") from error
         if not plugins.is_foreign(cause):
             raise cause from error
         raise
+
+
+def _own_file(node: Mapping[str, Any]) -> str:
+    """How a class is found whose module is not installed; empty where the module is there."""
+    module = str(node.get("_target_")).partition(".")[0]
+    if not module.isidentifier() or module in sys.modules or importlib.util.find_spec(module) is not None:
+        return ""
+    return f" For a class in a file of your own give plugins=[{module}.py]."
 
 
 def _with_annotated_paths(key: str, node: Mapping[str, Any]) -> dict[str, Any]:

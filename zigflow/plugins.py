@@ -47,6 +47,7 @@ from zigflow.registry import UnknownNameError
 from zigflow.settings import WANDB_KEY, Settings, SettingsError
 from zigflow.typed import unknown_key
 from zigflow.typed_arguments import as_meant, check_grammar, check_hydra_folders, name_no_job
+from zigflow.typed_plugins import with_plugin_files
 from zigflow.wandb_key import refuse_key, types_key
 
 log = logging.getLogger(__name__)
@@ -56,8 +57,34 @@ GROUP = "zigflow.plugins"
 FOLLOW_DATA = ("codec", "metrics")
 
 
-# The folder of --config-dir while the command line is checked; Hydra adds it by itself afterwards.
+# Folders of --config-dir; of the two commands only while the command line is checked, Hydra adds it afterwards.
 _typed_folders: list[Path] = []
+
+
+def add_config_dir(folder: str) -> None:
+    """Compose with the YAML of this folder, too.
+
+    Raises:
+        SettingsError: there is no such folder.
+    """
+    path = Path(paths.expanded("--config-dir", folder))
+    if not folder or not path.is_dir():
+        raise SettingsError(
+            f"--config-dir {folder or 'FOLDER'}: there is no such folder: give one with GROUP/NAME.yaml in it"
+        )
+    if path.absolute() not in _typed_folders:
+        _typed_folders.append(path.absolute())
+
+
+@contextlib.contextmanager
+def _looking_in(config_dir: str | None) -> Iterator[None]:
+    """Compose with the YAML of ``--config-dir`` inside."""
+    before = list(_typed_folders)
+    _typed_folders.extend([] if config_dir is None else [Path(config_dir).absolute()])
+    try:
+        yield
+    finally:
+        _typed_folders[:] = before
 
 
 class PluginConfigs(SearchPathPlugin):
@@ -140,8 +167,8 @@ def prepare() -> None:
 
 def compose_config(overrides: list[str] | None = None, config_name: str = "default") -> DictConfig:
     """Compose as the commands do, for tools, tests and notebooks."""
+    typed = as_meant(with_plugin_files(list(overrides or [])))
     prepare()
-    typed = as_meant(list(overrides or []))
     check_grammar(typed)
     check_choices(typed)
     with _hydra():
@@ -191,7 +218,10 @@ def check_choices(arguments: list[str]) -> None:
 def _no_such_choice(group: str, choice: str, known: list[str]) -> str:
     close = difflib.get_close_matches(choice, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    return f"{group}={choice} does not exist: {hint}known: {', '.join(sorted(known))}"
+    own = (
+        f"; of a file of your own: {group}=FILE.py:{choice}, or plugins=[FILE.py]" if group == "scan" else ""
+    )
+    return f"{group}={choice} does not exist: {hint}known: {', '.join(sorted(known))}{own}"
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -262,7 +292,8 @@ def check_command_line(arguments: list[str], config_name: str) -> list[str]:
         os.environ["RUN_ID"] = run_id()
     elif not named:
         run_id()
-    check_choices(overrides)
+    with _looking_in(typed.config_dir):
+        check_choices(overrides)
     helps = (typed.help, typed.hydra_help, typed.shell_completion, typed.experimental_rerun)
     if any(helps):
         return arguments
@@ -314,9 +345,8 @@ def _composed_as_typed(typed: Any, overrides: list[str], config_name: str) -> tu
         What was composed, and the overrides that Hydra composes the same from.
     """
     folder = None if typed.config_path is None else Path(__file__).parent / typed.config_path
-    _typed_folders[:] = [] if typed.config_dir is None else [Path(typed.config_dir).absolute()]
     try:
-        with _hydra(folder):
+        with _looking_in(typed.config_dir), _hydra(folder):
             made = partial(compose, typed.config_name or config_name, return_hydra_config=True)
             return compose_leniently(made, overrides)
     except TypeError as error:
@@ -327,8 +357,6 @@ def _composed_as_typed(typed: Any, overrides: list[str], config_name: str) -> tu
         raise SettingsError(
             f"{' '.join(chosen)}: a group takes the name of a choice, such as scan=zigzagN8, and no number"
         ) from error
-    finally:
-        _typed_folders.clear()
 
 
 def _jobs(overrides: list[str], foreign: bool = False) -> list[tuple[list[str], bool]]:

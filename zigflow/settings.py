@@ -239,6 +239,7 @@ class Settings:
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     mixed_precision: str | None = None
     run_dir: str
+    plugins: tuple[str, ...] = ()
     resume: str = "auto"
 
     def __post_init__(self):

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from zigflow import plugins
+from zigflow import plugin_files, plugins
 
 
 def main(argv: list[str]) -> int:
@@ -69,6 +69,7 @@ def main(argv: list[str]) -> int:
         frames = config["model"].get("video_frames", 0)
         config["data"] |= {"video_frames": frames, "num_classes": config["model"].get("num_classes", -1)}
         config["codec"] = scaled_codec(config["codec"])
+        files = plugin_files.use(config)
         plugins.Settings.from_mapping(config)
     except Exception as error:
         line = plugins.explain(error, "default")
@@ -84,6 +85,7 @@ def main(argv: list[str]) -> int:
         "ema": [],
         "versions": versions(),
         "plugins": [],
+        "plugin_files": files,
         "converted_from": {"family": family, "file": args.file.name},
     }
     scan = scan_facts(model)

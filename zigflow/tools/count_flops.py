@@ -2,7 +2,7 @@
 
 import argparse
 
-from zigflow import plugins
+from zigflow import plugin_files, plugins
 from zigflow.nn.flops import TRAINING_FACTOR, count_flops
 from zigflow.settings import SettingsError
 
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     from zigflow.build import build_model
 
     plugins.load_plugins()
+    plugin_files.load(settings.plugins)
     with torch.device("meta"):
         # Shapes alone: no model is too large to be counted.
         model = build_model(settings)

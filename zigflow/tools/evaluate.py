@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from zigflow import plugins
+from zigflow import plugin_files, plugins
 from zigflow.settings import SettingsError
 
 USAGE = """usage: python -m zigflow.tools evaluate samples=FOLDER|FILE.npz [output=FILE] [GROUP=CHOICE] [KEY=VALUE]
@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
     samples = Path(given["samples"])
     output = given.get("output")
     plugins.load_plugins()
+    plugin_files.load(settings.plugins)
     written, metrics = evaluate(settings, samples, None if output is None else Path(output))
     for name, value in metrics.items():
         print(f"{name:40s} {value}")
