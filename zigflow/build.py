@@ -14,6 +14,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from zigflow import plugin_files, plugins
+from zigflow.chosen import build_process, check_optimizer
 from zigflow.data.contents import contents_of
 from zigflow.data.global_batch import GlobalBatch
 from zigflow.data.loader import training_loader
@@ -25,17 +26,17 @@ from zigflow.engine.elastic import Split, split_for
 from zigflow.engine.ema import EmaProfile
 from zigflow.engine.launch import check_same, launched_precision, make_accelerator
 from zigflow.engine.log import read_metrics
-from zigflow.engine.optim import ClassFactory, OptimizerFactory, Schedule, build_optimizer, optimizer_named
+from zigflow.engine.optim import Schedule, build_optimizer
 from zigflow.engine.options import TrainOptions
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.skips import SkipBudget
 from zigflow.engine.trackers import Trackers
 from zigflow.engine.trainer import Trainer
 from zigflow.metrics.pictures import save_loss_curve
+from zigflow.nn import check_denoiser
 from zigflow.nodes import make
 from zigflow.preflight import check_training, scaled_codec
 from zigflow.real_sets import check_evaluation
-from zigflow.samplers import ChainSampler, DpmSolver, OdeSampler, SdeSampler
 from zigflow.settings import Settings, SettingsError
 from zigflow.sources import (
     as_continued,
@@ -100,68 +101,24 @@ def _takes_scan(target: str) -> bool:
 
 
 def build_model(settings: Settings) -> torch.nn.Module:
-    """The model with its initial weights, which follow from ``global_seed``."""
+    """The model with its initial weights, which follow from ``global_seed``.
+
+    Raises:
+        SettingsError: it is no model that the engine can train, see ``zigflow.nn.Denoiser``.
+    """
     torch.manual_seed(settings.global_seed)
-    return make("model", model_arguments(settings))
+    model = make("model", model_arguments(settings))
+    try:
+        check_denoiser(model)
+    except ValueError as error:
+        raise SettingsError(f"model={settings.model.get('name')}: {error}") from error
+    return model
 
 
 def build_codec(settings: Settings, device: Any) -> Any:
     """The codec, its autoencoder where it has one on ``device``."""
     codec = make("codec", settings.codec)
     return codec.to(device) if hasattr(codec, "to") else codec
-
-
-def build_sampler(settings: Settings):
-    """The sampler that ``sample_mode`` and the groups ``ode``, ``sde`` and ``diffusion`` describe."""
-    if settings.sample_mode == "diffusion":
-        chosen = settings.diffusion
-        if chosen.sampling_method in ("ddpm", "ddim"):
-            return ChainSampler(chosen.sampling_method, chosen.num_steps, chosen.eta, chosen.clip_denoised)
-        return DpmSolver(
-            chosen.sampling_method, chosen.variant, int(chosen.num_steps), chosen.order, chosen.grid,
-            chosen.correction, chosen.lower_order_final, atol=chosen.atol, rtol=chosen.rtol,
-            last_step=chosen.last_step, lambda_floor=chosen.lambda_floor,
-        )  # fmt: skip
-    if settings.sample_mode == "SDE":
-        sde = settings.sde
-        return SdeSampler(
-            method=sde.sampling_method, num_steps=sde.num_steps, diffusion_form=sde.diffusion_form,
-            diffusion_norm=sde.diffusion_norm, last_step=sde.last_step, last_step_size=sde.last_step_size,
-        )  # fmt: skip
-    ode = settings.ode
-    return OdeSampler(
-        method=ode.sampling_method,
-        num_steps=ode.num_steps,
-        atol=ode.atol,
-        rtol=ode.rtol,
-        last_step=ode.last_step,
-    )
-
-
-def check_optimizer(settings: Settings) -> OptimizerFactory:
-    """What makes the optimizer of a configuration, its settings not yet checked.
-
-    Raises:
-        SettingsError: no optimizer has that name, or the class cannot be imported; one line with near matches.
-    """
-    optim = settings.optim
-    try:
-        if optim._target_ is None:
-            return optimizer_named(optim.name)
-        found = get_object(optim._target_)
-    except Exception as error:
-        key = "optim.name" if optim._target_ is None else "optim._target_"
-        raise SettingsError(f"{key}: {' '.join(str(error).split())}") from error
-    if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
-        try:
-            return ClassFactory(found)
-        except ValueError as error:
-            raise SettingsError(f"optim._target_: {error}") from error
-    if not callable(found):
-        raise SettingsError(
-            f"optim._target_={optim._target_} is neither an optimizer's class nor a function of a model"
-        )
-    return found
 
 
 def make_optimizer(settings: Settings, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -265,12 +222,11 @@ def train_from_config(
     files = plugin_files.use(plain)
     stored = _continued(plain)
     plain = as_continued(plain, stored)
-    check_training(Settings.from_mapping(plain))
+    check_training(plugins.checked(plain))
     # Stated in the checkpoint, wherever the autoencoder may lie later.
     plain["codec"] = scaled_codec(plain["codec"])
     settings = Settings.from_mapping(plain)
     check_evaluation(settings)
-    check_optimizer(settings)
     accelerator = make_accelerator(cpu=settings.loop.device == "cpu")
     # After accelerate, which counts the threads of several CPU processes itself.
     if settings.loop.threads is not None:
@@ -333,7 +289,7 @@ def train_from_config(
     watched = watch(settings, model, accelerator) if watch is not None else Watched()
     trainer = Trainer(
         model=model,
-        process=make("process", settings.process),
+        process=build_process(settings),
         codec=codec,
         loader_factory=loader,
         optimizer=lambda placed: make_optimizer(settings, placed),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zigflow.compvis import read_autoencoder
+from zigflow.errors import needs
 from zigflow.keyed import current_draws
 from zigflow.latents import LatentScale, LatentSize, is_checkpoint_file
 
@@ -19,7 +20,11 @@ _LOG_VARIANCES = (-30.0, 20.0)
 
 
 class Codec(Protocol):
-    """What the engine asks of a codec."""
+    """What the engine asks of a codec.
+
+    A class may also say ``is_identity = True`` (values stay as they are, up to ``scale``), or ``is_autoencoder = True``
+    (it has the keywords of :class:`AutoencoderKLCodec`, whose ``path`` says the latents' shape and scale).
+    """
 
     def encode(self, batch: Any) -> Tensor:
         """The data point x1 of a batch: (B,C,h,w) or (B,T,C,h,w), scaled. ``batch`` has pixels, latents or moments."""
@@ -80,6 +85,8 @@ class IdentityCodec:
         ValueError: ``scale`` is not positive.
     """
 
+    is_identity = True
+
     def __init__(self, scale: float = 1.0):
         if not scale > 0:
             raise ValueError(f"scale must be positive, got {scale!r}")
@@ -116,10 +123,12 @@ class AutoencoderKLCodec:
         chunk: images that are encoded or decoded at a time.
 
     Raises:
-        ImportError: diffusers is missing; the extra to install is named.
+        MissingPackageError: diffusers is missing; the extra to install is named.
         ValueError: an unknown ``posterior``, a ``scale`` that is not positive or contradicts the folder, a folder or
             file without an autoencoder.
     """
+
+    is_autoencoder = True
 
     def __init__(
         self,
@@ -220,10 +229,8 @@ class AutoencoderKLCodec:
 
 
 def _load(path: str) -> Any:
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ImportError("the autoencoder codec needs diffusers: pip install 'zigflow[codec]'") from error
+    with needs("diffusers", "the autoencoder codec", extra="codec"):
+        from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]  # made at use
     if is_checkpoint_file(path):
         layout, weights = read_autoencoder(path)
         vae: Any = AutoencoderKL(**layout)

@@ -16,10 +16,9 @@ from zigflow import plugin_files, plugins
 from zigflow.build import (
     build_codec,
     build_model,
-    build_sampler,
     model_arguments,
 )
-from zigflow.codec import IdentityCodec
+from zigflow.chosen import build_process, build_sampler
 from zigflow.data.class_names import renumbered
 from zigflow.data.contents import exact_fingerprint
 from zigflow.engine import checkpoint as checkpoints
@@ -45,11 +44,12 @@ from zigflow.metrics.base import SampleIds
 from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
 from zigflow.metrics.report import table
 from zigflow.metrics.results import write_results
-from zigflow.nodes import make
+from zigflow.nn import as_denoiser
 from zigflow.official import OFFICIAL_SUFFIXES, family_of, load_official, process_of, read_official
 from zigflow.preflight import check_decoding, scaled_codec
 from zigflow.samplers.chain import chain_of
 from zigflow.settings import Settings, SettingsError
+from zigflow.shapes import frames_of
 from zigflow.sources import build_source, check_shape, class_names
 from zigflow.stored_config import complete_from_checkpoint, complete_from_defaults, find_roots
 
@@ -100,7 +100,7 @@ def _open_trained(given: dict[str, Any], ckpt: str, wanted: str | None) -> _Trai
 
 
 def _settings(completed: dict[str, Any]) -> Settings:
-    return Settings.from_mapping({**completed, "codec": scaled_codec(completed["codec"])})
+    return plugins.checked({**completed, "codec": scaled_codec(completed["codec"])}, trains=False)
 
 
 def _published_process(given: Mapping[str, Any], family: str) -> str:
@@ -142,8 +142,7 @@ def _sampling_facts(
 def sample_from_config(cfg: DictConfig) -> Path:
     """Sample and judge as configured; returns the folder of samples."""
     given = plugins.plain(cfg)
-    ckpt, wanted = given.get("ckpt"), given.pop("weights", None)
-    options = SampleOptions.take_from(given)
+    ckpt, options = given.get("ckpt"), SampleOptions.take_from(given)
     if ckpt is None:
         raise SettingsError("ckpt is missing: give ckpt=RUN_DIR, a checkpoint in it, or an official .pt file")
     if Path(str(ckpt)).suffix in OFFICIAL_SUFFIXES and not Path(str(ckpt)).exists():
@@ -159,14 +158,14 @@ def sample_from_config(cfg: DictConfig) -> Path:
         given["mixed_precision"] = launched_precision()
     plugins.load_plugins()
     plugin_files.use(given)
-    trained = _open_trained(given, str(ckpt), wanted)
+    trained = _open_trained(given, str(ckpt), options.weights)
     settings = trained.settings
     accelerator = make_accelerator(cpu=settings.loop.device == "cpu")
     # After accelerate, which counts the threads of several CPU processes itself.
     if settings.loop.threads is not None:
         torch.set_num_threads(settings.loop.threads)
     model = trained.model.to(accelerator.device).eval()
-    process, sampler = make("process", settings.process), build_sampler(settings)
+    process, sampler = build_process(settings), build_sampler(settings)
     ranks = Ranks(accelerator.device if accelerator.device.type == "cuda" else "cpu")
     common = {
         "model": model, "process": process, "sampler": sampler, "codec": build_codec(settings, accelerator.device),
@@ -219,7 +218,7 @@ def _pictures(run: SamplingRun, folder: Path, model: Any, options: SampleOptions
     shown = result.images
     rows = np.arange(len(shown)) // 10 if result.labels is None else result.labels[: len(shown)]
     grid = save_sample_grid(folder / "grid.png", shown, rows)
-    frames = getattr(model, "video_frames", 0)
+    frames = frames_of(as_denoiser(model).sample_shape)
     if frames:
         for index, strip in zip(result.ids, run.images(), strict=True):
             save_frame_grid(folder / "videos" / f"{index:06d}.png", strip, frames)
@@ -233,13 +232,14 @@ def _pictures(run: SamplingRun, folder: Path, model: Any, options: SampleOptions
 
 def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple[Any, dict[str, Any]]:
     """What each sample is conditioned on, a function of sample numbers or None, and the facts about it."""
-    if model.num_classes > 0 and not isinstance(options.labels, str):
+    asked = as_denoiser(model)
+    if asked.num_classes > 0 and not isinstance(options.labels, str):
         # Numbers alone need no training set at hand.
         names = class_names(settings) if options.names_classes else settings.data.class_names or ()
         _tell_numbers(options.labels, names)
         options = options.by_number(names)
     facts = options.facts()
-    if not model.has_text:
+    if not asked.has_text:
         if options.captions is not None:
             raise SettingsError(
                 f"captions={options.captions} needs a text model, this one reads none: drop captions="
@@ -249,7 +249,7 @@ def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple
         source = build_source(settings, split) if options.labels == "data" else None
         if source is not None:
             facts["labels_of"] = exact_fingerprint(source)
-        return class_plan(options, model.num_classes, source, settings.global_seed), facts
+        return class_plan(options, asked.num_classes, source, settings.global_seed), facts
     if options.labels != "balanced":
         raise SettingsError(
             f"labels={options.labels} needs a model of classes, this one reads text: drop labels="
@@ -258,7 +258,7 @@ def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple
         plan, rows = data_texts(settings, model)
     else:
         rows = open_captions(options.captions)
-        plan = text_plan(rows, model.d_context, f"captions={options.captions}")
+        plan = text_plan(rows, asked.d_context, f"captions={options.captions}")
     return plan, {**facts, "captions": rows.fingerprint}
 
 
@@ -320,9 +320,9 @@ def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: 
         raise SettingsError(f"there is no data to measure: data={settings.data.name} has none")
     check_shape(settings, trained.model, source, codec, "heldout" if settings.data.heldout else "source")
     # Grey levels of 8-bit images in [-1, 1] are 2/255 apart; latents have no levels.
-    level = codec.scale * 2 / 255 if isinstance(codec, IdentityCodec) and not settings.is_latent else None
+    level = codec.scale * 2 / 255 if getattr(codec, "is_identity", False) and not settings.is_latent else None
     extra: dict[str, Any] = {"precision": "no"}
-    bounds = not encodes and settings.sample_mode == "diffusion"
+    bounds = not encodes and not hasattr(common["sampler"], "log_likelihood")
     if bounds:
         if level != 2 / 255:
             raise SettingsError(

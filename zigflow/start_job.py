@@ -16,16 +16,11 @@ from zigflow.engine import durable
 from zigflow.engine.elastic import shards_at_once_for
 from zigflow.engine.run_dir import check_same_config
 from zigflow.engine.run_state import all_averages, check_scan_state, inference_weights
-from zigflow.engine.start import Start, grid_of, start_model
+from zigflow.engine.start import Start, start_model
+from zigflow.nn import as_denoiser
 from zigflow.official import OFFICIAL_SUFFIXES, family_of, read_official
 from zigflow.settings import Settings, SettingsError
-
-# What another model may have that starts from some weights; the rest says what they mean.
-_MAY_DIFFER = (
-    "name", "img_dim", "patch_size", "video_frames", "num_classes", "class_dropout_prob", "drop_path_rate",
-    "pad_layout", "use_checkpoint", "official_skip_tuning", "skip_tune_param", "guided_channels",
-    "official_backward_dt_init",
-)  # fmt: skip
+from zigflow.shapes import token_grid
 
 
 def start_from(settings: Settings, model: torch.nn.Module, config: Mapping[str, Any], write: bool) -> Start:
@@ -44,7 +39,9 @@ def start_from(settings: Settings, model: torch.nn.Module, config: Mapping[str, 
             start = start_model(model, weights, {}, patches=settings.ckpt_patches)
         else:
             stored = checkpoints.open_checkpoint(ckpt)
-            given, kept = ({k: _fixed(k, c) for k, c in v.items()} for v in (config, stored.config))
+            # What another model may have that starts from these weights; the rest says what they mean.
+            free = ("name", *as_denoiser(model).resizing().keywords)
+            given, kept = ({k: _fixed(k, c, free) for k, c in v.items()} for v in (config, stored.config))
             check_same_config(
                 given,
                 kept,
@@ -52,8 +49,8 @@ def start_from(settings: Settings, model: torch.nn.Module, config: Mapping[str, 
                 "its weights are another model's",
                 "Drop the override, or ckpt=",
             )
-            built = grid_of(stored.config["model"])
-            if built is None or built == grid_of(config["model"]):
+            built = token_grid(stored.config["model"])
+            if built is None or built == token_grid(config["model"]):
                 check_scan_state(model, stored)
             weights, averages = inference_weights(stored), all_averages(stored)
             start = start_model(
@@ -99,7 +96,7 @@ def build_order(settings: Settings, source: Any) -> DataOrder:
     return order
 
 
-def _fixed(section: str, values: Any) -> Any:
+def _fixed(section: str, values: Any, free: tuple[str, ...]) -> Any:
     if section != "model":
         return values
-    return {k: v for k, v in values.items() if k not in _MAY_DIFFER}
+    return {k: v for k, v in values.items() if k not in free}

@@ -12,6 +12,7 @@ from zigflow import plugins
 from zigflow.engine.run_dir import flat, with_later_keys
 from zigflow.overrides import takes_keyword
 from zigflow.settings import SettingsError
+from zigflow.shapes import data_form
 from zigflow.sources import with_old_defaults
 from zigflow.typed import unknown_key
 
@@ -68,10 +69,7 @@ def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], c
                 merged["data"][split] = {**trained[split], **moved}
     elif not data.get("source"):
         # data=none: the samples have the form that the model was trained on.
-        merged["data"] = data | {
-            "video_frames": merged["model"].get("video_frames", 0) or 0,
-            "num_classes": merged["model"].get("num_classes", -1),
-        }
+        merged["data"] = data | data_form(merged["model"])
     merged["data"] = _same_classes(merged["data"], merged["model"], stored["data"], ckpt)
     merged["metrics"] = _metric(given.get("metrics"), stored.get("metrics"))
     return merged
@@ -149,10 +147,7 @@ def complete_from_defaults(
         named = {k: v for k, v in merged["process"].items() if v is not None}
         merged["process"] = {**default["process"], **named}
     if given["data"].get("name") == "from_checkpoint":
-        merged["data"] |= {
-            "video_frames": model.get("video_frames", 0),
-            "num_classes": model.get("num_classes", -1),
-        }
+        merged["data"] |= data_form(model)
     merged["metrics"] = _metric(given.get("metrics"), None)
     return merged
 

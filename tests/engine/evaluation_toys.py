@@ -9,8 +9,8 @@ from tests.engine.toys import CLASSES, SHAPE, EulerToy, TinyModel, ToyProcess, b
 from zigflow.codec import IdentityCodec
 from zigflow.engine.evaluation import Judge
 from zigflow.engine.in_loop import InLoopEvaluation
-from zigflow.engine.ranks import OtherRankError
 from zigflow.engine.sampling_run import SamplingRun
+from zigflow.errors import OtherRankError
 from zigflow.metrics.frechet import FrechetMetric
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zigflow.nn.compilation import compile_in_place
+from zigflow.nn import as_denoiser
 
 __all__ = ["condition", "flipped", "prepare_blocks"]
 
@@ -48,7 +48,7 @@ def condition(batch: Any, model: nn.Module, draws: Any) -> Any:
     ready = getattr(batch, "condition", None)
     if ready is not None:
         return ready
-    if not getattr(model, "has_text", False):
+    if not as_denoiser(model).has_text:
         return batch.labels
     tokens: Tensor | None = batch.tokens
     if tokens is None:
@@ -65,21 +65,10 @@ def prepare_blocks(model: nn.Module, policy: str, compiled: bool) -> None:
     """Checkpoint policy first, then compilation in place, so that no parameter is renamed.
 
     Raises:
-        ValueError: the model knows no checkpoint policies, or has no blocks to compile.
+        ValueError: the model has no blocks that keep a policy, or none to compile.
     """
-    name = type(model).__name__
+    asked = as_denoiser(model)
     if policy != "none":
-        if not hasattr(model, "set_checkpoint_policy"):
-            raise ValueError(
-                f"checkpoint_policy={policy} needs set_checkpoint_policy(), which {name} has not"
-            )
-        model.set_checkpoint_policy(policy)
-    if not compiled:
-        return
-    if hasattr(model, "compile_blocks"):
-        model.compile_blocks()
-        return
-    blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList):
-        raise ValueError(f"compile=true needs a model with blocks or compile_blocks(); {name} has neither")
-    compile_in_place(blocks)
+        asked.set_checkpoint_policy(policy)
+    if compiled:
+        asked.compile_blocks()

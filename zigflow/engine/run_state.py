@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zigflow import __version__
+from zigflow.nn import as_denoiser
 
 from .checkpoint import FORMAT_VERSION, Checkpoint, CheckpointError
 from .ema import EmaProfiles, check_names
@@ -227,9 +228,8 @@ def load_model_state(model: nn.Module, state: Mapping[str, Tensor], what: str = 
 
 
 def scan_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's scan orders, when it has some: ``model.scan_state()`` gives named tensors."""
-    getter = getattr(model, "scan_state", None)
-    return {} if getter is None else {name: full(value) for name, value in getter().items()}
+    """The orders of the model's random scans, by name."""
+    return {name: full(value) for name, value in as_denoiser(model).scan_state().items()}
 
 
 def check_scan_state(model: nn.Module, checkpoint: Checkpoint) -> None:

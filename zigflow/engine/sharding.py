@@ -10,6 +10,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from zigflow.nn import as_denoiser
+
 __all__ = ["place", "shard"]
 
 
@@ -32,7 +34,7 @@ def place(
 
 
 def shard(model: nn.Module, processes: int) -> None:
-    """Shard every unit of the model (``shard_units()``, or its ``blocks``), then what is left of it.
+    """Shard every unit of the model, its ``shard_units()``, then what is left of it.
 
     Weights are gathered unit by unit, so a process holds one whole unit beside its shards.
     """
@@ -40,8 +42,7 @@ def shard(model: nn.Module, processes: int) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (processes,))
-    units = model.shard_units() if hasattr(model, "shard_units") else getattr(model, "blocks", ())
-    for unit in units:
+    for unit in as_denoiser(model).shard_units():
         fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

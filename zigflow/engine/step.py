@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zigflow.errors import OtherRankError, ZigflowError
+
 from .batches import condition, flipped
 from .ema import EmaProfiles
 from .optim import Schedule
 from .options import TrainOptions
 from .precision import LossScaler, autocast, clip_gradients, gradient_norm
-from .ranks import OtherRankError, Ranks
+from .ranks import Ranks
 from .run_state import Counters
 
 __all__ = ["NonFiniteError", "OptimizerStep", "StepRecord"]
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 _SHOWN = 16  # sample ids that a message names, per process
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(ZigflowError, RuntimeError):
     """A loss or gradient is NaN or infinite. The weights of that step were not taken."""
 
 
@@ -74,7 +76,6 @@ class OptimizerStep:
         model: the model itself, its parameters final.
         wrapped: the same, as it is called: what DDP or FSDP made of it.
         no_sync: ``no_sync(wrapped)`` is the context in which gradients stay local.
-        batch_size: samples of a micro-batch on this process.
         draws: ``draws(seed, ids)`` makes the keyed draws of a batch.
     """
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from zigflow.errors import needs
 from zigflow.metrics.base import check_images, check_labels
 
 __all__ = ["save_frame_grid", "save_loss_curve", "save_sample_grid"]
@@ -141,19 +142,16 @@ def save_loss_curve(
 
     Raises:
         ValueError: no rows, steps that do not increase, a loss that is not positive and finite.
-        ImportError: matplotlib is missing.
+        MissingPackageError: matplotlib is missing.
     """
-    try:
+    with needs("matplotlib", "a loss curve"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("a loss curve is drawn by matplotlib: pip install matplotlib") from error
 
     path = Path(path)
     steps, seen, losses = _check_history(history)
-    if half_life is None:
-        half_life = max((steps[-1] - steps[0]) / 80, 1e-9)
-    if not half_life > 0:
+    span = max((steps[-1] - steps[0]) / 80, 1e-9) if half_life is None else half_life
+    if not span > 0:
         raise ValueError(f"half_life must be positive, got {half_life}")
 
     # No pyplot: its global state would belong to whoever imported it first.
@@ -162,7 +160,7 @@ def save_loss_curve(
     axes = figure.add_subplot()
     marker = "o" if len(steps) == 1 else None
     axes.plot(steps, losses, color="#9db7d5", linewidth=0.8, marker=marker, label="loss")
-    smooth = _smooth_log(steps, losses, half_life)
+    smooth = _smooth_log(steps, losses, span)
     axes.plot(steps, smooth, color="#12406f", linewidth=1.8, marker=marker, label="smoothed in the logarithm")
     axes.set_yscale("log")
     axes.set_xlabel("optimizer step")

@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from zigflow import plugin_files, plugins
+from zigflow import plugins
 from zigflow.settings import SettingsError
 
 USAGE = """usage: python -m zigflow.tools evaluate samples=FOLDER|FILE.npz [output=FILE] [GROUP=CHOICE] [KEY=VALUE]
 
 Judge the images of a folder (all of one size and kind; names are all numbers or none; a grid beside them is left out),
 or the arrays of an npz file (arr_0: uint8 (N, H, W, C); arr_1, if it is there: labels), with the metrics and the real
-images of a configuration, as train_acc.py composes it (data=..., metrics=...).
+images of a configuration, as train_acc.py composes it (data=..., metrics=...). Transparent images are shown on the
+background of the real set (data.source.background).
 The result is written to FOLDER/results.json (FILE.results.json for an archive) with its protocol."""
 
 
@@ -37,8 +38,6 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     samples = Path(given["samples"])
     output = given.get("output")
-    plugins.load_plugins()
-    plugin_files.load(settings.plugins)
     written, metrics = evaluate(settings, samples, None if output is None else Path(output))
     for name, value in metrics.items():
         print(f"{name:40s} {value}")
@@ -62,7 +61,8 @@ def evaluate(settings: Any, samples: Path, output: Path | None = None) -> tuple[
 
     if settings.loop.threads is not None:
         torch.set_num_threads(settings.loop.threads)
-    images = StoredImages(samples)
+    background = _background_of(settings)
+    images = StoredImages(samples, background=background)
     if output is None:
         output = samples / "results.json" if samples.is_dir() else samples.with_suffix(".results.json")
     # What sample_acc.py wrote about how these images were made stays true.
@@ -90,10 +90,19 @@ def evaluate(settings: Any, samples: Path, output: Path | None = None) -> tuple[
         "seed": facts["seed"],
         "codec_scale": (facts["codec"] or {}).get("scale"),
         "samples": str(samples.resolve()),
+        "background": background,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         **judgement.protocol,
     }
     return write_results(output, judgement.metrics, protocol), judgement.metrics
+
+
+def _background_of(settings: Any) -> Any:
+    """What shows through transparent samples: the background that the real set is given, white without."""
+    from zigflow.data.picture import WHITE
+
+    chosen = (settings.data.heldout or {}).get("background", (settings.data.source or {}).get("background"))
+    return WHITE if chosen is None else chosen
 
 
 def _classes_of(settings: Any, samples: Path) -> tuple[Any, list[str]]:
