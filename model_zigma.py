@@ -25,13 +25,20 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dis_mamba import BiMambaMixer, MambaMixer, ParallelMambaMixer
+from dis_mamba import (
+    BiMambaMixer,
+    MambaMixer,
+    ParallelMambaMixer,
+    get_mixer,
+    list_mixers,
+    mixer_backends,
+)
 from scans import parse_scan_type
 from zigflow.models import register_variant
 from zigflow.nn import (
@@ -166,8 +173,9 @@ class ZigMa(Backbone):
         has_text, d_context, n_context_token: text tokens (B, S, d_context) through cross-attention.
         drop_path_rate: last block's stochastic depth; blocks 0 and 1 have none.
         ssm_cfg: keywords of the mixer (d_state, d_conv, expand, dt_rank, ..., backend).
-        mixer: a factory called as ``mixer(embed_dim, **ssm_cfg, device=..., dtype=...)`` that replaces the mixer of
-            ``scan_type``: any module from (B, L, D) to (B, L, D); every scan pairs with it.
+        mixer: a name of ``dis_mamba.list_mixers()``, or a factory called as ``mixer(embed_dim, **ssm_cfg, device=...,
+            dtype=...)``, that replaces the mixer of ``scan_type``: any module from (B, L, D) to (B, L, D); every
+            scan pairs with it.
         rms_norm, norm_epsilon, residual_in_fp32: the norms and the residual stream.
         fused_add_norm, use_jit: accepted for compatibility; they never change a result.
         m_init: the published re-initialization of the linear layers.
@@ -179,6 +187,7 @@ class ZigMa(Backbone):
     """
 
     time_scale = 1.0
+    registries: ClassVar = {"mixer": list_mixers, "ssm_cfg.backend": mixer_backends}
     time_factor = 1000.0  # of the time embedding; diffusion processes feed so much less
     frame_tables = ("temporal_pos_embedding",)
     free_keywords = ("official_backward_dt_init",)
@@ -212,7 +221,7 @@ class ZigMa(Backbone):
         class_dropout_prob: float = 0.0,
         scan: str | None = None,
         scan_seed: int = 0,
-        mixer: Callable[..., nn.Module] | None = None,
+        mixer: str | Callable[..., nn.Module] | None = None,
         official_temporal_reversal: bool = False,
         official_backward_dt_init: bool = False,
     ):
@@ -271,7 +280,7 @@ class ZigMa(Backbone):
 
     def _mixer_factory(
         self,
-        mixer: Callable[..., nn.Module] | None,
+        mixer: str | Callable[..., nn.Module] | None,
         ssm_cfg: dict[str, Any] | None,
         official_backward_dt_init: bool,
         factory: dict[str, Any],
@@ -286,7 +295,7 @@ class ZigMa(Backbone):
             options["official_backward_dt_init"] = official_backward_dt_init
         if spec.mixer == "parallel_mamba":
             options["num_orders"] = spec.num_directions
-        return partial(mixer or MIXERS[spec.mixer], self.embed_dim, **options, **factory)
+        return partial(get_mixer(mixer or MIXERS[spec.mixer]), self.embed_dim, **options, **factory)
 
     @torch.no_grad()
     def reset_parameters(self, m_init: bool = True) -> None:

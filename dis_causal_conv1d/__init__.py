@@ -4,11 +4,12 @@ from torch import Tensor
 
 from dis_kernels import use_backend
 from dis_kernels.checks import check_sequence, check_tensor
+from dis_kernels.dispatch import Backend
 
 from .backends import CONV
 from .backends.call import ConvCall
 
-__all__ = ["available_backends", "causal_conv1d", "use_backend"]
+__all__ = ["ConvCall", "available_backends", "causal_conv1d", "register_backend", "use_backend"]
 
 
 def causal_conv1d(
@@ -52,6 +53,16 @@ def causal_conv1d(
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"{op}: unknown activation {activation!r}, expected None, 'silu' or 'swish'")
     return CONV.run(ConvCall(x, weight, bias, activation is not None, bool(reverse)), backend)
+
+
+def register_backend(backend: Backend[ConvCall, Tensor], before: str | None = None) -> None:
+    """Add a backend, see :class:`dis_kernels.dispatch.Backend`; ``before`` is the one that "auto" tries after it.
+
+    Raises:
+        TypeError: it is no backend.
+        ValueError: its name is taken, or there is no backend ``before``.
+    """
+    CONV.register(backend, before)
 
 
 def available_backends() -> dict[str, str | None]:

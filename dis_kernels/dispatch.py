@@ -1,8 +1,8 @@
 """Choosing a backend for an operation: the one mechanism of all operations.
 
-An operation has a tuple of backends, fastest first; the last one is the definition. ``backend="auto"`` takes the
-first that accepts the call and logs the choice once. A backend that is named explicitly runs or raises. What a
-backend raises while it runs reaches the caller: nothing falls back to a slower path.
+An operation has a tuple of backends, fastest first; the last one of ours is the definition, and other packages register
+theirs. ``backend="auto"`` takes the first that accepts the call and logs the choice once. A backend that is named
+explicitly runs or raises. What a backend raises while it runs reaches the caller: nothing falls back to a slower path.
 
 Environment: ``ZIGFLOW_BACKEND`` names the backend of every call that says "auto", as if the whole process ran inside
 ``use_backend``.
@@ -48,8 +48,9 @@ class Dispatcher(Generic[CallT, ResultT]):
     """The backends of one operation in the order in which ``auto`` tries them.
 
     A name that ``use_backend`` or the environment prefers and that only other operations know stands here for
-    ``otherwise``, the name of one of ``backends``; without it such a name is an error. So does, in compiled code, the
-    name of a backend whose ``eager_only`` is true: torch.compile makes the operation one kernel with its neighbors.
+    ``otherwise``, the name of one of ``backends`` or "auto"; without it such a name is an error. So does, in compiled
+    code, the name of a backend whose ``eager_only`` is true: torch.compile makes the operation one kernel with its
+    neighbors.
     """
 
     def __init__(self, op: str, backends: Sequence[Backend[CallT, ResultT]], otherwise: str | None = None):
@@ -57,6 +58,37 @@ class Dispatcher(Generic[CallT, ResultT]):
         self.backends = tuple(backends)
         self.otherwise = otherwise
         _dispatchers.append(self)
+
+    def register(self, backend: Backend[CallT, ResultT], before: str | None = None) -> None:
+        """Add a backend, of another package too.
+
+        Args:
+            before: the name of the backend that "auto" tries after this one. None puts it behind the definition, which
+                takes every call: the backend then runs where it is named.
+
+        Raises:
+            TypeError: it lacks ``name``, ``unavailable``, ``accepts`` or ``run``.
+            ValueError: its name is taken, or there is no backend ``before``.
+        """
+        name = getattr(backend, "name", None)
+        if not isinstance(name, str) or not all(
+            callable(getattr(backend, method, None)) for method in ("unavailable", "accepts", "run")
+        ):
+            raise TypeError(
+                f"{self.op}: {type(backend).__name__} is no backend: it needs name, unavailable(), accepts(call) and "
+                "run(call)"
+            )
+        known = self.names()
+        if name in (*known, "auto"):
+            raise ValueError(f"{self.op}: backend {name!r} is already registered, choose another name")
+        if before is not None and before not in known:
+            raise _unknown(self.op, before, known)
+        place = len(known) if before is None else known.index(before)
+        self.backends = (*self.backends[:place], backend, *self.backends[place:])
+
+    def names(self) -> list[str]:
+        """The names of all backends, in the order in which ``auto`` tries them."""
+        return [backend.name for backend in self.backends]
 
     def available(self) -> dict[str, str | None]:
         """Every backend by name, with the reason why it cannot run on this machine or None."""
@@ -115,7 +147,7 @@ class Dispatcher(Generic[CallT, ResultT]):
                 if reason is not None:
                     raise ValueError(f"{self.op}: backend {name!r} does not take this call: {reason}")
                 return backend
-        raise _unknown(self.op, name, [backend.name for backend in self.backends])
+        raise _unknown(self.op, name, self.names())
 
 
 @contextmanager

@@ -3,15 +3,23 @@
 from dis_kernels import use_backend
 from dis_kernels.tokenwise import permute
 
-from .mixer import BiMambaMixer, MambaMixer, ParallelMambaMixer
-from .scan import available_backends, selective_scan
+from .backends.call import ScanCall
+from .mixer import BiMambaMixer, MambaMixer, ParallelMambaMixer, mixer_backends
+from .registry import get_mixer, list_mixers, register_mixer
+from .scan import available_backends, register_backend, selective_scan
 
 __all__ = [
     "BiMambaMixer",
     "MambaMixer",
     "ParallelMambaMixer",
+    "ScanCall",
     "available_backends",
+    "get_mixer",
+    "list_mixers",
+    "mixer_backends",
     "permute",
+    "register_backend",
+    "register_mixer",
     "selective_scan",
     "use_backend",
 ]

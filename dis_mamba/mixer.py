@@ -22,9 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dis_causal_conv1d import causal_conv1d
+from dis_causal_conv1d.backends import CONV
+from dis_kernels.dispatch import Dispatcher
 from dis_kernels.dtypes import state_dtype
 from dis_kernels.tokenwise import permute
 
+from .backends import SCAN
 from .initialisation import init_step_projection, skip_weight, state_matrix_log
 from .scan import selective_scan
 
@@ -111,7 +114,12 @@ class _Mixer(nn.Module):
         """Convolution and scan with one set of weights; the gate only where ``z`` is given."""
         conv, dt_proj = weights.conv1d, weights.dt_proj
         u_BLE = causal_conv1d(
-            x_BLE, conv.weight.squeeze(1), conv.bias, activation="silu", reverse=reverse, backend=self.backend
+            x_BLE,
+            conv.weight.squeeze(1),
+            conv.bias,
+            activation="silu",
+            reverse=reverse,
+            backend=_of(CONV, self.backend),
         )
         sizes = [self.dt_rank, self.d_state, self.d_state]
         dt_BLR, B_BLN, C_BLN = weights.x_proj(u_BLE).split(sizes, dim=-1)
@@ -126,7 +134,7 @@ class _Mixer(nn.Module):
             delta_bias=dt_proj.bias,
             delta_softplus=True,
             reverse=reverse,
-            backend=self.backend,
+            backend=_of(SCAN, self.backend),
         )
 
 
@@ -142,7 +150,8 @@ class MambaMixer(_Mixer):
         dt_min, dt_max, dt_init, dt_scale, dt_init_floor: see ``initialisation.init_step_projection``.
         conv_bias: give the convolution a bias.
         bias: give in_proj and out_proj a bias.
-        backend: for the convolution and the scan; see ``dis_mamba.available_backends``.
+        backend: for the convolution and the scan, one that only one of them has for that one; see
+            ``mixer_backends``.
         device, dtype: of the parameters.
 
     Raises:
@@ -328,6 +337,16 @@ def _checked(orders: Tensor, device: Any) -> tuple[Tensor, Tensor]:
     if wrong.any():
         raise ValueError(f"orders: rows {wrong.nonzero().flatten().tolist()} are no permutations of 0..L-1")
     return orders.to(device), inverses.to(device)
+
+
+def mixer_backends() -> list[str]:
+    """The backends that a mixer's ``backend`` names: those of the scan, of the convolution, or of both, and "auto"."""
+    return ["auto", *dict.fromkeys([*SCAN.names(), *CONV.names()])]
+
+
+def _of(op: Dispatcher[Any, Any], backend: str) -> str:
+    """``backend``, or "auto" for an operation that has none of that name while the mixer's other one has."""
+    return "auto" if backend not in op.names() and backend in mixer_backends() else backend
 
 
 def _unknown_options(mixer: str, unknown: Iterable[str]) -> TypeError:

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from dis_kernels.checks import check_sequence, check_tensor
+from dis_kernels.dispatch import Backend
 from dis_kernels.dtypes import state_dtype
 
 from .backends import SCAN
@@ -72,6 +73,16 @@ def selective_scan(
     delta_bias = None if delta_bias is None else delta_bias.to(dtype)
     call = ScanCall(u, delta, A.to(dtype), B, C, D, z, delta_bias, bool(delta_softplus), bool(reverse))
     return SCAN.run(call, backend)
+
+
+def register_backend(backend: Backend[ScanCall, Tensor], before: str | None = None) -> None:
+    """Add a backend, see :class:`dis_kernels.dispatch.Backend`; ``before`` is the one that "auto" tries after it.
+
+    Raises:
+        TypeError: it is no backend.
+        ValueError: its name is taken, or there is no backend ``before``.
+    """
+    SCAN.register(backend, before)
 
 
 def available_backends() -> dict[str, str | None]:

@@ -8,7 +8,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -190,7 +190,7 @@ def check_optimizer(settings: Settings) -> OptimizerFactory:
             return optimizer_named(optim.name)
         except ValueError as error:
             raise SettingsError(f"optim.name={optim.name!r}: {error}") from error
-    found = target("optim", {"_target_": optim._target_})
+    found: Any = target("optim", {"_target_": optim._target_})
     if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
         try:
             return ClassFactory(found)
@@ -200,4 +200,4 @@ def check_optimizer(settings: Settings) -> OptimizerFactory:
         raise SettingsError(
             f"optim._target_={optim._target_} is neither an optimizer's class nor a function of a model"
         )
-    return found
+    return cast(OptimizerFactory, found)

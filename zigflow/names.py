@@ -4,7 +4,7 @@ The settings check types and ranges; which names there are only the registries k
 is imported at the first call, so that help and the printing of a configuration do without.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -12,10 +12,10 @@ from zigflow.nodes import target
 from zigflow.registry import Registry, UnknownNameError, unknown_name
 from zigflow.settings import Settings, SettingsError
 
-Known = Registry[Any] | Sequence[str | None]
-"""What can be typed: what is registered, or the options that a class has and no package adds to."""
+Known = Registry[Any] | Sequence[str | None] | Callable[[], Sequence[str]]
+"""What can be typed: what is registered here or, by a function, with another package; or the options of a class."""
 
-# The groups whose node names a class. Its attribute ``registries`` says which of its keywords are names.
+# The groups whose node names a class. Its attribute ``registries`` says which keywords (by their paths) are names.
 NODES = ("process", "model", "codec", "metrics")
 
 
@@ -64,8 +64,11 @@ def check_names(settings: Settings) -> None:
         if not node.get("_target_"):
             continue
         for keyword, known in getattr(target(group, node), "registries", {}).items():
-            if isinstance(node.get(keyword), str):
-                _check(f"{group}.{keyword}", node[keyword], known)
+            value: Any = node
+            for part in keyword.split("."):
+                value = value.get(part) if isinstance(value, Mapping) else None
+            if isinstance(value, str):
+                _check(f"{group}.{keyword}", value, known)
 
 
 def _check(key: str, value: Any, known: Known) -> None:
@@ -73,8 +76,10 @@ def _check(key: str, value: Any, known: Known) -> None:
         if isinstance(known, Registry):
             if value not in known:
                 raise known.unknown(value, key)
-        elif value not in known:
+            return
+        names = known() if callable(known) else known
+        if value not in names:
             kind = key.rpartition(".")[2].replace("_", " ")
-            raise unknown_name(kind, value, ["null" if each is None else each for each in known], key)
+            raise unknown_name(kind, value, ["null" if each is None else each for each in names], key)
     except (UnknownNameError, ImportError) as error:
         raise SettingsError(str(error)) from error

@@ -1,4 +1,4 @@
-"""The backends of the causal convolution. A new one is a file here and an entry in ``CONV``."""
+"""The backends of the causal convolution. A new one is a file here and an entry in ``CONV``, or is registered."""
 
 from torch import Tensor
 
@@ -12,5 +12,5 @@ from .torch_shift import TorchConv
 from .triton_conv import TritonConv
 
 CONV: Dispatcher[ConvCall, Tensor] = Dispatcher(
-    "causal_conv1d", [TritonConv(), CpuConv(), PackageConv(), TorchConv(), ReferenceConv()]
+    "causal_conv1d", [TritonConv(), CpuConv(), PackageConv(), TorchConv(), ReferenceConv()], otherwise="auto"
 )

@@ -4,7 +4,16 @@ The mixer reads ``modulate(norm(residual + hidden))`` along a scan order, and wh
 gated, into the stream. ``permute`` is the step along an order alone.
 """
 
-from .functions import add_norm_modulate, gated_add, tokenwise_backends
+from .call import ReadCall, WriteCall
+from .functions import add_norm_modulate, gated_add, register_backend, tokenwise_backends
 from .permutation import permute
 
-__all__ = ["add_norm_modulate", "gated_add", "permute", "tokenwise_backends"]
+__all__ = [
+    "ReadCall",
+    "WriteCall",
+    "add_norm_modulate",
+    "gated_add",
+    "permute",
+    "register_backend",
+    "tokenwise_backends",
+]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dis_kernels.checks import check_sequence, check_tensor
+from dis_kernels.dispatch import Backend
 from dis_kernels.dtypes import FLOAT_DTYPES, state_dtype
 
 from .backends import READ, WRITE
@@ -121,6 +122,27 @@ def gated_add(
     dtype = torch.promote_types(y.dtype, gate.dtype)
     base, y, gate = base.to(torch.promote_types(base.dtype, dtype)), y.to(dtype), gate.to(dtype)
     return WRITE.run(WriteCall(base, y, gate, order, inverse), backend)
+
+
+def register_backend(
+    read: Backend[ReadCall, Read], write: Backend[WriteCall, Tensor], before: str | None = None
+) -> None:
+    """Add a backend of both operations, ``add_norm_modulate`` (``read``) and ``gated_add`` (``write``), of one name.
+
+    Args:
+        before: the backend that "auto" tries after it; None: it runs where it is named.
+
+    Raises:
+        TypeError: one of them is no backend.
+        ValueError: their names differ or are taken, or there is no backend ``before``.
+    """
+    names = [getattr(each, "name", None) for each in (read, write)]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"the two halves of a token-wise backend have one name, not {names[0]!r} and {names[1]!r}"
+        )
+    READ.register(read, before)
+    WRITE.register(write, before)
 
 
 def tokenwise_backends() -> dict[str, str | None]:

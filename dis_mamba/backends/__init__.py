@@ -1,4 +1,4 @@
-"""The backends of the selective scan. A new one is a file here and an entry in ``SCAN``."""
+"""The backends of the selective scan. A new one is a file here and an entry in ``SCAN``, or is registered."""
 
 from torch import Tensor
 
@@ -12,5 +12,5 @@ from .torch_chunked import TorchScan
 from .triton_scan import TritonScan
 
 SCAN: Dispatcher[ScanCall, Tensor] = Dispatcher(
-    "selective_scan", [TritonScan(), CpuScan(), PackageScan(), TorchScan(), ReferenceScan()]
+    "selective_scan", [TritonScan(), CpuScan(), PackageScan(), TorchScan(), ReferenceScan()], otherwise="auto"
 )

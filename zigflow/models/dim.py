@@ -29,12 +29,12 @@ Legend: B batch, C channels, H W image, h w patch grid, N = h * w patches, L all
 """
 
 import math
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from dis_mamba import MambaMixer
+from dis_mamba import MambaMixer, mixer_backends
 from scans import ComposedWalk, ScanSchedule, TokenLayout, composed_walk, get_scan, mirrored_schedule
 from zigflow.nn import (
     PatchEmbed,
@@ -236,6 +236,7 @@ class DiM(SkipTuning, Backbone):
     """
 
     # Flow times lie in [0, 1]; the sinusoids are made for 0..1000.
+    registries: ClassVar = {"ssm_cfg.backend": mixer_backends}
     time_scale = 1000.0
     position_tables = ("additional_embed",)
     position_mode = "bilinear"

@@ -24,12 +24,12 @@ Legend: B batch, C channels, H W image, h w token grid, L tokens with the extra 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dis_mamba import BiMambaMixer
+from dis_mamba import BiMambaMixer, get_mixer, list_mixers, mixer_backends
 from scans import TokenLayout, parse_scan_type
 from zigflow.nn import (
     LabelEmbedder,
@@ -122,8 +122,8 @@ class DiS(SkipTuning, Backbone):
         guided_channels: guidance acts on the first so many channels; None: all of the prediction, C.
         scan, scan_seed: a registered scan along which the patches are visited, block i taking its path i; None is the
             raster. The seed is that of random scans.
-        mixer: a factory called as ``mixer(embed_dim, **ssm_cfg, device=..., dtype=...)`` that replaces the
-            bidirectional mixer: any module from (B, L, D) to (B, L, D).
+        mixer: a name of ``dis_mamba.list_mixers()``, or a factory called as ``mixer(embed_dim, **ssm_cfg, device=...,
+            dtype=...)``, that replaces the bidirectional mixer: any module from (B, L, D) to (B, L, D).
         official_backward_dt_init: the published initialization, see the module's head.
 
     Raises:
@@ -131,6 +131,7 @@ class DiS(SkipTuning, Backbone):
     """
 
     # Flow times lie in [0, 1]; the sinusoid of the time token is made for 0..1000.
+    registries: ClassVar = {"mixer": list_mixers, "ssm_cfg.backend": mixer_backends}
     time_scale = 1000.0
     free_keywords = ("official_backward_dt_init",)
 
@@ -154,7 +155,7 @@ class DiS(SkipTuning, Backbone):
         guided_channels: int | None = None,
         scan: str | None = None,
         scan_seed: int = 0,
-        mixer: Callable[..., nn.Module] | None = None,
+        mixer: str | Callable[..., nn.Module] | None = None,
         official_backward_dt_init: bool = False,
         device=None,
         dtype=None,
@@ -195,7 +196,7 @@ class DiS(SkipTuning, Backbone):
         options = dict(ssm_cfg or {})
         if mixer is None:
             mixer, options = BiMambaMixer, {"official_backward_dt_init": official_backward_dt_init, **options}
-        build_mixer = partial(mixer, embed_dim, **options, **factory)
+        build_mixer = partial(get_mixer(mixer), embed_dim, **options, **factory)
         norm = partial(RMSNorm if rms_norm else LayerNorm, embed_dim, eps=norm_epsilon, **factory)
 
         def block(joins: bool) -> DiSBlock:
