@@ -78,7 +78,7 @@ def measure(family, setting, options):
         for case in list(cases.values())[round_ % len(cases) :] + list(cases.values())[: round_ % len(cases)]:
             for kind in ("train", "inference"):
                 case.seconds[kind].append(turn(case, kind, options.steps))
-    found = {}
+    found, model = {}, next(iter(cases.values())).model
     for backend, case in cases.items():
         found[backend] = {}
         for kind, seconds in case.seconds.items():
@@ -87,7 +87,7 @@ def measure(family, setting, options):
                 "step_ms": round(1e3 * median, 3),
                 "images_per_second": round(setting.batch / median, 2),
             }
-    return {"parameters": parameters(case.model), "backends": found}
+    return {"parameters": parameters(model), "backends": found}
 
 
 def arguments():

@@ -74,10 +74,10 @@ def restricted(source: str, arch: str) -> str:
             text = _ARCHITECTURE.sub(
                 f"arch=compute_{arch},code=sm_{arch}", ast.get_source_segment(source, node) or ""
             ).encode()
-        first, last = lines[node.lineno - 1], lines[node.end_lineno - 1]
-        lines[node.lineno - 1 : node.end_lineno] = [
-            first[: node.col_offset] + text + last[node.end_col_offset :]
-        ]
+        # Parsed nodes have an end; the fields are optional for those that a program makes.
+        last_line = node.end_lineno or node.lineno
+        first, last = lines[node.lineno - 1], lines[last_line - 1]
+        lines[node.lineno - 1 : last_line] = [first[: node.col_offset] + text + last[node.end_col_offset :]]
     return b"\n".join(lines).decode()
 
 
@@ -117,7 +117,7 @@ def missing(arch: str | None) -> str | None:
     if torch.version.cuda is None:
         return f"a torch for CUDA: {torch.__version__} is for the CPU"
     compiler = None if CUDA_HOME is None else shutil.which("nvcc", path=Path(CUDA_HOME) / "bin")
-    if compiler is None:
+    if CUDA_HOME is None or compiler is None:
         return f"nvcc of CUDA {torch.version.cuda}, in $CUDA_HOME/bin (a CUDA toolkit)"
     if not (Path(CUDA_HOME) / "include" / "cuda_runtime_api.h").is_file():
         return f"cuda_runtime_api.h in {CUDA_HOME}/include: set CUDA_HOME to the toolkit's folder"
@@ -147,7 +147,7 @@ def headers() -> dict[str, str]:
 
     spec = importlib.util.find_spec("nvidia")
     places = [] if spec is None else [Path(p) for p in spec.submodule_search_locations or ()]
-    folder = f"cu{torch.version.cuda.partition('.')[0]}"
+    folder = f"cu{(torch.version.cuda or '').partition('.')[0]}"
     found = [place / folder / "include" for place in places if (place / folder / "include").is_dir()]
     return {"CPATH": os.pathsep.join(filter(None, [os.environ.get("CPATH"), *map(str, found)]))}
 

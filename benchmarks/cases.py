@@ -1,7 +1,7 @@
 """One step of one model: what the benchmarks of whole steps time, compare and profile."""
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,13 @@ class Difference(SystemExit):
 
 
 class Case:
-    """One arrangement in one mode under one checkpoint policy, with an optimizer and averages of its own."""
+    """One arrangement in one mode under one checkpoint policy, with an optimizer and averages of its own.
+
+    Attributes:
+        turns: rounds of timing that it takes part in; whoever times it says how many.
+    """
+
+    turns: int
 
     def __init__(self, setting, arrangement, mode, policy, state, options):
         self.arrangement, self.mode, self.policy = arrangement, mode, policy
@@ -109,7 +115,7 @@ class Case:
         out = self.backward()
         weights = dict(self.model.named_parameters())
         names = ("x_embedder.proj.weight", "blocks.0.mixer.in_proj.weight", "blocks.0.mixer.A_log")
-        found = {"output": out, **{f"gradient of {name}": weights[name].grad.clone() for name in names}}
+        found = {"output": out, **{f"gradient of {name}": _gradient(weights[name]) for name in names}}
         self.optimizer.zero_grad(set_to_none=True)
         self.model.eval()
         with torch.no_grad():
@@ -125,7 +131,14 @@ class Case:
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def build(setting, arrangement, backend, device):
+def _gradient(weight: torch.nn.Parameter) -> torch.Tensor:
+    if weight.grad is None:
+        raise Difference("a weight of the first block has no gradient")
+    return weight.grad.clone()
+
+
+def build(setting, arrangement, backend, device) -> Any:
+    """The model of an arrangement: ZigMa, or a peer of another family."""
     options = {
         "in_channels": 4, "embed_dim": setting.width, "depth": setting.depth, "img_dim": setting.side,
         "patch_size": setting.patch, "drop_path_rate": 0.0, "ssm_cfg": {"backend": backend}, "device": device,
@@ -139,7 +152,8 @@ def build(setting, arrangement, backend, device):
     if arrangement != "published":
         return ZigMa(scan_type=SCAN_TYPE if arrangement == "ours" else "v1", **options)
     ordered = ZigMa(scan_type=SCAN_TYPE, **{**options, "device": "cpu", "embed_dim": 16})
-    orders = iter([(w.order, w.undo) for w in ordered.orders.at(ordered.token_grid, torch.device("cpu"))])
+    walks = ordered.orders.at(ordered.token_grid, torch.device("cpu"))
+    orders = iter([(w.order, w.undo) for w in walks if w.order is not None and w.undo is not None])
 
     def mixer(*args, **given):
         order, inverse = (index.clone().to(device) for index in next(orders))

@@ -22,11 +22,9 @@ from typing import NamedTuple
 
 import torch
 from machine import ROOT, circumstances
-from omegaconf import OmegaConf
 
 from zigflow.build import build_model
-from zigflow.plugins import compose_config
-from zigflow.settings import Settings
+from zigflow.plugins import compose_config, validated
 
 METRICS = ("agreement", "coverage", "frechet_ratio", "nearest_train_distance_ratio")
 JUDGED_EVERY = 100
@@ -109,9 +107,7 @@ def lines(run):
 
 
 def parameters(row):
-    settings = Settings.from_mapping(
-        OmegaConf.to_container(compose_config([*row.training, "run_dir=none"]), resolve=True)
-    )
+    settings = validated(compose_config([*row.training, "run_dir=none"]))
     with torch.device("meta"):
         return sum(p.numel() for p in build_model(settings).parameters())
 

@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +115,7 @@ def _tokens(values: dict[str, Tensor], backend: str, dtype: torch.dtype, centere
     """Outputs and gradients of both operations, each from leaves of its own."""
     shape, device = values["residual"].shape, values["residual"].device
     order, inverse = _an_order(shape[1], device)
-    read = {name: values[name] for name in ("hidden", "residual", "weight", "shift", "scale")}
+    read: dict[str, Any] = {name: values[name] for name in ("hidden", "residual", "weight", "shift", "scale")}
     write = {name: values[name] for name in ("base", "y", "gate")}
     x, normed, stream = add_norm_modulate(
         **read,
@@ -271,8 +272,8 @@ def _tokenwise_backends(device: str) -> dict[str, str | None]:
 
 
 def _read_and_write(values, order, inverse, backend):
-    read = (values[name] for name in ("hidden", "residual", "weight", "shift", "scale"))
-    x, _, stream = add_norm_modulate(*read, order, inverse, backend=backend)
+    read = {name: values[name] for name in ("hidden", "residual", "weight", "shift", "scale")}
+    x, _, stream = add_norm_modulate(**read, order=order, inverse=inverse, backend=backend)
     return x, stream, gated_add(values["base"], values["y"], values["gate"], inverse, order, backend=backend)
 
 
@@ -281,7 +282,7 @@ def time_attention(shape, dtype: str, turns: int, refused: dict[str, str], devic
     B, L, E, _ = shape
     heads = max(1, E // 2 // HEAD)
     generator = torch.Generator().manual_seed(0)
-    given = [
+    query, key, value = given = [
         torch.randn(B, heads, L, min(HEAD, E // 2), generator=generator)
         .to(device, getattr(torch, dtype))
         .requires_grad_()
@@ -290,9 +291,9 @@ def time_attention(shape, dtype: str, turns: int, refused: dict[str, str], devic
 
     def forward():
         with torch.no_grad():
-            F.scaled_dot_product_attention(*given)
+            F.scaled_dot_product_attention(query, key, value)
 
-    out = F.scaled_dot_product_attention(*given)
+    out = F.scaled_dot_product_attention(query, key, value)
     backward = partial(torch.autograd.grad, out, given, torch.ones_like(out), retain_graph=True)
     clock = Clock(device)
     times = {

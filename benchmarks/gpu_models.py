@@ -3,6 +3,7 @@
 import gc
 import statistics
 from argparse import Namespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,7 @@ def step(
     chosen, options = settings()[setting], options_of(device, precision, compiler)
     state = weights_of(chosen, options)
     case = Case(chosen, arrangement, mode, "none", state, options)
+    difference = None
     if mode == "compiled":
         eager = Case(chosen, arrangement, "eager", "none", state, options)
         if arrangement in PEERS:
@@ -57,7 +59,7 @@ def step(
         difference = _difference(case, eager)
         del eager
         gc.collect()
-        limits = dict(zip(("output", "gradient"), LIMITS[precision], strict=True))
+        limits: dict[str, float] = dict(zip(("output", "gradient"), LIMITS[precision], strict=True))
         off = [
             f"compiled against eager: the {name} differs by {value} of its size, {limits[name]:.0e} allowed"
             for name, value in difference.items()
@@ -78,7 +80,7 @@ def step(
         "tokens": chosen.tokens,
         "backends": backends(options),
     }
-    if mode == "compiled":
+    if difference is not None:
         found["compiled_from_eager"] = difference
     if profile:
         seconds = statistics.median(case.seconds["train"])
@@ -114,7 +116,7 @@ def images_per_second(
     """Images per second of a named model on latents of images of ``pixels``, forward or a training step with AdamW."""
     where = torch.device(device)
     side = changes.get("img_dim", pixels // 8)
-    model = build_variant(variant, **{"img_dim": side, **changes}, device=where)
+    model: Any = build_variant(variant, **{"img_dim": side, **changes}, device=where)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, model.in_channels, side, side, generator=generator).to(where)
     t = torch.rand(batch, generator=generator).to(where)

@@ -115,13 +115,15 @@ class Worker:
 
     def stop(self) -> None:
         """End the process and all that it started."""
-        if self._process is None:
+        process = self._process
+        if process is None:
             return
         self._connection.close()
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()
-        self._process.join()
+            if process.pid is not None:
+                os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
         self._process = None
         Path(self._log).unlink(missing_ok=True)
 
@@ -159,14 +161,16 @@ class Worker:
             return self._ended()
 
     def _ended(self) -> dict[str, Any]:
-        self._process.join(10)
+        process = self._process
+        if process is not None:
+            process.join(10)
         lines = (
             Path(self._log).read_text(errors="replace").replace(f"{ROOT}{os.sep}", "").strip().splitlines()
         )
         said = lines[-1][:300] if lines else "it said nothing"
         return {
             "status": "crashed",
-            "error": f"the process ended with {_exit_of(self._process.exitcode)}: {said}",
+            "error": f"the process ended with {_exit_of(None if process is None else process.exitcode)}: {said}",
         }
 
 

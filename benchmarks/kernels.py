@@ -13,7 +13,7 @@ import argparse
 import ctypes
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +61,7 @@ def contenders(device: str) -> tuple[list[Contender], dict[str, str]]:
     found.append(Contender("published loop", device, published_loop, gradients=False))
     if device == "cpu":
         try:
-            from mambapy.pscan import pscan
+            from mambapy.pscan import pscan  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             missing["mambapy"] = str(error)
         else:
@@ -78,7 +78,7 @@ def mambapy_scan(pscan, u, delta, A, B, C, D, z, delta_bias):
     return ((states @ C.unsqueeze(-1)).squeeze(3) + D * u) * F.silu(z)
 
 
-def interleaved(functions: dict[str, Callable[[], object]], seconds: float, least_rounds: int = 5):
+def interleaved(functions: Mapping[str, Callable[[], object]], seconds: float, least_rounds: int = 5):
     """Least milliseconds of every function over rounds in which each runs once."""
     best = dict.fromkeys(functions, float("inf"))
     for function in functions.values():
@@ -164,11 +164,11 @@ def time_mixers(backends: list[str], shape, seconds: float) -> dict:
     x = torch.randn(batch, length, width, requires_grad=True)
     weight = torch.randn(batch, length, width)
     functions = {}
+    rank = MambaMixer(width, d_state=states, device="meta").dt_rank
     for backend in backends:
         mixer = MambaMixer(width, d_state=states, backend=backend)
         leaves = [x, *mixer.parameters()]
         functions[backend] = lambda mixer=mixer, leaves=leaves: torch.autograd.grad(mixer(x), leaves, weight)
-    rank = mixer.dt_rank
     products = [
         (torch.randn(batch * length, i, requires_grad=True), torch.randn(o, i, requires_grad=True))
         for i, o in (

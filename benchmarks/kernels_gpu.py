@@ -14,7 +14,7 @@ Legend: B batch, L tokens, E channels, N states.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -175,7 +175,7 @@ class Clock:
         return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
 
 
-def in_turns(clock: Clock, functions: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
+def in_turns(clock: Clock, functions: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:
     """Median milliseconds; all functions take turns."""
     for _ in range(3):
         for function in functions.values():

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import webdataset as wds
 from machine import Report, circumstances
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -25,8 +24,9 @@ from zigflow.build import train_from_config
 from zigflow.data.global_batch import GlobalBatch
 from zigflow.data.loader import training_loader
 from zigflow.data.order import DataOrder
+from zigflow.data.shard_urls import import_webdataset
 from zigflow.data.writer import ShardWriter, encode_npy
-from zigflow.datasets.shards import ShardSource
+from zigflow.datasets.shards import ShardSource  # pyright: ignore[reportMissingImports]
 from zigflow.engine.log import read_metrics
 from zigflow.plugins import compose_config
 
@@ -68,7 +68,11 @@ def peer(folder, workers, kind):
     urls = sorted(map(str, Path(folder).glob("*.tar")))
     decode = _latents if kind == "latents" else _images
     dataset = (
-        wds.WebDataset(urls, shardshuffle=8, seed=0).shuffle(1000).map(decode).batched(BATCH, partial=False)
+        import_webdataset()
+        .WebDataset(urls, shardshuffle=8, seed=0)
+        .shuffle(1000)
+        .map(decode)
+        .batched(BATCH, partial=False)
     )
     return DataLoader(dataset, batch_size=None, num_workers=workers)
 
@@ -119,7 +123,7 @@ def main():
     torch.set_num_threads(1)
     start = {
         **circumstances(note=args.note),
-        "libraries": {"numpy": np.__version__, "webdataset": wds.__version__},
+        "libraries": {"numpy": np.__version__, "webdataset": import_webdataset().__version__},
         "what": "samples per second, page cache warm, from the start of the workers to the last batch; median of "
         f"{args.repeats} turns; ratio: ours over the library's",
     }  # fmt: skip

@@ -7,7 +7,7 @@ same width. So each family is as deep as brings its parameters nearest, with hea
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dis_mamba import MambaMixer
 from dis_mamba.mixer import _Weights
@@ -28,6 +28,8 @@ class PublishedMixer(MambaMixer):
 
     def __init__(self, d_model, *, order, inverse, **options):
         super().__init__(d_model, **options)
+        self.order: Tensor
+        self.inverse: Tensor
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("inverse", inverse, persistent=False)
 

@@ -100,7 +100,8 @@ def processes() -> dict[tuple[str, str, str], Any]:
 
 def digits(count: int = 200) -> Tensor:
     """(count, 64) in [-1, 1]."""
-    return torch.tensor(load_digits().images[:count] / 8 - 1).reshape(-1, 64).double()
+    values, _ = load_digits(return_X_y=True)
+    return torch.tensor(values[:count] / 8 - 1).reshape(-1, 64).double()
 
 
 def exact_network(process: Any, spots: Tensor) -> Any:

@@ -1,7 +1,7 @@
 """What scans are timed on, and the check that comes first: arguments, the published loop, the definition in float64."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,17 @@ class Wrong(SystemExit):
 class Contender(Protocol):
     """A way to compute the scan: ``run(**arguments)`` with softplus on the step. ``gradients``: it has a backward."""
 
-    name: str
-    device: str
-    gradients: bool
-    run: Callable[..., Tensor]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def gradients(self) -> bool: ...
+
+    @property
+    def run(self) -> Callable[..., Tensor]: ...
 
 
 def published_loop(u, delta, A, B, C, D, z, delta_bias):
@@ -43,7 +50,7 @@ def published_loop(u, delta, A, B, C, D, z, delta_bias):
     return y.transpose(1, 2).to(dtype)
 
 
-def arguments(shape, dtype=torch.float32, device="cpu"):
+def arguments(shape, dtype=torch.float32, device="cpu") -> dict[str, Any]:
     """Leaf tensors as a mixer at its initialization makes them: steps of 1e-3 to 1e-1, A = -1..-N."""
     batch, length, channels, states = shape
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +89,9 @@ def check(contender: Contender, shape, dtype=torch.float32) -> float:
         ((batch, min(length, 96), min(channels, 192), states), contender.gradients),
     ):
         got_inputs = arguments(size, dtype, contender.device)
-        want_inputs = {k: v.detach().double().requires_grad_(with_gradients) for k, v in got_inputs.items()}
+        want_inputs: dict[str, Any] = {
+            k: v.detach().double().requires_grad_(with_gradients) for k, v in got_inputs.items()
+        }
         with torch.set_grad_enabled(with_gradients):
             got = contender.run(**got_inputs)
             want = selective_scan(**want_inputs, delta_softplus=True, backend="reference")

@@ -156,7 +156,7 @@ def account(events, on_gpu: bool, steps: int, seconds: float) -> dict:
     The step is, on a CPU, the profiled one, longer than one without the profiler; on a GPU the one without, ``seconds``
     long, as the profiler delays the start of kernels and not the kernels.
     """
-    roots = [e for e in events if e.name == STEP and e.device_type == torch.autograd.DeviceType.CPU]
+    roots = [e for e in events if e.name == STEP and e.device_type.name == "CPU"]
     whole = sum(e.cpu_time_total for e in roots) / 1e3 / steps
     made = {}
     for event in events:
@@ -197,7 +197,7 @@ def account(events, on_gpu: bool, steps: int, seconds: float) -> dict:
 def _own_times(events, made):
     """(Names, None, microseconds) of every operator of the steps."""
     for event in events:
-        if event.device_type != torch.autograd.DeviceType.CPU or event.is_async:
+        if event.device_type.name != "CPU" or event.is_async:
             continue
         chain = list(_chain(event, made))
         if STEP in chain:
@@ -223,13 +223,11 @@ def _kernels(events, made):
 
 def _device_events(events):
     """Kernels, copies and fills; the profiler repeats scopes as if they ran on the device."""
-    scopes = {
-        e.name for e in events if e.device_type == torch.autograd.DeviceType.CPU and e.is_user_annotation
-    }
+    scopes = {e.name for e in events if e.device_type.name == "CPU" and e.is_user_annotation}
     return [
         e
         for e in events
-        if e.device_type == torch.autograd.DeviceType.CUDA
+        if e.device_type.name == "CUDA"
         and not (e.is_user_annotation or e.name in scopes or e.name.startswith("benchmark: "))
     ]
 

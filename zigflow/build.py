@@ -175,7 +175,7 @@ def _training_data(
     return source, plain
 
 
-def _check_heldout(settings: Settings, model: Any, codec: Any) -> None:
+def _check_heldout(settings: Settings, model: torch.nn.Module, codec: Any) -> None:
     """Say what the held-out set holds and refuse one that does not fit, where it is on this machine."""
     root = (settings.data.heldout or {}).get("root")
     if root is None or "://" in str(root):

@@ -95,7 +95,7 @@ def build_sampling_run(
     )
 
 
-def _guided(settings: Settings, process: Any, model: Any) -> Any:
+def _guided(settings: Settings, process: Any, model: torch.nn.Module) -> Any:
     """The model function that samplers call: with guidance, and for larger images with that of the small one."""
     channels = as_denoiser(model).guided_channels
     guided = Guided(
@@ -107,7 +107,7 @@ def _guided(settings: Settings, process: Any, model: Any) -> Any:
     return Upsampled(guided, process, chosen.factor, chosen.eta, chosen.theta, chosen.matching)
 
 
-def data_texts(settings: Settings, model: Any) -> tuple[Any, SourceRows]:
+def data_texts(settings: Settings, model: torch.nn.Module) -> tuple[Any, SourceRows]:
     """Sample i is conditioned on the text of held-out sample i modulo their number; the rows themselves too."""
     source = build_source(settings, "heldout") or build_source(settings)
     if source is None:
@@ -197,7 +197,7 @@ def results_protocol(settings: Settings, facts: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def watch(settings: Settings, model: Any, accelerator: Accelerator) -> Watched:
+def watch(settings: Settings, model: torch.nn.Module, accelerator: Accelerator) -> Watched:
     """What looks on while a configuration trains."""
     device, ranks = (
         accelerator.device,
@@ -229,7 +229,7 @@ def _decodes(settings: Settings) -> bool:
     return True
 
 
-def _training_flops(model: Any) -> float | None:
+def _training_flops(model: torch.nn.Module) -> float | None:
     try:
         return count_flops(model).training
     except ValueError as error:
@@ -298,7 +298,7 @@ def _trackers(settings: Settings, is_main: bool) -> Trackers:
 class _ScanPicture:
     """A hook: the scan orders of the model, drawn once for the trackers."""
 
-    def __init__(self, settings: Settings, model: Any):
+    def __init__(self, settings: Settings, model: torch.nn.Module):
         chosen = settings.scan.get("name", "from_model")
         self._name = settings.model.get("scan_type") if chosen == "from_model" else chosen
         self._grid = as_denoiser(model).token_grid

@@ -28,9 +28,12 @@ def start(line: plugins.CommandLine, job: Callable[[DictConfig], Any], config_na
     with plugins.hydra_of(line.typed) as hydra:
         if line.sweep:
             overrides = [text for text in line.typed.overrides if text != "hydra.mode=MULTIRUN"]
-            hydra.hydra.multirun(config_name, job, [*overrides, "hydra.mode=MULTIRUN"])
+            runner = hydra.hydra
+            assert runner is not None  # hydra_of has begun it
+            runner.multirun(config_name, job, [*overrides, "hydra.mode=MULTIRUN"])
             return
         cfg = line.job
+        assert cfg is not None  # runs_here has asked
         with flag_override(cfg, ["struct", "readonly"], False):
             cfg.hydra.mode = RunMode.RUN
         callbacks = Callbacks(cfg)

@@ -117,6 +117,10 @@ class Registry(Generic[T]):
                 continue
         return sorted(found)
 
+    def prefixes(self) -> list[str]:
+        """How the names of families begin."""
+        return sorted(self._families)
+
     def _family_of(self, name: object) -> Mapping[str, T]:
         for prefix, members in self._families.items():
             if isinstance(name, str) and name.startswith(prefix):

@@ -211,7 +211,7 @@ def sample_from_config(cfg: DictConfig) -> Path:
         return folder
 
 
-def _pictures(run: SamplingRun, folder: Path, model: Any, options: SampleOptions) -> Path:
+def _pictures(run: SamplingRun, folder: Path, model: torch.nn.Module, options: SampleOptions) -> Path:
     """The grid, the frames of videos and the one file of all samples, from the samples' own files."""
     result = run.collect(_SHOWN)
     # Rows of ten for a model without classes.
@@ -230,7 +230,9 @@ def _pictures(run: SamplingRun, folder: Path, model: Any, options: SampleOptions
     return grid
 
 
-def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple[Any, dict[str, Any]]:
+def _conditions(
+    settings: Settings, model: torch.nn.Module, options: SampleOptions
+) -> tuple[Any, dict[str, Any]]:
     """What each sample is conditioned on, a function of sample numbers or None, and the facts about it."""
     asked = as_denoiser(model)
     if asked.num_classes > 0 and not isinstance(options.labels, str):

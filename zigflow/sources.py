@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hydra.utils import get_class
+from torch import nn
 
 from zigflow.data.class_names import are_numbers, by_name, only_renames, shown
 from zigflow.data.facts import DataFacts, facts_of, innermost
@@ -348,7 +349,7 @@ def _side(shape: tuple[int, ...]) -> int | list[int]:
     return shape[-1] if shape[-1] == shape[-2] else list(shape[-2:])
 
 
-def check_fit(settings: Settings, model: Any, source: Any, codec: Any) -> None:
+def check_fit(settings: Settings, model: nn.Module, source: Any, codec: Any) -> None:
     """Refuse data that the model cannot read, before the first step.
 
     Raises:
@@ -383,7 +384,7 @@ def check_fit(settings: Settings, model: Any, source: Any, codec: Any) -> None:
             raise SettingsError(problem)
 
 
-def check_shape(settings: Settings, model: Any, source: Any, codec: Any, split: str = "source") -> None:
+def check_shape(settings: Settings, model: nn.Module, source: Any, codec: Any, split: str = "source") -> None:
     """Refuse samples of another shape than the model reads.
 
     Raises:

@@ -69,8 +69,10 @@ def key(default: Any, text: str, **about: Any) -> Any:
         text: its meaning in one line.
         **about: the rest of :class:`Declaration`.
     """
-    made = {"default_factory": default} if isinstance(default, type) else {"default": default}
-    return dataclasses.field(**made, metadata={_METADATA: Declaration(text, **about)})
+    metadata = {_METADATA: Declaration(text, **about)}
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)

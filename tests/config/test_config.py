@@ -1,10 +1,12 @@
 """Every YAML composes and validates; every mistake is answered in one line; nothing heavy is imported early."""
 
+import functools
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -16,6 +18,7 @@ from zigflow.data.tar import ShardError
 from zigflow.paths import config_dir
 from zigflow.plugins import compose_config
 from zigflow.settings import Settings, SettingsError
+from zigflow.tools.schema import schema
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = sorted(
@@ -84,6 +87,11 @@ def test_the_default_validates():
     settings = Settings.from_mapping(plain())
     assert settings.data.name == "digits"
     assert settings.max_grad_norm == 2.0
+
+
+@functools.cache
+def training_schema():
+    return jsonschema.Draft202012Validator(schema("default"))
 
 
 def choice_overrides(group, choice):

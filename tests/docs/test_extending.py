@@ -13,10 +13,11 @@ from scans import list_scans
 from tests.docs.commands import commands_of
 from tests.helpers.own_files import own_files  # noqa: F401
 from zigflow import plugins
-from zigflow.build import train_from_config
+from zigflow.build import build_model, train_from_config
 from zigflow.nn import Denoiser
 from zigflow.nn.denoiser import MEMBERS
 from zigflow.sample_job import sample_from_config
+from zigflow.settings import Settings, SettingsError
 from zigflow.tools.__main__ import main as tool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +80,37 @@ def test_the_smallest_model_trains_and_samples(process, project, tmp_path):
         )
     )  # fmt: skip
     assert len(list(folder.glob("[0-9]*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        (
+            "x, t, y=None, return_features=()",
+            "x, t",
+            r"model=tokens: Tokens\.forward\(x, t\) is not called as",
+        ),
+        (
+            "self.in_channels, self.img_dim",
+            "self.channels, self.side",
+            "model=tokens: Tokens does not say what it reads",
+        ),
+    ],
+)
+def test_a_model_that_does_not_meet_the_contract_is_refused_in_one_line(old, new, message, project):
+    code = FILES["tokens.py"]
+    assert old in code
+    project.write("tokens.py", code.replace(old, new))
+    folders = list(plugins._typed_folders)
+    plugins.add_config_dir("conf")
+    small = ["data=synthetic", "data.image_size=8", "data.channels=1", "run_dir=unused"]
+    try:
+        cfg = plugins.compose_config(["plugins=[tokens.py]", "model=tokens", *small])
+    finally:
+        plugins._typed_folders[:] = folders
+    with pytest.raises(SettingsError, match=message) as error:
+        build_model(Settings.from_mapping(plugins.plain(cfg)))
+    assert "\n" not in str(error.value)
 
 
 def test_named_files_and_methods_exist():

@@ -106,8 +106,8 @@ class EmaProfiles:
         for profile in self.profiles:
             averages = list(self._averages[profile.name].values())
             decay = profile.decay(images_seen, batch)
-            torch._foreach_mul_(averages, decay)
-            torch._foreach_add_(averages, weights, alpha=1.0 - decay)
+            torch._foreach_mul_(averages, decay)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(averages, weights, alpha=1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
         """The averages of one profile: plain CPU tensors by parameter name (sharded: all ranks together)."""

@@ -96,3 +96,6 @@ class _Forward:
 
     def flush(self) -> None:
         """Nothing waits in between."""
+
+    def close(self) -> None:
+        """Whoever opened the file closes it."""

@@ -5,10 +5,12 @@ parameters, its state is two numbers, and it runs on the CPU, where tests can fo
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from zigflow.errors import ZigflowError
 
@@ -28,13 +30,13 @@ def autocast(mixed_precision: str, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, dtype=_DTYPES[mixed_precision])
 
 
-def gradient_norm(parameters: list[Tensor]) -> Tensor:
+def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
     """Two-norm of all gradients together, 0-dimensional; for sharded ones every rank must call this."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def clip_gradients(parameters: list[Tensor], max_norm: float, norm: Tensor) -> None:
+def clip_gradients(parameters: Sequence[Tensor], max_norm: float, norm: Tensor) -> None:
     """Scale the gradients down in place when ``norm``, theirs, is above ``max_norm``."""
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
@@ -60,12 +62,12 @@ class LossScaler:
         self.skips_in_a_row = 0
 
     @torch.no_grad()
-    def unscale(self, parameters: list[Tensor]) -> None:
+    def unscale(self, parameters: Sequence[Tensor]) -> None:
         """Divide the gradients by the scale, in place."""
         if self.enabled and self.scale != 1.0:
             gradients = [p.grad for p in parameters if p.grad is not None]
             if gradients:
-                torch._foreach_mul_(gradients, 1.0 / self.scale)
+                torch._foreach_mul_(gradients, 1.0 / self.scale)  # pyright: ignore[reportPrivateImportUsage]
 
     def accepts(self, norm: float) -> bool:
         """Whether the step may be taken, given the norm of the unscaled gradient; adapts the scale.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from . import durable
 
@@ -47,7 +48,7 @@ def named_floating(model: nn.Module) -> dict[str, Tensor]:
 def full(tensor: Tensor) -> Tensor:
     """A plain contiguous CPU copy; for a sharded tensor every rank must call this together."""
     tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
+    if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.to("cpu", copy=True).contiguous()
 
@@ -56,9 +57,7 @@ def assign(target: Tensor, value: Tensor) -> None:
     """Copy a whole ``value`` into ``target``, distributing it when ``target`` is sharded."""
     with torch.no_grad():
         value = value.to(device=target.device, dtype=target.dtype)
-        if hasattr(target, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
-
+        if isinstance(target, DTensor):
             value = distribute_tensor(value, target.device_mesh, target.placements)
         target.copy_(value)
 
@@ -103,7 +102,7 @@ def _pieces(
     for name in names:
         flat = tensors[name].detach().contiguous().reshape(-1)
         if flat.numel():
-            yield memoryview(flat.view(torch.uint8).numpy())
+            yield flat.view(torch.uint8).numpy().data
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def _formulas() -> dict[Any, Any]:
     return {torch.ops.zigflow.chunked_scan: _scan, torch.ops.zigflow.shifted_conv: _conv}
 
 
-def one_sample(model: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+def one_sample(model: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
     """(x, t, y) of one sample on the meta device: x (1, *sample_shape), y a text (1, S, D), a label (1,) or None.
 
     Raises:

@@ -116,14 +116,14 @@ class Diffusion:
         wide = t if t.device.type == "mps" else t.double()
         return wide if self.steps is None else 1 - ((1 - wide) * self.steps).round() / self.steps
 
-    def time_map(self, t: Tensor, model: Any) -> Tensor:
+    def time_map(self, t: Tensor, model: ModelFunction) -> Tensor:
         """net_scale * (1 - t) - net_offset, over the model's own ``time_factor``; whole numbers exact."""
         net = self.net_scale * (1 - t) - self.net_offset
         whole = net.round()
         near = (net - whole).abs() <= 4 * torch.finfo(net.dtype).eps * self.net_scale
         return torch.where(near, whole, net) / as_denoiser(model).time_factor
 
-    def process_time(self, net_time: Tensor, model: Any) -> Tensor:
+    def process_time(self, net_time: Tensor, model: ModelFunction) -> Tensor:
         """The inverse of :meth:`time_map`."""
         return 1 - (net_time * as_denoiser(model).time_factor + self.net_offset) / self.net_scale
 
@@ -283,6 +283,7 @@ class VariancePreserving(Diffusion):
     Args:
         schedule: a name in SCHEDULES: "linear" (beta from beta_min to beta_max) or "cosine" (then the noise end s = 1
             has no score, and s stays below 0.9946, as published).
+        beta_min, beta_max: beta at s = 0 and s = 1, of the linear schedule.
         sample_eps: sampling ends at s = sample_eps.
         prediction, min_snr_gamma: see :class:`Diffusion`.
     """

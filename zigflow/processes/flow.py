@@ -134,11 +134,11 @@ class Flow:
         """Training times (B,) in float32 (float64 for float64 uniforms) from uniforms (B,) in [0, 1)."""
         return self.time_law.quantile(u, *self.interval("train")).to(working_dtype(u))
 
-    def time_map(self, t: Tensor, model: Any) -> Tensor:
+    def time_map(self, t: Tensor, model: ModelFunction) -> Tensor:
         """t times ``model.time_scale`` (1 where the model has none)."""
         return t * as_denoiser(model).time_scale
 
-    def process_time(self, net_time: Tensor, model: Any) -> Tensor:
+    def process_time(self, net_time: Tensor, model: ModelFunction) -> Tensor:
         """The inverse of :meth:`time_map`."""
         return net_time / as_denoiser(model).time_scale
 

@@ -40,11 +40,11 @@ class Process(Protocol):
         """First and last time of training ("train") or of the sampling ODE ("ode")."""
         ...
 
-    def time_map(self, t: Tensor, model: Any) -> Tensor:
+    def time_map(self, t: Tensor, model: ModelFunction) -> Tensor:
         """The time that the network is fed, (B,), for process times (B,)."""
         ...
 
-    def process_time(self, net_time: Tensor, model: Any) -> Tensor:
+    def process_time(self, net_time: Tensor, model: ModelFunction) -> Tensor:
         """The inverse of :meth:`time_map`."""
         ...
 

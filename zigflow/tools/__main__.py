@@ -15,6 +15,8 @@ COMMANDS = {
     "convert-checkpoint": "turn an official .pt file into a checkpoint of ours",
     "count-flops": "count a model's parameters and operations per sample, by module",
     "evaluate": "judge a folder of PNG files or an npz archive with the metrics of a configuration",
+    "schema": "print the JSON schema of a configuration, for editors",
+    "docs-keys": "write docs/keys.md and docs/environment.md from the declarations",
     "demo-report": "print what a sampled run's results.json says and where its pictures lie",
     "doctor": "print versions, devices and which kernel backends can run",
 }
