@@ -25,15 +25,14 @@ from zigflow.engine.run_state import versions
 from zigflow.engine.sample_plan import SourceRows, text_plan
 from zigflow.engine.sampling_run import SamplingRun
 from zigflow.engine.step import StepRecord
-from zigflow.engine.track_tensorboard import TensorBoardTracker, import_writer
-from zigflow.engine.track_wandb import WandbTracker, import_wandb
-from zigflow.engine.trackers import Trackers
+from zigflow.engine.trackers import TRACKERS, Trackers
 from zigflow.engine.trainer import Trainer
 from zigflow.nn import as_denoiser
 from zigflow.nn.flops import count_flops
 from zigflow.nodes import make
 from zigflow.preflight import check_decoding
 from zigflow.real_sets import real_sets
+from zigflow.registry import UnknownNameError
 from zigflow.samplers import Guided, Upsampled
 from zigflow.settings import Settings, SettingsError
 from zigflow.sources import build_source
@@ -207,7 +206,7 @@ def watch(settings: Settings, model: torch.nn.Module, accelerator: Accelerator) 
     settings = replace(settings, mixed_precision=precision)
     hooks: list[Any] = []
     trackers = _trackers(settings, ranks.is_main)
-    if settings.use_wandb or settings.loop.tensorboard:
+    if _tracker_names(settings):
         hooks.append(_ScanPicture(settings, model))
     if settings.data.sample_fid_every and _decodes(settings):
         hooks.append(_in_loop_evaluation(settings, ranks, device))
@@ -277,20 +276,20 @@ class _Evaluation(InLoopEvaluation):
             ) from error
 
 
+def _tracker_names(settings: Settings) -> list[str]:
+    switched = [("wandb", settings.use_wandb), ("tensorboard", settings.loop.tensorboard)]
+    return list(dict.fromkeys([*(name for name, on in switched if on), *settings.loop.trackers]))
+
+
 def _trackers(settings: Settings, is_main: bool) -> Trackers:
     """The trackers that are switched on; packages that are missing are told of before the first step."""
     makers = {}
-    chosen = settings.wandb
     try:
-        if settings.use_wandb:
-            import_wandb()
-            makers["wandb"] = partial(
-                WandbTracker, entity=chosen.entity, project=chosen.project, mode=chosen.mode, name=chosen.name
-            )
-        if settings.loop.tensorboard:
-            import_writer()
-            makers["tensorboard"] = TensorBoardTracker
-    except ImportError as error:
+        for name in _tracker_names(settings):
+            kind = TRACKERS.get(name)
+            kind.check()
+            makers[name] = kind.make
+    except (ImportError, UnknownNameError) as error:
         raise SettingsError(str(error)) from error
     return Trackers(makers if is_main else {})
 

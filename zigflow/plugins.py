@@ -46,7 +46,7 @@ from zigflow.errors import ZigflowError
 from zigflow.hydra_folders import run_id
 from zigflow.overrides import check_added, compose_leniently, signs, with_signs
 from zigflow.preflight import check_training
-from zigflow.registry import UnknownNameError, near_names
+from zigflow.registry import Registry, UnknownNameError, near_names
 from zigflow.settings import WANDB_KEY, Settings, SettingsError
 from zigflow.typed import unknown_key
 from zigflow.typed_arguments import as_meant, check_grammar, check_hydra_folders, name_no_job
@@ -238,9 +238,25 @@ def check_choices(arguments: list[str]) -> None:
         if not follows and not any(_NO_NAME.fullmatch(choice) for choice in choices.split(",")):
             continue
         known = group_choices(group)
+        if follows and not set(choices.split(",")) <= set(known):
+            known = _with_registered(group, known)
         for choice in choices.split(",") if known else ():
             if choice not in known:
                 raise SettingsError(_no_such_choice(group, choice, known))
+
+
+def _with_registered(group: str, known: list[str]) -> list[str]:
+    """The choices of a group, and what is registered for it without a file; plug-ins are loaded and torch imported."""
+    from zigflow.codec import CODECS
+    from zigflow.metrics.base import METRICS
+
+    load_plugins()
+    registry: Registry[Any] = {"codec": CODECS, "metrics": METRICS}[group]
+    for name in set(registry) - set(known):
+        found = registry.get(name)
+        node = {"_target_": f"{found.__module__}.{found.__qualname__}"}
+        ConfigStore.instance().store(group=group, name=name, node=node, provider="zigflow")
+    return sorted({*known, *registry})
 
 
 def _no_such_choice(group: str, choice: str, known: list[str]) -> str:

@@ -201,6 +201,11 @@ class LoopSettings:
     )
     threads: int | None = key(None, "CPU threads; null: torch's choice", least=1)
     device: str | None = key(None, "null: the GPU when there is one | cpu", choices=(None, "cpu"))
+    trackers: tuple[str, ...] = key(
+        (),
+        "registered trackers that get what is logged, beside use_wandb and loop.tensorboard",
+        used="training",
+    )
     tensorboard: bool = key(False, "write event files to the run directory's tensorboard/", used="training")
     peak_flops: float | None = key(
         None,

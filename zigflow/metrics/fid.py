@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from zigflow.errors import needs
-from zigflow.metrics.base import StreamingMetric
+from zigflow.metrics.base import METRICS, StreamingMetric
 from zigflow.metrics.frechet import FrechetMetric, frechet_distance, read_statistics
 
 __all__ = ["Fid"]
 
 
+@METRICS.register("fid")
 class Fid(FrechetMetric):
     """FID of samples to a real set.
 
