@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch):
-    for name in doctor._VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+    for variable in VARIABLES:
+        if variable.kind == "run":
+            monkeypatch.delenv(variable.name, raising=False)
 
 
 def printed(capsys, *arguments, code=0):

@@ -12,8 +12,8 @@ from hydra.core.object_type import ObjectType
 from zigflow import paths, plugin_files, plugins
 
 KINDS = (
-    "scans", "models", "data", "processes", "samplers", "metrics", "codecs", "optimizers", "backends", "experiments",
-    "debug", "accelerate", "config", "plugins",
+    "scans", "models", "mixers", "data", "processes", "samplers", "metrics", "codecs", "optimizers", "trackers",
+    "backends", "experiments", "debug", "accelerate", "config", "plugins",
 )  # fmt: skip
 
 
@@ -42,9 +42,11 @@ def names(kind: str) -> dict[str, str]:
     special = {
         "scans": _scans,
         "models": _models,
+        "mixers": _mixers,
         "processes": _processes,
         "samplers": _samplers,
         "optimizers": _optimizers,
+        "trackers": _trackers,
         "backends": _backends,
         "config": _config,
         "plugins": _plugins,
@@ -91,6 +93,18 @@ def _models() -> dict[str, str]:
 
     variants = dict.fromkeys(list_variants(), "a variant: zigflow.models.build_variant")
     return {name: text or f"model={name}" for name, text in choices("model").items()} | variants
+
+
+def _mixers() -> dict[str, str]:
+    from dis_mamba import list_mixers
+
+    return {name: f"model.mixer={name}" for name in list_mixers()}
+
+
+def _trackers() -> dict[str, str]:
+    from zigflow.names import named_keys
+
+    return {str(name): f"loop.trackers=[{name}]" for name in named_keys()["loop.trackers"]}
 
 
 def _processes() -> dict[str, str]:
