@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from zigflow.environment import VARIABLES
 from zigflow.paths import config_dir
 from zigflow.plugins import compose_config
 from zigflow.tools import __main__ as tools
@@ -21,8 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch):
     for variable in VARIABLES:
-        if variable.kind == "run":
-            monkeypatch.delenv(variable.name, raising=False)
+        monkeypatch.delenv(variable.name, raising=False)
 
 
 def printed(capsys, *arguments, code=0):
