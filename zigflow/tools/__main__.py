@@ -21,9 +21,10 @@ COMMANDS = {
     "doctor": "print versions, devices and which kernel backends can run",
 }
 
-# Those that compose a configuration, and those that say what is there.
+# Those that compose a configuration, those that take or print other names, and of these the ones that only show them.
 COMPOSING = ("show-config", "convert-checkpoint", "count-flops", "evaluate")
-SHOWING = ("list", "doctor")
+NAMING = ("plot-scans", "list", "doctor", "schema")
+SHOWING = ("list", "doctor", "schema")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,13 +50,15 @@ def main(argv: list[str] | None = None) -> int:
 def _with_own_files(command: str, arguments: list[str]) -> list[str]:
     """Load the files of one's own that are named by plugins= or ZIGFLOW_PLUGINS, and look for YAML in --config-dir.
 
-    What only shows something tells of a file that cannot be loaded and goes on.
+    What only shows something tells of a file that cannot be loaded and goes on; what types no names loads none.
     """
     from zigflow import plugins
     from zigflow.typed_plugins import with_plugin_files
 
     if command not in COMPOSING:
-        found = with_plugin_files(arguments, strict=command not in SHOWING)
+        found = (
+            with_plugin_files(arguments, strict=command not in SHOWING) if command in NAMING else arguments
+        )
         return [argument for argument in found if not argument.startswith("plugins=")]
     rest, given = [], iter(arguments)
     for argument in given:
