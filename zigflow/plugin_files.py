@@ -1,7 +1,7 @@
 """Files of one's own: ``plugins=[my_scans.py]`` imports a Python file that registers names or holds classes.
 
 ``my_scans.py`` becomes the module ``my_scans``, so that a YAML names its classes as ``my_scans.Name``. Its folder is
-put at the end of the search path: the file may import its neighbours, and data workers find it however they start.
+put at the end of the search path: the file may import its neighbors, and data workers find it however they start.
 A checkpoint records each file with its path and its SHA-256, and what opens the checkpoint loads the file again.
 Torch-free; a file may import torch.
 """
@@ -198,11 +198,14 @@ class _NoTorch:
             raise _TorchWantedError
 
 
-def try_load(given: str, torch: bool = True) -> None:
+def try_load(given: str, torch: bool = True) -> bool:
     """Load a file for a command that only shows something; one that cannot be loaded is told of in one line.
 
     Args:
         torch: whether the file may import torch, which takes seconds; if not, it is passed over where it does.
+
+    Returns:
+        Whether it was loaded.
     """
     finder = _NoTorch()
     if not torch:
@@ -210,6 +213,7 @@ def try_load(given: str, torch: bool = True) -> None:
     try:
         load([given])
         broken.pop(given, None)
+        return True
     except SettingsError as error:
         broken[given] = str(error)
         log.warning("%s", error)
@@ -220,6 +224,7 @@ def try_load(given: str, torch: bool = True) -> None:
     finally:
         if not torch:
             sys.meta_path.remove(finder)
+    return False
 
 
 def loaded() -> list[PluginFile]:

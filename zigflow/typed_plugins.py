@@ -68,9 +68,8 @@ def with_plugin_files(arguments: Sequence[str], strict: bool = True) -> list[str
     files = named + [file for file in dict.fromkeys(asked) if _path(file) not in map(_path, named)]
     shows = any(argument in _SHOWS for argument in arguments)
     if shows or not strict:
-        for file in _once(files):
-            plugin_files.try_load(file, torch=not shows)
-        return rest
+        whole = [plugin_files.try_load(file, torch=not shows) for file in _once(files)]
+        return rest if all(whole) else [argument for argument in rest if not _chooses_unknown(argument)]
     runs = [path for key in ("run_dir", "ckpt") if (path := typed_path(rest, key)) is not None]
     files = plugin_files.wanted([*named, *_once(files[len(named) :])], runs)
     if not files:
@@ -95,6 +94,13 @@ def load_scan(text: str) -> str:
     plugin_files.load([found["file"]])
     _check_registered(found["file"], found["name"])
     return found["name"]
+
+
+def _chooses_unknown(argument: str) -> bool:
+    """Whether an override chooses a scan that is not there; it may be that of a file which was passed over."""
+    match = _SCAN.fullmatch(argument)
+    known = ("from_model", *list_scans())
+    return match is not None and any(choice not in known for choice in match["value"].split(","))
 
 
 def _check_registered(file: str, name: str) -> None:

@@ -190,12 +190,13 @@ def test_help_neither_fails_nor_imports_torch(own_files, monkeypatch, capsys, ca
     )
     monkeypatch.setenv("ZIGFLOW_PLUGINS", os.pathsep.join(["bad.py", "net.py", "a.py"]))
     monkeypatch.delitem(sys.modules, "torch")
-    monkeypatch.setattr(sys, "argv", ["train_acc.py", "--help"])
+    # Also where the scan that is asked for is in such a file.
+    monkeypatch.setattr(sys, "argv", ["train_acc.py", "--help", "scan=net.py:dense", "log_every=7"])
     assert cli.train() == 0
     shown = capsys.readouterr().out
-    assert "checker" in shown and "unfinished" not in shown
+    assert "checker" in shown and "unfinished" not in shown and "7" in shown
     assert "torch" not in sys.modules
-    told = [record.getMessage() for record in caplog.records if record.name == "zigflow.plugin_files"]
+    told = sorted(r.getMessage() for r in caplog.records if r.name == "zigflow.plugin_files")
     assert len(told) == 2 and not any("\n" in line for line in told)
     assert "bad.py cannot be loaded: ZeroDivisionError" in told[0] and "net.py imports torch" in told[1]
 
