@@ -249,8 +249,8 @@ def wanted(named: Sequence[str], runs: Iterable[Path | str | None]) -> list[str]
     """
     found = list(named)
     names = {Path(given).stem for given in found}
-    for run in runs:
-        for known in _recorded(run) if run is not None else ():
+    for run in (run for run in runs if run is not None):
+        for known in _recorded(run):
             name = Path(known["absolute"]).stem
             if name not in names:
                 names.add(name)
@@ -308,8 +308,9 @@ def _load_in_worker(files: Sequence[PluginFile], worker: int) -> None:
 
 
 def digests(paths: Iterable[str]) -> dict[str, str]:
-    """Path -> SHA-256 of what this process has imported of these files, whatever they hold now."""
-    return {path: _loaded[Path(path).stem].sha256 for path in paths}
+    """Absolute path -> SHA-256 of what this process has imported of these files, whatever they hold now."""
+    files = (_loaded[Path(path).stem] for path in paths)
+    return {file.path: file.sha256 for file in files}
 
 
 def _recorded(run: Path | str) -> list[Mapping[str, str]]:

@@ -14,13 +14,17 @@ from contextlib import redirect_stderr
 import hypothesis.strategies as st
 import pytest
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from hypothesis import example, given, settings
+from PIL import Image
 
 from scans import UnknownScanError, get_scan, list_scans
 from tests.helpers.own_files import SCAN, own_files  # noqa: F401
+from tests.packaging.runs import PACKAGE
 from zigflow import cli, plugin_files, plugins, typed_plugins
 from zigflow.build import train_from_config
 from zigflow.engine.checkpoint import CheckpointError
+from zigflow.metrics.base import METRICS
 from zigflow.sample_job import sample_from_config
 from zigflow.settings import SettingsError
 from zigflow.tools.__main__ import main as tool
@@ -221,6 +225,36 @@ def test_tools_take_the_files(own_files, monkeypatch, capsys, caplog):  # noqa: 
     monkeypatch.setenv("ZIGFLOW_PLUGINS", "a.py")
     assert tool(["show-config", "scan=checker", "--origins"]) == 0
     assert 'plugins=["a.py"]' in capsys.readouterr().out
+
+
+METRIC = """
+from one_of_each_metric import Brightness
+from zigflow.metrics.base import METRICS
+
+METRICS.register("of_mine", Brightness)
+"""
+
+
+def test_evaluate_takes_a_metric_of_a_file(own_files, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(METRICS, "_entries", dict(METRICS._entries))
+    monkeypatch.setattr(METRICS, "_origins", dict(METRICS._origins))
+    own_files.write("one_of_each_metric.py", (PACKAGE / "one_of_each" / "metric.py").read_text())
+    own_files.write("mine.py", METRIC)
+    (own_files.folder / "images").mkdir()
+    for number in range(2):
+        Image.new("RGB", (4, 4), (40 * number,) * 3).save(own_files.folder / "images" / f"{number}.png")
+    small = ["data=synthetic", "data.image_size=4", "model.embed_dim=8", "model.patch_size=1"]
+    try:
+        assert tool(["evaluate", "samples=images", "plugins=mine.py", "metrics=of_mine", *small]) == 0
+        kept = json.loads((own_files.folder / "images" / "results.json").read_text())
+        assert kept["metrics"]["brightness_error"] > 0
+        assert list(kept["protocol"]["plugin_files"]) == [str(own_files.folder / "mine.py")]
+        capsys.readouterr()
+        assert tool(["evaluate", "samples=images", "metrics=of_min", *small]) == 1
+        assert "did you mean of_mine" in capsys.readouterr().err
+    finally:
+        sys.modules.pop("one_of_each_metric", None)
+        ConfigStore.instance().repo.get("metrics", {}).pop("of_mine.yaml", None)
 
 
 def test_a_yaml_of_ones_own_may_name_files(own_files, monkeypatch):  # noqa: F811

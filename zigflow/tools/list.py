@@ -102,9 +102,10 @@ def _mixers() -> dict[str, str]:
 
 
 def _trackers() -> dict[str, str]:
-    from zigflow.names import named_keys
+    from zigflow.engine import track_tensorboard, track_wandb  # noqa: F401  # they register themselves
+    from zigflow.engine.trackers import TRACKERS
 
-    return {str(name): f"loop.trackers=[{name}]" for name in named_keys()["loop.trackers"]}
+    return {name: f"loop.trackers=[{name}]" for name in TRACKERS.names()}
 
 
 def _processes() -> dict[str, str]:
