@@ -13,6 +13,7 @@ from tests.helpers.own_package import own_package  # noqa: F401
 from zigflow import names, plugins
 from zigflow.build import train_from_config
 from zigflow.evaluation_job import watch
+from zigflow.preflight import check_training
 from zigflow.registry import Registry
 from zigflow.sample_job import sample_from_config
 from zigflow.settings import SettingsError
@@ -48,7 +49,9 @@ def check(*overrides):
         node[last] = yaml.safe_load(value)
         if path == ["train"]:
             plain["process"][last] = node[last]
-    return plugins.checked(plain)
+    settings = plugins.checked(plain)
+    check_training(settings)
+    return settings
 
 
 @pytest.mark.parametrize("key", names.named_keys())

@@ -208,7 +208,11 @@ class Judge:
         if not isinstance(metric, StreamingMetric):
             with self.ranks.together("reading the real images"):
                 train, heldout = (self._whole(name) for name in ("train", "heldout"))
-                if metric is not None:
+                # A metric may judge samples by themselves.
+                by_itself = (
+                    train is None and heldout is None and metric is not None and not metric.needs_reference
+                )
+                if metric is not None and not by_itself:
                     if train is None:
                         raise ValueError(f"{metric.name} needs real images, and the data has no source")
                     metric.set_reference(train, heldout)

@@ -135,6 +135,11 @@ class Metric(ABC):
         return ("train", "heldout")
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether real images are still to be given by ``set_reference``."""
+        return not self._has_reference()
+
+    @property
     def count(self) -> int:
         """Samples seen."""
         return len(self._ids)
