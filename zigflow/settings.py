@@ -25,8 +25,13 @@ WANDB_KEY = (
 class TrainSettings:
     """Group ``train``: the flow process, keys of the official layout."""
 
-    path_type: str = key("Linear", "how data and noise are mixed along the time of a flow process")
-    prediction: str = key("velocity", "what the network of a flow process predicts")
+    path_type: str = key(
+        "Linear", "path of a flow between noise and data: Linear | GVP | VP | another registered one"
+    )
+    prediction: str = key(
+        "velocity",
+        "what the network predicts under a flow: velocity | score | noise | data | another registered one",
+    )
     loss_weight: str | None = key(
         None,
         "weight of a flow's loss over time: null (none) | velocity | likelihood",
@@ -269,7 +274,7 @@ class Settings:
     dist: Mapping[str, Any] | None = key(None, "empty group of the official layout")
     ckpt: str | None = key(
         None,
-        "start from, or sample from, these weights: a run directory, one checkpoint in it, or an official .pt file",
+        "weights to start from or to sample: a run directory, one checkpoint in it, or an official .pt file",
     )
     ckpt_patches: str = key(
         "spread",
