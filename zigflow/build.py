@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from zigflow import plugins
+from zigflow import plugin_files, plugins
 from zigflow.chosen import build_process, check_optimizer
 from zigflow.data.contents import contents_of
 from zigflow.data.global_batch import GlobalBatch
@@ -219,6 +219,7 @@ def train_from_config(
     # The checkpoint is sampled and judged from other working directories, and may be moved with its data.
     roots = fix_roots(plain)
     plugin_names = plugins.load_plugins()
+    files = plugin_files.use(plain)
     stored = _continued(plain)
     plain = as_continued(plain, stored)
     check_training(plugins.checked(plain))
@@ -238,6 +239,8 @@ def train_from_config(
         ranks, "run_dir", str(Path(settings.run_dir).resolve()), "give run_dir=FOLDER, or export RUN_ID=NAME"
     )
     check_same(ranks, "configuration", configuration, "give each of them the same arguments")
+    contents = " ".join(file["sha256"] for file in files)
+    check_same(ranks, "plug-in files", contents, "give each of them the same files")
     codec = make("codec", settings.codec)
     source, plain = _training_data(cfg, settings, plain, codec, stored)
     settings = Settings.from_mapping(plain)
@@ -321,7 +324,7 @@ def train_from_config(
             *([SkipBudget(skipped)] if settings.data.max_skipped else []),
         ),
         plugins=plugin_names,
-        facts={"roots": roots},
+        facts={"roots": roots, "plugin_files": files},
         trackers=watched.trackers,
         training_flops=watched.training_flops,
         peak_flops=watched.peak_flops,

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from scans.plot import plot_scans
+from zigflow import plugin_files
 from zigflow.build import Watched, build_codec
 from zigflow.chosen import build_process, build_sampler
 from zigflow.data.class_names import are_numbers
@@ -181,8 +182,10 @@ def time_facts(sampler: Any, process: Any, backwards: bool = False) -> dict[str,
 
 def results_protocol(settings: Settings, facts: Mapping[str, Any]) -> dict[str, Any]:
     """How a number came about, for any of our results; the samples' number and hash are still to be added."""
+    files = plugin_files.digests(settings.plugins)
     return {
         **facts,
+        **({"plugin_files": files} if files else {}),
         "seed": settings.global_seed,
         "steps": (facts.get("sampler") or {}).get("num_steps"),
         "codec_scale": settings.codec.get("scale", 1.0),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from zigflow import plugins
+from zigflow import plugin_files, plugins
 from zigflow.build import (
     build_codec,
     build_model,
@@ -157,6 +157,7 @@ def sample_from_config(cfg: DictConfig) -> Path:
     if given["mixed_precision"] is None and launched_precision() != "no":
         given["mixed_precision"] = launched_precision()
     plugins.load_plugins()
+    plugin_files.use(given)
     trained = _open_trained(given, str(ckpt), options.weights)
     settings = trained.settings
     accelerator = make_accelerator(cpu=settings.loop.device == "cpu")

@@ -331,6 +331,10 @@ class Settings:
     run_dir: str = key(
         REQUIRED, "folder of the run; default outputs/JOB/ID, of a sweep hydra.sweep.dir/NUMBER_OVERRIDES"
     )
+    plugins: tuple[str, ...] = key(
+        (),
+        "files of your own, [my_scans.py, ...]: loaded, and recorded in the checkpoint, which loads them again",
+    )
     resume: str = key(
         "auto",
         "auto: the same command with the same run_dir continues it | never: refuse a directory in use",

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from zigflow import plugins
+from zigflow import plugin_files, plugins
 from zigflow.shapes import data_form
 
 
@@ -69,6 +69,7 @@ def main(argv: list[str]) -> int:
         config["model"] = {**names, **kwargs, **seed}
         config["data"] |= data_form(config["model"])
         config["codec"] = scaled_codec(config["codec"])
+        files = plugin_files.use(config)
         plugins.checked(config, trains=False)
     except Exception as error:
         line = plugins.explain(error, "default")
@@ -84,6 +85,7 @@ def main(argv: list[str]) -> int:
         "ema": [],
         "versions": versions(),
         "plugins": [],
+        "plugin_files": files,
         "converted_from": {"family": family, "file": args.file.name},
     }
     scan = scan_facts(model)
