@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 CLASS_ORDERS: dict[str, Callable[[list[str]], list[str]]] = {"numbers": folder_order, "text": sorted}
 _FORMATS = {"jpeg": "jpg", "tif": "tiff"}
+_SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "dev", "heldout"))
 
 
 class ImageFolderSource:
@@ -144,7 +145,8 @@ def list_images(root: Path, class_order: str = "numbers") -> ImageList:
 
     Raises:
         NotADirectoryError: ``root`` is no folder.
-        ValueError: no images, images beside sub-folders with images, or a sub-folder without any beside others.
+        ValueError: no images, images beside sub-folders with images, a sub-folder without any beside others, or parts
+            of a set (train, val) where classes are looked for.
     """
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is no folder")
@@ -180,8 +182,28 @@ def list_images(root: Path, class_order: str = "numbers") -> ImageList:
             f"the class folder {root / empty[0][0]}{more} holds no image ({KNOWN}) but {empty[0][1] or 'nothing'}: "
             "convert what it holds, or move the folder elsewhere"
         )
+    deeper = sorted({path.parts[1] for path in files if len(path.parts) > 2})
+    if deeper and all(len(path.parts) > 2 for path in files):
+        _check_depth(root, classes, deeper)
     _say(root, flat or files, len(classes), left)
     return ImageList(flat or files, [0] * len(flat) if flat else labels, tuple(classes), str(left))
+
+
+def _check_depth(root: Path, classes: list[str], deeper: list[str]) -> None:
+    """Images lie only in folders of class folders: splits of a set are refused, others are said.
+
+    Raises:
+        ValueError: what would be read as classes are parts of a set.
+    """
+    if {name.lower() for name in classes} <= _SPLITS:
+        raise ValueError(
+            f"{root} holds parts of a set ({', '.join(classes)}), which are no classes; the folders of images lie in "
+            f"them ({', '.join(deeper[:3])}): give {root / classes[0]}"
+        )
+    log.warning(
+        "%s: the classes are %s; what their folders hold (%s) is read into them: give a deeper folder if those are "
+        "the classes", root, ", ".join(classes[:3]), ", ".join(deeper[:3]),
+    )  # fmt: skip
 
 
 def _say(root: Path, files: list[Path], classes: int, left: LeftOut) -> None:

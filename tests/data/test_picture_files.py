@@ -95,6 +95,8 @@ def test_the_background_is_a_parameter_of_every_reader(tmp_path):
     assert np.array_equal(ShardSource(tmp_path / "gray")[0]["pixels"], gray[0]["pixels"])
     kept = [ShardSource(tmp_path / "kept", background=level).fingerprint for level in (255, 51)]
     assert kept[0] != kept[1] and kept[0] == ShardSource(tmp_path / "kept").fingerprint
+    judged = StoredImages(tmp_path / "in" / "a", background=51).round(0)[0]
+    assert (judged == 51).all() and (StoredImages(tmp_path / "in" / "a").round(0)[0] == 255).all()
     with pytest.raises(ValueError, match="background is a level"):
         ShardSource(tmp_path / "kept", background="white")
 
@@ -151,6 +153,27 @@ def test_a_class_without_an_image_is_an_error_for_every_reader(tmp_path, capsys,
     error = capsys.readouterr().err
     assert "bee holds no image" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Train",)])
+def test_parts_of_a_set_are_no_classes(tmp_path, capsys, names):
+    fill(tmp_path, {f"in/{name}/{animal}/0.png": image() for name in names for animal in ("ant", "bee")})
+    with pytest.raises(ValueError, match=rf"parts of a set .*\(ant, bee\): give .*in/{names[0]}$"):
+        ImageFolderSource(tmp_path / "in", 8)
+    command = ["make-shards", "folder", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    assert main(command) == 1
+    assert "holds parts of a set" in capsys.readouterr().err
+    assert ImageFolderSource(tmp_path / "in" / names[0], 8).class_names == ("ant", "bee")
+
+
+def test_classes_whose_images_all_lie_deeper_are_said(tmp_path, caplog):
+    fill(tmp_path, {"train/red/0.png": image(), "car/red/0.png": image(), "car/blue/0.png": image()})
+    assert ImageFolderSource(tmp_path, 8).class_names == ("car", "train")
+    assert "the classes are car, train; what their folders hold (blue, red)" in caplog.text
+    caplog.clear()
+    fill(tmp_path, {"train/1.png": image()})
+    ImageFolderSource(tmp_path, 8)
+    assert "the classes are" not in caplog.text
 
 
 def test_folders_that_hold_nothing_to_read_say_what_they_hold(tmp_path):

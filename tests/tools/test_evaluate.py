@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from zigflow.codec import to_uint8
+from zigflow.data.picture import read_image
 from zigflow.datasets.digits import DigitsSource
+from zigflow.metrics import stored_images
 from zigflow.metrics.results import read_results
 from zigflow.metrics.stored_images import StoredImages
 from zigflow.tools.__main__ import main
@@ -105,3 +107,25 @@ def test_images_that_do_not_belong_together(tmp_path):
     with pytest.raises(ValueError, match="plain arrays"):
         StoredImages(tmp_path / "b.npz")
     assert torch.equal(images.ids, torch.arange(3))
+
+
+def test_transparent_samples_are_shown_on_the_background_of_the_real_set(tmp_path, capsys, monkeypatch):
+    rng = np.random.default_rng(0)
+    for index in range(4):
+        for part in ("real/a", "samples"):
+            path = tmp_path / part / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (8, 8, 4), dtype=np.uint8)).save(path)
+    command = ["evaluate", f"samples={tmp_path / 'samples'}", "data=image_folder", "data.image_size=8",
+               f"data.source.root={tmp_path / 'real'}", "metrics=none", "data.source.background=7"]  # fmt: skip
+    assert main(command) == 1
+    assert "nothing to judge with" in capsys.readouterr().err
+    given = []
+
+    def noted(*arguments, **options):
+        given.append(options["background"])
+        return read_image(*arguments, **options)
+
+    monkeypatch.setattr(stored_images, "read_image", noted)
+    assert main(command) == 1
+    assert given == [(7, 7, 7)]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zigflow.data.picture import read_image
+from zigflow.data.picture import WHITE, Background, background_color, read_image
 from zigflow.data.picture_files import KNOWN, LeftOut, scan_folder
 
 __all__ = ["StoredImages"]
@@ -32,6 +32,7 @@ class StoredImages:
     Args:
         path: the folder or the ``.npz`` file.
         batch_size: images of a round.
+        background: what shows through transparent images, as the real set has it.
 
     Raises:
         FileNotFoundError: there is nothing, or a folder without images.
@@ -39,8 +40,9 @@ class StoredImages:
             layout, or one that holds Python objects.
     """
 
-    def __init__(self, path: Path | str, batch_size: int = 100):
+    def __init__(self, path: Path | str, batch_size: int = 100, background: Background = WHITE):
         self.path, self.batch_size = Path(path), batch_size
+        self.background = background_color(background)
         self._files: list[Path] = []
         self._images: np.ndarray | None = None
         self._labels: Tensor | None = None
@@ -137,7 +139,7 @@ class StoredImages:
         return bool(numbered), list(ids)
 
     def _read(self, file: Path) -> Tensor:
-        array = read_image(file)[1]
+        array = read_image(file, background=self.background)[1]
         array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         if getattr(self, "_shape", tensor.shape) != tensor.shape:

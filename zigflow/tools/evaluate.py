@@ -14,7 +14,8 @@ USAGE = """usage: python -m zigflow.tools evaluate samples=FOLDER|FILE.npz [outp
 
 Judge the images of a folder (all of one size and kind; names are all numbers or none; a grid beside them is left out),
 or the arrays of an npz file (arr_0: uint8 (N, H, W, C); arr_1, if it is there: labels), with the metrics and the real
-images of a configuration, as train_acc.py composes it (data=..., metrics=...).
+images of a configuration, as train_acc.py composes it (data=..., metrics=...). Transparent images are shown on the
+background of the real set (data.source.background).
 The result is written to FOLDER/results.json (FILE.results.json for an archive) with its protocol."""
 
 
@@ -61,7 +62,8 @@ def evaluate(settings: Any, samples: Path, output: Path | None = None) -> tuple[
 
     if settings.loop.threads is not None:
         torch.set_num_threads(settings.loop.threads)
-    images = StoredImages(samples)
+    background = _background_of(settings)
+    images = StoredImages(samples, background=background)
     if output is None:
         output = samples / "results.json" if samples.is_dir() else samples.with_suffix(".results.json")
     # What sample_acc.py wrote about how these images were made stays true.
@@ -89,10 +91,19 @@ def evaluate(settings: Any, samples: Path, output: Path | None = None) -> tuple[
         "seed": facts["seed"],
         "codec_scale": (facts["codec"] or {}).get("scale"),
         "samples": str(samples.resolve()),
+        "background": background,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         **judgement.protocol,
     }
     return write_results(output, judgement.metrics, protocol), judgement.metrics
+
+
+def _background_of(settings: Any) -> Any:
+    """What shows through transparent samples: the background that the real set is given, white without."""
+    from zigflow.data.picture import WHITE
+
+    chosen = (settings.data.heldout or {}).get("background", (settings.data.source or {}).get("background"))
+    return WHITE if chosen is None else chosen
 
 
 def _classes_of(settings: Any, samples: Path) -> tuple[Any, list[str]]:
