@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from zigflow import plugins
-from zigflow.build import train_from_config
 from zigflow.engine.lock import RunDirError, sole_writer
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.sampling_run import SamplingFolderError
@@ -22,6 +21,7 @@ from zigflow.processes import Gaussian, StableDiffusion, VariancePreserving
 from zigflow.sample_job import sample_from_config
 from zigflow.samplers import ChainSampler, DpmSolver, OdeSampler
 from zigflow.settings import SettingsError
+from zigflow.train_job import train_from_config
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["ode.sampling_method=euler", "ode.num_steps=3", "loop.progress=false", "offline_sample_local_bs=4"]

@@ -16,7 +16,6 @@ from PIL import Image
 from tests.assertions import assert_close
 from tests.models.transformers import filled
 from zigflow import plugins
-from zigflow.build import train_from_config
 from zigflow.engine.checkpoint import open_checkpoint
 from zigflow.engine.evaluation import _reduce
 from zigflow.engine.sampling_run import SamplingFolderError
@@ -28,6 +27,7 @@ from zigflow.preflight import check_training
 from zigflow.sample_job import sample_from_config
 from zigflow.settings import Settings, SettingsError
 from zigflow.settings_sampling import UpsampleSettings
+from zigflow.train_job import train_from_config
 from zigflow.typed import parse
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -266,6 +266,16 @@ class Settings:
             raise SettingsError(f"cfg_interval={list(self.cfg_interval)} is not 0 <= low < high <= 1")
         self._check_combinations()
 
+    @property
+    def asks_likelihood(self) -> bool:
+        """Whether a command measures the likelihood of data, however that is spelt."""
+        return self.likelihood or self.ode.likelihood
+
+    @property
+    def measures_data(self) -> bool:
+        """Whether a command works on given data, their likelihood or their noise, instead of sampling."""
+        return self.asks_likelihood or self.ode.reverse
+
     def _check_combinations(self) -> None:
         model = self.model
         for group in ("model", "process", "codec"):
@@ -276,7 +286,7 @@ class Settings:
                 f"cfg_scale={self.cfg_scale} needs a model with a null class: model.class_dropout_prob is "
                 f"{model.get('class_dropout_prob', 0)}; train with model.class_dropout_prob=0.1, or set cfg_scale=1"
             )
-        likelihood = self.likelihood or self.ode.likelihood
+        likelihood = self.asks_likelihood
         inverts = (
             self.sample_mode == "diffusion"
             and self.diffusion.sampling_method == "ddim"
@@ -291,10 +301,10 @@ class Settings:
                 "process=gaussian, and ddim with diffusion.eta=0 can be reversed"
             )
         self._check_process()
-        self.upsample.check(self.process, measures=likelihood or self.ode.reverse)
+        self.upsample.check(self.process, measures=self.measures_data)
         if likelihood and self.ode.reverse:
             raise SettingsError("likelihood=true and ode.reverse=true exclude each other: choose one")
-        if (likelihood or self.ode.reverse) and self.cfg_scale != 1:
+        if self.measures_data and self.cfg_scale != 1:
             raise SettingsError(
                 f"cfg_scale={self.cfg_scale} with likelihood=true or ode.reverse=true: guidance has no density of its "
                 "own, set cfg_scale=1"
@@ -327,8 +337,7 @@ class Settings:
                 "sample_mode=diffusion has no steps for process=flow: set sample_mode=ODE or SDE, or train with "
                 "process=gaussian, vp or sd_discrete"
             )
-        likelihood = self.likelihood or self.ode.likelihood
-        if self.sample_mode == "diffusion" and likelihood and not target.endswith(".Gaussian"):
+        if self.sample_mode == "diffusion" and self.asks_likelihood and not target.endswith(".Gaussian"):
             raise SettingsError(
                 "likelihood=true with sample_mode=diffusion is the variational bound of process=gaussian, which "
                 f"{target.rpartition('.')[2]} has none of: set sample_mode=ODE"

@@ -17,7 +17,7 @@ LAYERS = {
         "zigflow.compvis", "zigflow.text"],
     4: ["zigflow.engine", "zigflow.official"],
     5: ["zigflow.build", "zigflow.evaluation_job", "zigflow.sample_job", "zigflow.stored_config", "zigflow.plugins",
-        "zigflow.tools", "zigflow.preflight", "zigflow.start_job", "zigflow.real_sets",
+        "zigflow.tools", "zigflow.preflight", "zigflow.train_job", "zigflow.real_sets",
         "zigflow.sources", "zigflow.nodes", "zigflow.typed_arguments",
         "zigflow.hydra_folders", "zigflow.objective", "zigflow.overrides", "zigflow.wandb_key"],
     6: ["train_acc", "sample_acc", "zigflow.cli"],

@@ -262,7 +262,7 @@ def _marked_pixels(tracer: Tracer) -> Iterator[None]:
 def trace_batch(run_dir: Path) -> Tracer:
     """Train one step; also leaves the checkpoint that others open."""
     from zigflow import plugins
-    from zigflow.build import train_from_config
+    from zigflow.train_job import train_from_config
 
     def ends(event: str, frame: FrameType) -> bool:
         return event == "return" and _named("loss", "processes")(frame)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from zigflow import build, cli, plugins
+from zigflow import cli, plugins, train_job
 from zigflow.engine import exits
 from zigflow.engine.signals import stop
 from zigflow.settings import SettingsError
@@ -36,7 +36,7 @@ def command(monkeypatch, tmp_path):
         monkeypatch.delenv("RUN_ID")
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         monkeypatch.setattr(sys, "argv", ["train_acc.py", *arguments])
-        monkeypatch.setattr(build, "train_from_config", work)
+        monkeypatch.setattr(train_job, "train_from_config", work)
         return cli.train(), seen
 
     return run

@@ -10,9 +10,9 @@ import pytest
 from omegaconf import OmegaConf, open_dict
 
 from zigflow import plugins
-from zigflow.build import train_from_config
 from zigflow.models.dis import DiS
 from zigflow.sample_job import sample_from_config
+from zigflow.train_job import train_from_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()

@@ -103,7 +103,7 @@ def continued(folder, unbroken, seed=8):
     again.fit()
     assert again.stopped_by is None
     assert_same_bits(snapshot(again), unbroken)
-    return again.loader_factory.starts
+    return again.data.loader.starts
 
 
 WINDOWS = {
@@ -126,7 +126,7 @@ def test_it_saves_and_leaves(tmp_path, unbroken, window, number):
     assert trainer.stopped_by == number.name
     assert checkpoint.open_checkpoint(tmp_path).step == step
     if window == "evaluation":
-        assert trainer.hooks[0].results == [1, 2], "the interrupted evaluation must give no result"
+        assert trainer.monitoring.hooks[0].function.results == [1, 2], "the interrupted evaluation must give no result"
     assert continued(tmp_path, unbroken) == [step]
 
 
@@ -140,7 +140,7 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path, unbroken, numb
     trainer = make_trainer(tmp_path, steps=STEPS, loader=Late())
     assert trainer.fit().step == 0
     assert trainer.stopped_by == number.name
-    assert trainer.loader_factory.given == [], "no data is read any more"
+    assert trainer.data.loader.given == [], "no data is read any more"
     assert checkpoint.find_latest(tmp_path) is None
     assert continued(tmp_path, unbroken, seed=0) == [0]
 
