@@ -24,11 +24,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from zigflow.processes import Flow, Gaussian, StableDiffusion, VariancePreserving
-from zigflow.processes.diffusion import CONTINUOUS_SCHEDULES, DIFFUSION_PREDICTIONS
 from zigflow.processes.interpolants import INTERPOLANTS
-from zigflow.processes.process import PREDICTIONS
-from zigflow.processes.schedules import BETAS
-from zigflow.samplers import SAMPLERS, ChainSampler, DpmSolver, OdeSampler
+from zigflow.processes.predictions import PREDICTIONS, bounded_predictions
+from zigflow.processes.schedules import BETAS, SCHEDULES
+from zigflow.samplers import ODE_SOLVERS, ChainSampler, DpmSolver, OdeSampler
 from zigflow.samplers.dpm_grids import GRIDS, VARIANTS
 from zigflow.samplers.dpm_solver import FORMS
 
@@ -50,7 +49,7 @@ class Setting(NamedTuple):
         """The sampler with ``calls`` calls of the network, the last step's among them, or as many as fit."""
         if self.variant:
             return DpmSolver(self.method, self.variant, calls - 1, self.order, self.grid)
-        stages = len(getattr(SAMPLERS.get(self.method), "b", ()))
+        stages = len(getattr(ODE_SOLVERS.get(self.method), "b", ()))
         return OdeSampler(self.method, (calls - 1) // stages + 1)
 
 
@@ -58,7 +57,9 @@ def settings() -> list[Setting]:
     """All of DPM-Solver's, and every fixed-step ODE method of ours."""
     variants = [name for name in VARIANTS if name != "adaptive"]
     dpm = itertools.starmap(Setting, itertools.product(FORMS, variants, GRIDS, (1, 2, 3)))
-    solvers = {name: SAMPLERS.get(name) for name in SAMPLERS.names() if not name.startswith("torchdiffeq/")}
+    solvers = {
+        name: ODE_SOLVERS.get(name) for name in ODE_SOLVERS.names() if not name.startswith("torchdiffeq/")
+    }
     # Each once, whatever other names it has.
     return [
         *dpm,
@@ -76,7 +77,7 @@ def processes() -> dict[tuple[str, str, str], Any]:
         except ValueError as error:
             found[name, shape, prediction] = str(error)
 
-    for prediction in DIFFUSION_PREDICTIONS:
+    for prediction in bounded_predictions():
         for betas in (name for name in BETAS.names() if name != "squaredcos_cap_v2"):  # cosine's other name
             add("gaussian", betas, prediction, lambda b=betas, p=prediction: Gaussian(b, prediction=p))
             add(
@@ -85,7 +86,7 @@ def processes() -> dict[tuple[str, str, str], Any]:
                 prediction,
                 lambda b=betas, p=prediction: StableDiffusion(b, prediction=p),
             )
-        for schedule in CONTINUOUS_SCHEDULES:
+        for schedule in SCHEDULES:
             add(
                 "vp",
                 schedule,

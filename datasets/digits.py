@@ -12,6 +12,7 @@ from zigflow.data.files import publishing_folder
 from zigflow.data.shard_index import INDEX_NAME
 from zigflow.data.split import stratified_split
 from zigflow.data.writer import ShardWriter, encode_png, writing_order
+from zigflow.errors import needs
 from zigflow.registry import unknown_name
 
 from .shards import ShardSource
@@ -56,8 +57,13 @@ class DigitsSource(ShardSource):
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """(1797, 8, 8) uint8 grey levels 0..255 and (1797,) labels."""
-    from sklearn.datasets import load_digits as load
+    """(1797, 8, 8) uint8 grey levels 0..255 and (1797,) labels.
+
+    Raises:
+        MissingPackageError: scikit-learn, which has them, is missing.
+    """
+    with needs("scikit-learn", "data=digits"):
+        from sklearn.datasets import load_digits as load
 
     values, labels = load(return_X_y=True)
     levels = np.floor(np.asarray(values, dtype=np.float64) * 255 / 16 + 0.5).astype(np.uint8)

@@ -1,8 +1,8 @@
 """The one place where a configuration becomes objects; everything below it takes plain arguments."""
 
 import inspect
-import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,14 +11,11 @@ from hydra.utils import get_object
 from zigflow.engine.launch import make_accelerator
 from zigflow.engine.optim import ClassFactory, OptimizerFactory, build_optimizer, optimizer_named
 from zigflow.engine.runtime import Runtime
+from zigflow.engine.sampling_run import Pipeline
 from zigflow.nodes import make
-from zigflow.samplers import ChainSampler, DpmSolver, OdeSampler, SdeSampler
+from zigflow.samplers import ChainSampler, DpmSolver, Guided, OdeSampler, SdeSampler, Upsampled
 from zigflow.settings import Settings, SettingsError
-from zigflow.sources import (
-    without_classes,
-)
-
-log = logging.getLogger(__name__)
+from zigflow.sources import without_classes
 
 
 def model_arguments(settings: Settings) -> dict[str, Any]:
@@ -105,6 +102,24 @@ def build_sampler(settings: Settings):
         rtol=ode.rtol,
         last_step=ode.last_step,
     )
+
+
+def build_pipeline(settings: Settings, model: torch.nn.Module, codec: Any) -> Pipeline:
+    """How a configuration makes images out of noise, and numbers out of images."""
+    process = make("process", settings.process)
+    return Pipeline(model, process, build_sampler(settings), codec, partial(_guided, settings, process))
+
+
+def _guided(settings: Settings, process: Any, model: Any) -> Any:
+    """The model function that samplers call: with guidance, and for larger images with that of the small one."""
+    channels = getattr(model, "guided_channels", None)
+    guided = Guided(
+        model, settings.cfg_scale, interval=settings.cfg_interval, process=process, channels=channels
+    )
+    chosen = settings.upsample
+    if chosen.factor == 1:
+        return guided
+    return Upsampled(guided, process, chosen.factor, chosen.eta, chosen.theta, chosen.matching)
 
 
 def check_optimizer(settings: Settings) -> OptimizerFactory:

@@ -8,6 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from zigflow import hydra_folders, paths, plugins
+from zigflow.errors import OtherRankError
 from zigflow.typed_arguments import as_meant
 
 
@@ -157,7 +158,7 @@ def _leave_traces(error: BaseException, run_dir: Path | None) -> int:
         code, reason = stop.code, str(error)
     elif plugins.is_mistake(error):
         code = exits.MISTAKE
-    elif stop.received and (type(error).__name__ == "OtherRankError" or plugins.is_foreign(error)):
+    elif stop.received and (isinstance(error, OtherRankError) or plugins.is_foreign(error)):
         # A process that left before this one knew takes its connection with it.
         code, reason = stop.code, f"stopped by {stop.received}; {reason}"
     if run_dir is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zigflow.compvis import read_autoencoder
+from zigflow.errors import needs
 from zigflow.keyed import current_draws
 from zigflow.latents import LatentScale, LatentSize, is_checkpoint_file
 
@@ -116,7 +117,7 @@ class AutoencoderKLCodec:
         chunk: images that are encoded or decoded at a time.
 
     Raises:
-        ImportError: diffusers is missing; the extra to install is named.
+        MissingPackageError: diffusers is missing; the extra to install is named.
         ValueError: an unknown ``posterior``, a ``scale`` that is not positive or contradicts the folder, a folder or
             file without an autoencoder.
     """
@@ -220,10 +221,8 @@ class AutoencoderKLCodec:
 
 
 def _load(path: str) -> Any:
-    try:
+    with needs("diffusers", "the autoencoder codec", extra="codec"):
         from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ImportError("the autoencoder codec needs diffusers: pip install 'zigflow[codec]'") from error
     if is_checkpoint_file(path):
         layout, weights = read_autoencoder(path)
         vae: Any = AutoencoderKL(**layout)

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from scans.plot import plot_scans
-from zigflow.build import build_codec, build_sampler
+from zigflow.build import build_codec, build_pipeline
 from zigflow.codec import IdentityCodec
 from zigflow.data.class_names import are_numbers
 from zigflow.engine.evaluation import Judge
-from zigflow.engine.hooks import Hook, Monitoring
 from zigflow.engine.in_loop import InLoopEvaluation
 from zigflow.engine.launch import chosen_precision
 from zigflow.engine.peak import peak_flops
@@ -26,23 +25,16 @@ from zigflow.engine.sampling_run import Pipeline, Samples, SamplingRun
 from zigflow.engine.track_tensorboard import TensorBoardTracker, import_writer
 from zigflow.engine.track_wandb import WandbTracker, import_wandb
 from zigflow.engine.trackers import Trackers
-from zigflow.engine.trainer import Trainer
+from zigflow.engine.trainer import Hook, Monitoring, Trainer
 from zigflow.nn.flops import count_flops
 from zigflow.nn.skip_tuning import set_skip_tuning
 from zigflow.nodes import make
 from zigflow.preflight import check_decoding
 from zigflow.real_sets import real_sets
-from zigflow.samplers import Guided, Upsampled
 from zigflow.settings import Settings, SettingsError
 from zigflow.sources import build_source
 
 log = logging.getLogger(__name__)
-
-
-def build_pipeline(settings: Settings, model: torch.nn.Module, codec: Any) -> Pipeline:
-    """How a configuration makes images out of noise, and numbers out of images."""
-    process = make("process", settings.process)
-    return Pipeline(model, process, build_sampler(settings), codec, partial(_guided, settings, process))
 
 
 def build_sampling_run(
@@ -85,18 +77,6 @@ def build_sampling_run(
         mixed_precision=settings.mixed_precision or "no",
         progress=settings.loop.progress,
     )
-
-
-def _guided(settings: Settings, process: Any, model: Any) -> Any:
-    """The model function that samplers call: with guidance, and for larger images with that of the small one."""
-    channels = getattr(model, "guided_channels", None)
-    guided = Guided(
-        model, settings.cfg_scale, interval=settings.cfg_interval, process=process, channels=channels
-    )
-    chosen = settings.upsample
-    if chosen.factor == 1:
-        return guided
-    return Upsampled(guided, process, chosen.factor, chosen.eta, chosen.theta, chosen.matching)
 
 
 def data_texts(settings: Settings, model: Any) -> tuple[Any, SourceRows]:

@@ -40,6 +40,7 @@ from omegaconf.errors import OmegaConfBaseException
 import scans
 from zigflow import hydra_folders, paths
 from zigflow.engine import launch, launcher_settings
+from zigflow.errors import ZigflowError
 from zigflow.hydra_folders import run_id
 from zigflow.overrides import compose_leniently
 from zigflow.preflight import check_training
@@ -421,8 +422,8 @@ def explain(error: BaseException, config_name: str) -> str | None:
 
 
 def is_foreign(error: BaseException) -> bool:
-    """Whether the error is none of our own classes."""
-    return not type(error).__module__.startswith("zigflow.")
+    """Whether the error was not written for the user: only its traceback says what is wrong."""
+    return not isinstance(error, ZigflowError)
 
 
 def _one_line(text: str) -> str:

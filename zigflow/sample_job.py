@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 
 from zigflow import plugins
-from zigflow.build import build_codec, build_runtime
+from zigflow.build import build_codec, build_pipeline, build_runtime
 from zigflow.codec import IdentityCodec
 from zigflow.data.class_names import renumbered
 from zigflow.data.contents import exact_fingerprint
@@ -28,7 +28,6 @@ from zigflow.engine.sampling_run import Pipeline, Samples, SamplingRun
 from zigflow.engine.tensors import save_tensors
 from zigflow.evaluation_job import (
     build_judge,
-    build_pipeline,
     build_sampling_run,
     data_texts,
     results_protocol,

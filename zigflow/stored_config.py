@@ -76,6 +76,11 @@ class Stored:
         """The run of a checkpoint of ours; its directory itself where it lies in none."""
         return self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path
 
+    @property
+    def ctor_kwargs(self) -> Mapping[str, Any] | None:
+        """Keywords of the published constructor, where an official file holds them."""
+        return None if self.official is None else self.official.ctor_kwargs
+
     def weights(self) -> dict[str, Tensor]:
         """The state that sampling takes by default."""
         return (
@@ -170,23 +175,22 @@ def open_trained(given: dict[str, Any], ckpt: str, wanted: str | None) -> Traine
         raise
     except ValueError as error:
         raise SettingsError(f"ckpt: {error}") from error
-    if stored.official is not None:
+    ours = stored.checkpoint
+    if ours is None:
         process = _published_process(given, stored.family)
-        completed = complete_from_defaults(given, ckpt, stored.official.ctor_kwargs, process)
+        completed = complete_from_defaults(given, ckpt, stored.ctor_kwargs, process)
     else:
-        completed = complete_from_checkpoint(given, stored.checkpoint.config, ckpt)
-        find_roots(
-            completed, stored.checkpoint.config, stored.checkpoint.trainer.get("roots"), stored.run_dir
-        )
+        completed = complete_from_checkpoint(given, ours.config, ckpt)
+        find_roots(completed, ours.config, ours.trainer.get("roots"), stored.run_dir)
     settings = Settings.from_mapping({**completed, "codec": scaled_codec(completed["codec"])})
     if not settings.measures_data:
         # Encoding stored latents and measuring their likelihood need no autoencoder, pictures do.
         check_decoding(settings)
-    if stored.official is not None:
+    if ours is None:
         model = stored.official_model({k: v for k, v in model_arguments(settings).items() if k != "_target_"})
         return Trained(settings, model, "official", stored.step, Path("samples") / stored.path.stem)
     model = build_model(settings)
-    weights = load_weights(model, stored.checkpoint, wanted)
+    weights = load_weights(model, ours, wanted)
     return Trained(settings, model, weights, stored.step, stored.run_dir / "samples")
 
 

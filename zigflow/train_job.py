@@ -23,7 +23,6 @@ from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine import signals
 from zigflow.engine.elastic import global_batch_for, shards_at_once_for
 from zigflow.engine.ema import EmaProfile
-from zigflow.engine.hooks import Hook
 from zigflow.engine.launch import check_same
 from zigflow.engine.log import read_metrics
 from zigflow.engine.optim import Schedule
@@ -32,7 +31,7 @@ from zigflow.engine.run_state import Counters, RunRecord
 from zigflow.engine.runtime import Runtime
 from zigflow.engine.skips import SkipBudget
 from zigflow.engine.start import Start
-from zigflow.engine.trainer import Trainer
+from zigflow.engine.trainer import Hook, Trainer
 from zigflow.evaluation_job import build_monitoring
 from zigflow.metrics.pictures import save_loss_curve
 from zigflow.nodes import make
@@ -150,8 +149,8 @@ def _read_data(job: _Job, codec: Any) -> Any:
     """What is trained on; the job's configuration gets what follows from it."""
     settings = job.settings
     node = settings.data.source
-    stream = settings.data.order == "streaming" and node
-    source = build_stream(settings, node) if stream else build_source(settings)
+    streams = settings.data.order == "streaming"
+    source = build_stream(settings, node) if streams and node else build_source(settings)
     if source is None:
         raise SettingsError(f"data={settings.data.name} has no source to train on: choose another data=NAME")
     job.plain = settled(job.plain, source, codec, job.stored, job.counts_classes)

@@ -8,9 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-
-class SettingsError(ValueError):
-    """A configuration that cannot run; the message is one line."""
+from zigflow.errors import SettingsError
 
 
 def parse(cls: type, values: Mapping[str, Any], prefix: str) -> Any:

@@ -1,6 +1,7 @@
-"""Imports point down, or stay in their layer without cycles. The table is HOUSE.md's."""
+"""Imports point down, or stay in their layer without circles, between files too; docs/architecture.md has the table."""
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -8,24 +9,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-LAYERS = {
-    1: ["scans", "dis_kernels", "dis_causal_conv1d", "dis_mamba"],
-    2: ["zigflow.nn", "zigflow.processes", "zigflow.data", "zigflow.settings", "zigflow.typed",
-        "zigflow.registry", "zigflow.paths", "zigflow.settings_sampling",
-        "zigflow.keyed", "zigflow._version", "zigflow.latents"],
-    3: ["model_zigma", "zigflow.models", "zigflow.samplers", "zigflow.metrics", "zigflow.datasets", "zigflow.codec",
-        "zigflow.compvis", "zigflow.text"],
-    4: ["zigflow.engine", "zigflow.official"],
-    5: ["zigflow.build", "zigflow.evaluation_job", "zigflow.sample_job", "zigflow.stored_config", "zigflow.plugins",
-        "zigflow.tools", "zigflow.preflight", "zigflow.train_job", "zigflow.real_sets",
-        "zigflow.sources", "zigflow.nodes", "zigflow.typed_arguments",
-        "zigflow.hydra_folders", "zigflow.objective", "zigflow.overrides", "zigflow.wandb_key"],
-    6: ["train_acc", "sample_acc", "zigflow.cli"],
-}  # fmt: skip
+
+def _layers() -> dict[int, list[str]]:
+    """The rows of the page's table: layer -> modules, in the backticks of the second column."""
+    text = (ROOT / "docs" / "architecture.md").read_text().partition("## Layers")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", text, re.MULTILINE)
+    return {int(layer): re.findall(r"`([\w.]+)`", modules) for layer, modules in rows}
+
+
+LAYERS = _layers()
 # Inside layer 1, whose parts are usable alone.
 BELOW = {"dis_mamba": ("dis_kernels", "dis_causal_conv1d"), "dis_causal_conv1d": ("dis_kernels",)}
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
+# What the registry of solvers imports of those that are built on it.
+STANDING = {"zigflow.samplers.torchdiffeq_adapter"}
 OPTIONAL = {
     "triton", "mamba_ssm", "selective_scan_cuda", "causal_conv1d", "diffusers", "transformers", "wandb", "webdataset",
     "av", "torchmetrics", "torch_fidelity", "tensorboard", "gradio",
@@ -36,6 +34,7 @@ ENTRY_IMPORTS = {
     "sys",
     "hydra",
     "omegaconf",
+    "zigflow.errors",
     "zigflow.plugins",
     "zigflow.paths",
     "zigflow.typed_arguments",
@@ -129,6 +128,63 @@ def test_components_of_a_layer_do_not_import_in_cycles():
 
     for node in edges:
         visit(node, [])
+
+
+def _names(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def _circle(imports: dict[str, set[str]]) -> list[str]:
+    """Files that import each other, inside of functions too, the first one twice; empty without any."""
+    done: set[str] = set()
+
+    def visit(module: str, trail: list[str]) -> list[str]:
+        if module in trail:
+            return [*trail[trail.index(module) :], module]
+        if module in done:
+            return []
+        for target in sorted(imports.get(module, set()) - {module}):
+            if found := visit(target, [*trail, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(imports) if (found := visit(module, []))), [])
+
+
+def test_files_do_not_import_each_other_in_circles():
+    library = {module: {i for i in _imports(module) if i in MODULES} for module in MODULES}
+    library["zigflow.samplers.solver"] -= STANDING
+    assert not (circle := _circle(library)), " -> ".join(circle)
+
+
+def test_benchmarks_do_not_import_each_other_in_circles():
+    # Scripts find those of their folder both as benchmarks.NAME and as NAME.
+    scripts = {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
+    imports = {
+        name: {i.removeprefix("benchmarks.") for i in _names(path)} & set(scripts)
+        for name, path in scripts.items()
+    }
+    assert any(imports.values())
+    assert not (circle := _circle(imports)), " -> ".join(circle)
+
+
+def test_a_circle_is_found():
+    assert _circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert _circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_the_table_names_what_exists_and_nothing_twice():
+    assert sorted(LAYERS) == [1, 2, 3, 4, 5, 6]
+    named = [name for names in LAYERS.values() for name in names]
+    assert len(named) == len(set(named))
+    assert not [n for n in named if n not in MODULES and not any(m.startswith(f"{n}.") for m in MODULES)]
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if _component(m)))

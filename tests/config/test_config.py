@@ -25,29 +25,6 @@ CHOICES = [(g, p.stem) for g in GROUPS for p in sorted((config_dir() / g).rglob(
 PRESETS = ("experiment", "debug")
 
 
-def test_names_that_settings_check_are_the_registered_ones():
-    """Settings know the names without importing what they stand for."""
-    from zigflow import settings, settings_sampling
-    from zigflow.processes.diffusion_forms import DIFFUSION_FORMS
-    from zigflow.processes.interpolants import INTERPOLANTS
-    from zigflow.samplers import SAMPLERS
-    from zigflow.samplers.dpm_grids import GRIDS, VARIANTS
-
-    names = SAMPLERS.names()
-    assert set(settings_sampling.ODE_METHODS) == {
-        n for n in names if not n.startswith(("sde/", "diffusion/", "torchdiffeq/"))
-    }
-    assert {f"sde/{n}" for n in settings_sampling.SDE_METHODS} == {n for n in names if n.startswith("sde/")}
-    assert {f"diffusion/{n}" for n in settings_sampling.DIFFUSION_METHODS} == {
-        n for n in names if n.startswith("diffusion/")
-    }
-    assert set(settings_sampling.DPM_VARIANTS) == set(VARIANTS) and set(settings_sampling.DPM_GRIDS) == set(
-        GRIDS
-    )
-    assert set(settings_sampling.DIFFUSION_FORMS) == set(DIFFUSION_FORMS.names())
-    assert set(settings.PATH_TYPES) == set(INTERPOLANTS.names())
-
-
 def plain(overrides=(), name="default"):
     cfg = compose_config(["run_dir=outputs/test", *overrides], name)
     return OmegaConf.to_container(cfg, resolve=True)

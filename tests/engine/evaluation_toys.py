@@ -9,7 +9,7 @@ from tests.engine.toys import CLASSES, SHAPE, EulerToy, TinyModel, ToyProcess, b
 from zigflow.codec import IdentityCodec
 from zigflow.engine.evaluation import Judge
 from zigflow.engine.in_loop import InLoopEvaluation
-from zigflow.engine.ranks import OtherRankError
+from zigflow.errors import OtherRankError
 from zigflow.metrics.frechet import FrechetMetric
 
 

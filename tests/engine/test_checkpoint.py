@@ -9,8 +9,9 @@ import torch
 from tests.engine.evaluation_toys import on_threads
 from zigflow.engine import checkpoint, durable
 from zigflow.engine.checkpoint import CheckpointError
-from zigflow.engine.ranks import OtherRankError, Ranks
+from zigflow.engine.ranks import Ranks
 from zigflow.engine.tensors import load_tensors, save_tensors
+from zigflow.errors import OtherRankError
 
 RANKS = Ranks()
 

@@ -20,8 +20,9 @@ from zigflow.engine import checkpoint
 from zigflow.engine.checkpoint import CheckpointError
 from zigflow.engine.evaluation import Judge
 from zigflow.engine.log import read_metrics
-from zigflow.engine.ranks import OtherRankError, Ranks
+from zigflow.engine.ranks import Ranks
 from zigflow.engine.run_state import load_weights
+from zigflow.errors import OtherRankError
 from zigflow.metrics.digit_judge import DigitJudge
 from zigflow.metrics.results import read_results
 

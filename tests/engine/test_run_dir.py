@@ -10,8 +10,9 @@ from tests.engine.toys import PROFILES
 from zigflow.engine import durable
 from zigflow.engine.lock import sole_writer
 from zigflow.engine.options import TrainOptions
-from zigflow.engine.ranks import OtherRankError, Ranks
+from zigflow.engine.ranks import Ranks
 from zigflow.engine.run_dir import RunDir, RunDirError, check_same_config
+from zigflow.errors import OtherRankError
 
 
 def test_the_identity_stays(tmp_path):

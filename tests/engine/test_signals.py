@@ -126,7 +126,9 @@ def test_it_saves_and_leaves(tmp_path, unbroken, window, number):
     assert trainer.stopped_by == number.name
     assert checkpoint.open_checkpoint(tmp_path).step == step
     if window == "evaluation":
-        assert trainer.monitoring.hooks[0].function.results == [1, 2], "the interrupted evaluation must give no result"
+        assert trainer.monitoring.hooks[0].function.results == [1, 2], (
+            "the interrupted evaluation must give no result"
+        )
     assert continued(tmp_path, unbroken) == [step]
 
 

@@ -10,13 +10,12 @@ from zigflow.codec import IdentityCodec
 from zigflow.data.batch import Batch
 from zigflow.data.global_batch import GlobalBatch
 from zigflow.engine.ema import EmaProfile
-from zigflow.engine.hooks import Hook, Monitoring
 from zigflow.engine.optim import adamw
 from zigflow.engine.options import TrainingData, TrainOptions
 from zigflow.engine.run_state import RunRecord
 from zigflow.engine.runtime import Runtime
 from zigflow.engine.sampling_run import Pipeline, Samples, SamplingRun
-from zigflow.engine.trainer import Trainer
+from zigflow.engine.trainer import Hook, Monitoring, Trainer
 from zigflow.keyed import KeyedDraws, current_draws
 
 SHAPE = (1, 4, 4)

@@ -24,9 +24,10 @@ from zigflow.engine import checkpoint
 from zigflow.engine.ema import EmaProfiles
 from zigflow.engine.optim import adamw, load_optimizer_state, optimizer_state
 from zigflow.engine.precision import clip_gradients, gradient_norm
-from zigflow.engine.ranks import OtherRankError, Ranks
+from zigflow.engine.ranks import Ranks
 from zigflow.engine.run_state import load_model_state, model_state
 from zigflow.engine.step import NonFiniteError
+from zigflow.errors import OtherRankError
 
 LOCAL = 4
 

@@ -16,12 +16,11 @@ from zigflow.codec import IdentityCodec
 from zigflow.data.batch import Batch
 from zigflow.data.global_batch import GlobalBatch
 from zigflow.engine.ema import EmaProfile
-from zigflow.engine.hooks import Hook, Monitoring
 from zigflow.engine.optim import adamw
 from zigflow.engine.options import TrainingData, TrainOptions
 from zigflow.engine.run_state import model_state
 from zigflow.engine.runtime import Runtime
-from zigflow.engine.trainer import Trainer
+from zigflow.engine.trainer import Hook, Monitoring, Trainer
 from zigflow.official import load_official
 from zigflow.processes.flow import Flow
 

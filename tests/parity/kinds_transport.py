@@ -15,7 +15,7 @@ from tests.parity.harness import parity_kind
 from tests.parity.transport_models import build
 from zigflow.processes import Flow
 from zigflow.processes.interpolants import INTERPOLANTS
-from zigflow.samplers import SAMPLERS, OdeSampler, SamplingError, SdeSampler
+from zigflow.samplers import ODE_SOLVERS, OdeSampler, SamplingError, SdeSampler
 from zigflow.samplers.solver import SolverSettings
 
 HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
@@ -199,7 +199,7 @@ def check_reverse(fixture, row, reads):
     check_finite(row, published)
     drift = drift_of(process, model)
     times = torch.linspace(high, low, row["num_steps"]).tolist()
-    doubly = SAMPLERS.get(row["method"]).solve(
+    doubly = ODE_SOLVERS.get(row["method"]).solve(
         lambda x, t: drift(x, 1 - t), z, times, SolverSettings(**settings_of(row)), keep=True
     )
     assert_close(key, doubly.trajectory, published, floor=tolerance(row))
@@ -249,7 +249,9 @@ def check_dopri5(fixture, row, reads):
             return drift(x, 1 - t)
 
         got = torchdiffeq_run(row, doubly, z.double(), times)
-        truth = SAMPLERS.get("dopri5").solve(doubly, z.double(), times.tolist(), TIGHT, keep=True).trajectory
+        truth = (
+            ODE_SOLVERS.get("dopri5").solve(doubly, z.double(), times.tolist(), TIGHT, keep=True).trajectory
+        )
         compare_stored(row, reads[key], got, truth)
         key += "_sit"
 

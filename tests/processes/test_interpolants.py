@@ -81,6 +81,7 @@ def test_conversions_agree_with_the_pair_that_made_the_state(path, source, targe
         "noise": x0,
         "data": x1,
         "score": -x0 / c["sigma"],
+        "v": c["alpha"] * x0 - c["sigma"] * x1,
     }
     p, q = path.coefficients(source, target, t)
     got = p[:, None] * x + q[:, None] * true[source]

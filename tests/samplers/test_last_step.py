@@ -7,8 +7,7 @@ from tests.samplers.problems import Network
 from zigflow.processes import Flow, Gaussian, StableDiffusion, VariancePreserving
 from zigflow.samplers import ChainSampler, DpmSolver, OdeSampler, SamplingError, SdeSampler
 from zigflow.samplers.dpm_grids import VARIANTS, plan
-from zigflow.samplers.ode import ode_names
-from zigflow.samplers.solver import TimeRange
+from zigflow.samplers.solver import ODE_SOLVERS, TimeRange
 
 PICTURE = 0.3
 HALF_GREY_LEVEL = 0.5 / 127.5
@@ -129,7 +128,7 @@ def test_the_last_step_is_one_more_call_at_the_last_time(process):
         assert not counts or counts[0] - counts[1] == (high < 1)
 
 
-@pytest.mark.parametrize("name", ode_names())
+@pytest.mark.parametrize("name", ODE_SOLVERS.names())
 def test_a_velocity_that_reaches_the_data_has_no_last_step(name):
     on, off = OdeSampler(name, 5), OdeSampler(name, 5, last_step=False)
     x0 = torch.randn(3, 16)

@@ -8,10 +8,10 @@ from tests.samplers.problems import Gaussian, Network, slope
 from zigflow.keyed import KeyedDraws
 from zigflow.processes import DIFFUSION_FORMS, INTERPOLANTS, Flow
 from zigflow.registry import UnknownNameError
-from zigflow.samplers import SAMPLERS, OdeSampler, SamplingError, SdeSampler
-from zigflow.samplers.sde import LAST_STEPS, sde_names
+from zigflow.samplers import SDE_STEPS, OdeSampler, SamplingError, SdeSampler
+from zigflow.samplers.sde import LAST_STEPS
 
-METHODS = sde_names()
+METHODS = SDE_STEPS.names()
 FORMS = [name for name in DIFFUSION_FORMS.names() if name != "inccreasing-decreasing"]
 INTERVAL = (0.1, 0.9)
 
@@ -43,7 +43,7 @@ def test_weak_order_on_a_gaussian_is_the_declared_one(method, form, path_type):
     mean, variance = model.moments(INTERVAL[1])
     kwargs = {"diffusion_form": form, "diffusion_norm": 0.5}
     coarse, fine = (moments(method, flow, model, count, **kwargs) for count in (64, 128))
-    solver = SAMPLERS.get("sde/" + method)
+    solver = SDE_STEPS.get(method)
     check_order(coarse[1] - variance, fine[1] - variance, solver.weak_order)
     # The mean obeys the drift alone, where Heun has order 2.
     check_order(coarse[0] - mean, fine[0] - mean, 2 if method == "Heun" else 1)
@@ -89,7 +89,7 @@ def test_strong_order_is_the_declared_one(method):
     reference = end("Euler", finest)
     counts = [8, 16, 32, 64]
     errors = [(end(method, n) - reference).pow(2).mean().sqrt().item() for n in counts]
-    assert abs(slope(counts, errors) - SAMPLERS.get("sde/" + method).strong_order) < 0.25, errors
+    assert abs(slope(counts, errors) - SDE_STEPS.get(method).strong_order) < 0.25, errors
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -144,7 +144,7 @@ def test_evaluations_are_counted(method, last_step):
     assert trajectory.shape == (7, 2, 16)
     assert sampler.num_intervals == 6
     assert sampler.num_function_evaluations == len(model.calls)
-    assert len(model.calls) == 6 * SAMPLERS.get("sde/" + method).evaluations + (last_step is not None)
+    assert len(model.calls) == 6 * SDE_STEPS.get(method).evaluations + (last_step is not None)
 
 
 class TestNoise:

@@ -141,13 +141,17 @@ def test_list_has_everything_registered(capsys):
     from scans import list_scans
     from zigflow.engine.optim import OPTIMIZERS
     from zigflow.models import list_models
-    from zigflow.samplers import SAMPLERS
+    from zigflow.samplers import DIFFUSION_SAMPLERS, ODE_SOLVERS, SDE_STEPS
 
     found = json.loads(printed(capsys, "list", "--json"))
     assert set(found) == set(listing.KINDS)
     assert list(found["scans"]) == list_scans()
     assert set(list_models()) < set(found["models"])
-    assert list(found["samplers"]) == SAMPLERS.names()
+    assert set(found["samplers"]) == {
+        f"{group}.sampling_method={name}"
+        for group, names in (("ode", ODE_SOLVERS), ("sde", SDE_STEPS), ("diffusion", DIFFUSION_SAMPLERS))
+        for name in names
+    }
     assert list(found["optimizers"]) == OPTIMIZERS.names()
     folders = {
         "data": "data", "models": "model", "metrics": "metrics", "codecs": "codec", "experiments": "experiment",

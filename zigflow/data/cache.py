@@ -62,7 +62,7 @@ class ShardCache:
 
         Raises:
             ShardError: it cannot be fetched, or exceeds a limit.
-            ImportError: s3 without its package.
+            MissingPackageError: s3 without its package.
         """
         if scheme_of(url) == "file":
             try:

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from zigflow.errors import ZigflowError
 
-class DecodeError(ValueError):
+
+class DecodeError(ZigflowError, ValueError):
     """Bytes that are not what their suffix says, or that exceed a budget."""
 
 

@@ -19,6 +19,7 @@ from urllib import error as url_errors
 from urllib import request as url_requests
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
+from zigflow.errors import ZigflowError, needs
 from zigflow.registry import unknown_name
 
 _PIECE = 1 << 16
@@ -31,11 +32,11 @@ _SIGNATURES = re.compile(
 SCHEMES = ("http", "https", "s3", "file")
 
 
-class TransientError(Exception):
+class TransientError(ZigflowError):
     """A failure that may pass: worth another attempt."""
 
 
-class PermanentError(Exception):
+class PermanentError(ZigflowError):
     """A failure that another attempt would not change."""
 
 
@@ -102,7 +103,7 @@ def open_part(
     Raises:
         TransientError: another attempt may succeed (also while the part is read).
         PermanentError: it will not.
-        ImportError: s3 without its package.
+        MissingPackageError: s3 without its package.
     """
     scheme = scheme_of(url)
     if scheme == "pipe":
@@ -177,12 +178,8 @@ def _open_http(url: str, start: int, tag: str, timeout: float) -> Iterator[Part]
 @contextmanager
 def _open_s3(url: str, start: int, tag: str) -> Iterator[Part]:
     """Through s3fs, which takes keys from where its own documentation says, never from a URL."""
-    try:
+    with needs("s3fs", f"{url} (unlike a signed https URL)", extra="s3"):
         s3fs: Any = importlib.import_module("s3fs")
-    except ImportError as error:
-        raise ImportError(
-            f"{url} needs the package s3fs: pip install 'zigflow[s3]', or give signed https URLs"
-        ) from error
     system = s3fs.S3FileSystem()
     # s3fs turns most failures into OSError and lets some of its libraries' own pass.
     try:

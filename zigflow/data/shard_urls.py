@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zigflow.errors import needs
+
 from .remote import scheme_of, shown, unsigned
 
 _MAX_SHARDS = 10_000_000
@@ -28,7 +30,8 @@ def shard_urls(root: str | Path | Sequence[str], allow_pipe: bool = False) -> li
             urls, listed = [line for line in lines if line and not line.startswith("#")], True
         else:
             import_webdataset()
-            import braceexpand
+            with needs("braceexpand", f"{{..}} in {text}", extra="stream"):
+                import braceexpand
 
             parts = (braceexpand.braceexpand(part) for part in text.split("::"))
             urls = list(itertools.islice(itertools.chain.from_iterable(parts), _MAX_SHARDS + 1))
@@ -51,10 +54,11 @@ def shard_urls(root: str | Path | Sequence[str], allow_pipe: bool = False) -> li
 
 
 def import_webdataset() -> Any:
-    try:
+    """The package.
+
+    Raises:
+        MissingPackageError: it is missing; the extra to install is named.
+    """
+    with needs("webdataset", "data.order=streaming", extra="stream"):
         import webdataset
-    except ImportError as error:
-        raise ImportError(
-            "data.order=streaming needs the package webdataset: pip install 'zigflow[stream]'"
-        ) from error
     return webdataset

@@ -66,7 +66,7 @@ class StreamSource:
         image_shape, num_classes, fingerprint: as every data source has them; the fingerprint covers names only.
 
     Raises:
-        ImportError: the package webdataset is missing, with the extra to install.
+        MissingPackageError: the package webdataset is missing; the extra to install is named.
         ValueError: no shards, a scheme that is not allowed, or a signed URL outside of a list file.
         ShardError: the first shard cannot be fetched or read.
     """

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from zigflow.errors import ZigflowError
+
 from .files import read_at
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ _REFUSED = {
 }
 
 
-class ShardError(ValueError):
+class ShardError(ZigflowError, ValueError):
     """A shard, its index or one of its members is damaged, missing or refused.
 
     Attributes:

@@ -32,8 +32,10 @@ from typing import Any
 
 from torch import Tensor
 
+from zigflow.errors import OtherRankError, ZigflowError
+
 from . import durable
-from .ranks import OtherRankError, Ranks
+from .ranks import Ranks
 from .tensors import load_tensors, save_tensors
 
 __all__ = [
@@ -56,7 +58,7 @@ SEAL = "SEAL.json"
 _INCOMPLETE, _DELETED = ".incomplete-", ".deleted-"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ZigflowError, RuntimeError):
     """A checkpoint that is missing, damaged, of another format, or that does not fit what it is loaded into."""
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zigflow.errors import ZigflowError
+
 from . import durable
 from .scan_order import changed_scan
 
@@ -19,7 +21,7 @@ MEASURED = "measuring.json"
 _SINCE = ("scan",)
 
 
-class SamplingFolderError(RuntimeError):
+class SamplingFolderError(ZigflowError, RuntimeError):
     """The folder belongs to another sampling run, or its samples cannot be PNG files."""
 
 

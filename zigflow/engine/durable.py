@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from zigflow.errors import ZigflowError
+
 __all__ = [
     "DurableFile",
     "StorageError",
@@ -65,13 +67,17 @@ _REMEDIES = {
 }
 
 
-class StorageError(OSError):
+class StorageError(ZigflowError, OSError):
     """The system refused a file operation; says which file, why and what to do. Earlier checkpoints are intact."""
 
     def __init__(self, operation: str, path: Path, cause: OSError):
         super().__init__(cause.errno, cause.strerror or str(cause), str(path))
         remedy = _REMEDIES.get(cause.errno or 0, f"remove the cause, {_AGAIN}")
+        self._made_of = (operation, path, OSError(self.errno, self.strerror))
         self._line = f"{operation} of {path} failed: {self.strerror}; {remedy}"
+
+    def __reduce__(self) -> tuple:
+        return type(self), self._made_of
 
     def __str__(self) -> str:
         return self._line

@@ -13,11 +13,10 @@ from zigflow.metrics.results import write_results
 
 from .checkpoint import read_best, write_best
 from .evaluation import Judge, Judgement, averaged_weights, sample_size
-from .hooks import Hook
 from .log import MetricsFile
 from .sampling_run import SamplingRun
 from .step import StepRecord
-from .trainer import Trainer
+from .trainer import Hook, Trainer
 
 __all__ = ["InLoopEvaluation"]
 

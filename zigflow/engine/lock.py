@@ -1,14 +1,17 @@
 """One writer per run directory. Nothing heavy is imported here: a command asks before it loads torch."""
 
 import errno
-import fcntl
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
+
+from zigflow.errors import ZigflowError
 
 from . import durable
 
@@ -20,7 +23,7 @@ __all__ = ["Lock", "RunDirError", "refuse_second_writer", "remove_unused", "sole
 _held: "set[Lock]" = set()
 
 
-class RunDirError(RuntimeError):
+class RunDirError(ZigflowError, RuntimeError):
     """The run directory cannot be used as asked; the message says why and what to do."""
 
 
@@ -31,12 +34,12 @@ class Lock:
         another: what to choose in place of a folder that is taken.
 
     Raises:
-        RunDirError: another process holds it; its pid is named.
+        RunDirError: another process holds it (its pid is named), or the system has no locks of files.
         durable.StorageError: the file cannot be made.
     """
 
     def __init__(self, folder: Path, another: str = "another run_dir"):
-        file = folder / "lock"
+        fcntl, file = _fcntl(), folder / "lock"
         with durable.operation("open", file):
             handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -63,6 +66,17 @@ class Lock:
         _held.discard(self)
 
 
+def _fcntl() -> ModuleType:
+    try:
+        import fcntl
+    except ImportError:
+        raise RunDirError(
+            f"runs are guarded by the file locks of POSIX, which {sys.platform} does not have: "
+            "use Linux, macOS, or the Windows Subsystem for Linux"
+        ) from None
+    return fcntl
+
+
 def _holder(handle: int) -> str:
     return os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
 
@@ -79,7 +93,8 @@ def _forget_locks() -> None:
         lock.release()
 
 
-os.register_at_fork(after_in_child=_forget_locks)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 @contextmanager
@@ -111,8 +126,9 @@ def refuse_second_writer(folder: Path) -> None:
     """Look whether a run writes to ``folder`` now, changing nothing there.
 
     Raises:
-        RunDirError: one does; its pid is named.
+        RunDirError: one does (its pid is named), or the system has no locks of files.
     """
+    fcntl = _fcntl()
     try:
         handle = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

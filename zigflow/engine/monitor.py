@@ -6,7 +6,6 @@ line's bits depend neither on where the run was cut nor on how often it was save
 in the counters and travels in the checkpoint.
 """
 
-import resource
 import sys
 import time
 from pathlib import Path
@@ -157,6 +156,9 @@ class Monitor:
 
 def process_memory() -> int:
     """Bytes of memory that this process holds now (its peak where the system does not say)."""
+    # At use: Windows has no such module.
+    import resource
+
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()

@@ -10,12 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from zigflow.errors import ZigflowError
+
 __all__ = ["LossScaler", "TooManyOverflowsError", "autocast", "clip_gradients", "gradient_norm"]
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class TooManyOverflowsError(RuntimeError):
+class TooManyOverflowsError(ZigflowError, RuntimeError):
     """fp16 gradients overflowed so often in a row that lowering the scale does not help."""
 
 

@@ -6,11 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import distributed
 
-__all__ = ["OtherRankError", "Ranks"]
+from zigflow.errors import OtherRankError
 
-
-class OtherRankError(RuntimeError):
-    """Another process of the run failed; its own message is in its own output."""
+__all__ = ["Ranks"]
 
 
 class Ranks:

@@ -31,7 +31,8 @@ __all__ = ["SIGNALS", "StopSignals", "Stopped", "stop"]
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Windows has no SIGUSR1.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 _HANDLED = (*SIGNALS, signal.SIGINT)
 # A launcher passes on the Ctrl-C that its processes may have from the terminal as well: one press, not two.
 _SAME_PRESS = 2.0
@@ -183,4 +184,5 @@ def _default_handlers() -> None:
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
 
 
-os.register_at_fork(after_in_child=_default_handlers)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_default_handlers)

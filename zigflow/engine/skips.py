@@ -2,15 +2,11 @@
 
 import json
 import logging
-from typing import TYPE_CHECKING
 
 from zigflow.data.skipped import SkippedSamples
 
-from .hooks import Hook
 from .step import StepRecord
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .trainer import Hook, Trainer
 
 __all__ = ["SkipBudget"]
 
@@ -30,11 +26,11 @@ class SkipBudget(Hook):
         self.skipped = SkippedSamples(limit)
         self._logged = 0
 
-    def begin(self, trainer: "Trainer") -> None:
+    def begin(self, trainer: Trainer) -> None:
         """Before the first step: what earlier launches have met counts."""
         self.skipped.known.update(trainer.counters.unreadable)
 
-    def after_step(self, trainer: "Trainer", record: StepRecord) -> None:
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Count, and compare with the budget.
 
         Raises:

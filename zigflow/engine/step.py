@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zigflow.data.batch import condition, flipped
+from zigflow.errors import OtherRankError, ZigflowError
 
 from .ema import EmaProfiles
 from .options import TrainingData, TrainOptions
 from .precision import LossScaler, autocast, clip_gradients, gradient_norm
-from .ranks import OtherRankError
 from .run_state import Counters
 from .runtime import Runtime
 from .sharding import Placed
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _SHOWN = 16  # sample ids that a message names, per process
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(ZigflowError, RuntimeError):
     """A loss or gradient is NaN or infinite. The weights of that step were not taken."""
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from zigflow.data.picture import read_image
+from zigflow.errors import needs
 
 from .trackers import TrackedRun
 
@@ -15,12 +16,10 @@ def import_writer() -> Any:
     """torch's ``SummaryWriter``.
 
     Raises:
-        ImportError: TensorBoard is missing; the extra to install is named.
+        MissingPackageError: TensorBoard is missing; the extra to install is named.
     """
-    try:
+    with needs("tensorboard", "loop.tensorboard=true", extra="track"):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("loop.tensorboard=true needs tensorboard: pip install 'zigflow[track]'") from error
     return SummaryWriter
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from zigflow.errors import needs
+
 from .trackers import TrackedRun
 
 __all__ = ["WandbTracker", "choose_mode", "import_wandb"]
@@ -23,12 +25,10 @@ def import_wandb() -> Any:
     """The package.
 
     Raises:
-        ImportError: it is missing; the extra to install is named.
+        MissingPackageError: it is missing; the extra to install is named.
     """
-    try:
+    with needs("wandb", "use_wandb=true", extra="track"):
         import wandb
-    except ImportError as error:
-        raise ImportError("use_wandb=true needs wandb: pip install 'zigflow[track]'") from error
     return wandb
 
 

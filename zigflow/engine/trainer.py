@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from zigflow.keyed import keyed_seed
 from . import checkpoint as checkpoints
 from . import exits, signals
 from .ema import EmaProfiles
-from .hooks import Monitoring
 from .launch import chosen_precision, make_accelerator
 from .log import MetricsFile, Progress
 from .monitor import Monitor
@@ -34,10 +33,42 @@ from .runtime import Runtime
 from .sharding import place, prepare_blocks
 from .start import Start
 from .step import OptimizerStep, StepRecord
+from .trackers import Trackers
 
-__all__ = ["Trainer"]
+__all__ = ["Hook", "Monitoring", "Trainer"]
 
 log = logging.getLogger(__name__)
+
+
+class Hook:
+    """A callback of the trainer; subclasses override what they need. Every process calls every method."""
+
+    def begin(self, trainer: "Trainer") -> None:
+        """Before the first step of this launch."""
+
+    def after_step(self, trainer: "Trainer", record: StepRecord) -> None:
+        """After every step. What takes long asks ``trainer.should_stop()`` now and then and returns early."""
+
+    def pending(self, trainer: "Trainer") -> bool:
+        """Whether work for the step that the run is at was left undone, because the run was asked to stop."""
+        return False
+
+
+@dataclass(frozen=True)
+class Monitoring:
+    """What accompanies a run.
+
+    Attributes:
+        hooks: called in this order.
+        trackers: where the lines of the log go besides.
+        training_flops: operations of a sample's forward and backward pass; None logs no utilization.
+        peak_flops: operations per second of one device; None logs no utilization.
+    """
+
+    hooks: tuple[Hook, ...] = ()
+    trackers: Trackers = field(default_factory=Trackers)
+    training_flops: float | None = None
+    peak_flops: float | None = None
 
 
 class Trainer:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zigflow.errors import needs
 from zigflow.metrics.base import StreamingMetric
 from zigflow.metrics.frechet import FrechetMetric, frechet_distance, read_statistics
 
@@ -36,7 +37,7 @@ class Fid(FrechetMetric):
             the real images; ``reference`` then does not count.
 
     Raises:
-        ImportError: torchmetrics or torch-fidelity are missing; the extra to install is named.
+        MissingPackageError: torchmetrics or torch-fidelity are missing; the extra to install is named.
         FileNotFoundError: there is no such file.
         ValueError: no file was named, it holds other things than tensors (than mean and covariance of as many
             features), or ``reference`` is unknown.
@@ -102,14 +103,10 @@ class Fid(FrechetMetric):
 
 
 def _inception(weights: str) -> nn.Module:
-    try:
+    with needs("torchmetrics", "metrics=fid", extra="fid"):
         from torchmetrics.image.fid import FrechetInceptionDistance
-    except ImportError as error:
-        raise ImportError("metrics=fid needs torchmetrics: pip install 'zigflow[fid]'") from error
-    try:
+    with needs("torch-fidelity", "metrics=fid", extra="fid"):
         return FrechetInceptionDistance(2048, feature_extractor_weights_path=weights).inception
-    except ModuleNotFoundError as error:
-        raise ImportError("metrics=fid needs torch-fidelity: pip install 'zigflow[fid]'") from error
 
 
 def check_weights(path: str | Path | None) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from zigflow.errors import needs
 from zigflow.metrics.base import check_images, check_labels
 
 __all__ = ["save_frame_grid", "save_loss_curve", "save_sample_grid"]
@@ -141,13 +142,11 @@ def save_loss_curve(
 
     Raises:
         ValueError: no rows, steps that do not increase, a loss that is not positive and finite.
-        ImportError: matplotlib is missing.
+        MissingPackageError: matplotlib is missing.
     """
-    try:
+    with needs("matplotlib", "a loss curve"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("a loss curve is drawn by matplotlib: pip install matplotlib") from error
 
     path = Path(path)
     steps, seen, losses = _check_history(history)

@@ -5,8 +5,9 @@ from .diffusion_forms import DIFFUSION_FORMS
 from .flow import Flow
 from .gaussian import Gaussian
 from .interpolants import INTERPOLANTS, Interpolant
-from .process import PREDICTIONS, ModelFunction, Process, SdeProcess, predict, predict_with_variance
-from .schedules import BETAS
+from .predictions import PREDICTIONS, Prediction, register_prediction
+from .process import ModelFunction, Process, SdeProcess, predict, predict_with_variance
+from .schedules import BETAS, SCHEDULES
 from .time_laws import TIME_LAWS
 
 __all__ = [
@@ -14,15 +15,18 @@ __all__ = [
     "DIFFUSION_FORMS",
     "INTERPOLANTS",
     "PREDICTIONS",
+    "SCHEDULES",
     "TIME_LAWS",
     "Flow",
     "Gaussian",
     "Interpolant",
     "ModelFunction",
+    "Prediction",
     "Process",
     "SdeProcess",
     "StableDiffusion",
     "VariancePreserving",
     "predict",
     "predict_with_variance",
+    "register_prediction",
 ]

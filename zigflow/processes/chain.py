@@ -6,11 +6,12 @@ Step i = 0 is nearest to the data; alpha_bar = alpha^2. Tables are (K,) and are 
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from .process import over_batch
+from .process import Process, over_batch
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,53 @@ class Chain:
         share = (logits + 1) / 2
         smallest = self.at(self.posterior_log_variance, step, x)
         return share * self.at(self.betas.log(), step, x) + (1 - share) * smallest
+
+
+@runtime_checkable
+class ChainProcess(Process, Protocol):
+    """A process whose samples can be made step by step, along a Markov chain over some of its times."""
+
+    def chain(self, spacing: str | int | None = None) -> Chain:
+        """The chain of the steps that ``spacing`` keeps; ValueError for one that cannot be made."""
+        ...
+
+    def backward_step(
+        self,
+        chain: Chain,
+        output: Tensor,
+        logits: Tensor | None,
+        x: Tensor,
+        step: Tensor,
+        clip: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and log variance of the step from x at ``step`` (B,), and the expected data."""
+        ...
+
+
+@runtime_checkable
+class BoundedProcess(ChainProcess, Protocol):
+    """A process whose chain has a variational bound of the data's likelihood."""
+
+    def variational_term(
+        self,
+        chain: Chain,
+        output: Tensor,
+        logits: Tensor | None,
+        x1: Tensor,
+        x_t: Tensor,
+        step: Tensor,
+        clip: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """One term (B,) in bits per dimension, and the expected data."""
+        ...
+
+    def prior_term(self, chain: Chain, x1: Tensor) -> Tensor:
+        """Bits per dimension (B,) by which the noised data differ from the prior."""
+        ...
+
+    def convert(self, value: Tensor, x: Tensor, t: Tensor, target: str, source: str | None = None) -> Tensor:
+        """``value``, a ``source`` (default: the process's prediction) at (x, t), as a ``target``."""
+        ...
 
 
 def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:

@@ -8,21 +8,20 @@ tables, expm1 where it takes 1 - exp, the v prediction and the weights.
 Shapes: x (B, ...), t (B,).
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from zigflow.registry import unknown_name
+from zigflow.registry import Registry, unknown_name
 
 from .chain import Chain
 from .diffusion_forms import DIFFUSION_FORMS
 from .interpolants import VP
+from .predictions import PREDICTIONS, bounded_predictions
 from .process import ModelFunction, mean_over_sample, over_batch, predict, time_like
-from .schedules import BETAS, Cosine, LinearBeta, Schedule, Table, spaced_steps
-
-DIFFUSION_PREDICTIONS = ("noise", "data", "v")
-CONVERTED = ("velocity", "score", "noise", "data", "v")
+from .schedules import BETAS, SCHEDULES, Schedule, Table, spaced_steps
 
 
 class Diffusion:
@@ -30,7 +29,8 @@ class Diffusion:
 
     Args:
         schedule: log alpha as a function of s = 1 - t, or the betas (N,) of a process in N steps.
-        prediction: what the network outputs: "noise", "data", or "v" = alpha noise - sigma data.
+        prediction: what the network outputs, a bounded one of PREDICTIONS: "noise", "data", or "v" = alpha noise -
+            sigma data.
         min_snr_gamma: weigh the loss of a sample as if its signal-to-noise ratio counted at most so much; None
             is the plain squared error.
         net_scale, net_offset: the network is fed net_scale * s - net_offset.
@@ -47,6 +47,9 @@ class Diffusion:
     prior_scale = 1.0
     noise_end = 1.0
     variance = "auto"
+    reads_variance = True
+    feeds_noise_level = True
+    registries: ClassVar[Mapping[str, Registry]] = {"prediction": PREDICTIONS}
 
     def __init__(
         self,
@@ -57,8 +60,9 @@ class Diffusion:
         net_offset: float,
         data_end: float,
     ):
-        if prediction not in DIFFUSION_PREDICTIONS:
-            raise unknown_name("prediction", prediction, list(DIFFUSION_PREDICTIONS))
+        if prediction not in bounded_predictions():
+            raise unknown_name("prediction of a diffusion process", prediction, bounded_predictions())
+        self.predicted = PREDICTIONS.get(prediction)
         if min_snr_gamma is not None and not min_snr_gamma > 0:
             raise ValueError(f"min_snr_gamma is {min_snr_gamma}; give a positive number, or None for none")
         if not 0 < data_end < 0.5:
@@ -136,11 +140,11 @@ class Diffusion:
 
     def target(self, x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """What a perfect network would output for this pair at time t, of the shape of x1."""
-        if self.prediction != "v":
-            return x0 if self.prediction == "noise" else x1
         t, dtype = self.exact(t, x1), time_like(0.0, x1).dtype
-        alpha, sigma = (over_batch(c.to(dtype), x1) for c in (self.path.alpha(t), self.path.sigma(t)))
-        return alpha * x0 - sigma * x1
+        if self.prediction in ("noise", "data"):
+            return x0 if self.prediction == "noise" else x1
+        a, b = (over_batch(c.to(dtype), x1) for c in self.predicted.pair(self.path, t))
+        return b * x0 + a * x1
 
     def loss_weights(self, t: Tensor) -> Tensor:
         """The (B,) factor on the squared error: 1, or min(SNR, gamma) in the units of the prediction."""
@@ -151,7 +155,11 @@ class Diffusion:
         # An error of noise is sqrt(SNR) times that of the data, one of v sqrt(SNR + 1) times.
         if self.prediction == "noise":
             return (self.min_snr_gamma / snr).clamp_max(1.0)
-        return weight if self.prediction == "data" else weight / (snr + 1)
+        if self.prediction in ("data", "v"):
+            return weight if self.prediction == "data" else weight / (snr + 1)
+        a, b = self.predicted.pair(self.path, t)
+        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+        return weight * (sigma / (alpha * b - sigma * a)) ** 2
 
     def loss(self, model: ModelFunction, x1: Tensor, x0: Tensor, t: Tensor, y: Any = None) -> Tensor:
         """Weighted squared error of the prediction, averaged over every axis but the batch.
@@ -176,12 +184,11 @@ class Diffusion:
         """``value``, a ``source`` (default: the process's prediction) at (x, t), as a ``target``.
 
         Raises:
-            UnknownNameError: not one of velocity, score, noise, data, v.
+            UnknownNameError: not a name in PREDICTIONS.
         """
         source = self.prediction if source is None else source
         for name in (source, target):
-            if name not in CONVERTED:
-                raise unknown_name("prediction", name, list(CONVERTED))
+            PREDICTIONS.get(name)
         t, dtype = self.exact(t, x), time_like(0.0, x).dtype
         value = value.to(dtype)
         if source == target:
@@ -191,7 +198,7 @@ class Diffusion:
 
     def _coefficients(self, source: str, target: str, t: Tensor) -> tuple[Tensor, Tensor]:
         path = self.path
-        if "v" not in (source, target):
+        if "v" not in (source, target) or not {source, target} <= {"velocity", "score", "noise", "data", "v"}:
             return path.coefficients(source, target, t)
         alpha, sigma = path.alpha(t), path.sigma(t)
         if target == "v":
@@ -269,18 +276,17 @@ class Diffusion:
         return chain.posterior_mean(data, x, step), log_variance.expand_as(x), data
 
 
-CONTINUOUS_SCHEDULES = ("linear", "cosine")
-
-
 class VariancePreserving(Diffusion):
     """The VP-SDE in continuous time; the network is fed 999 s.
 
     Args:
-        schedule: "linear" (beta from beta_min to beta_max) or "cosine" (then the noise end s = 1 has no score, and
-            s stays below 0.9946, as published).
+        schedule: a name in SCHEDULES: "linear" (beta from beta_min to beta_max) or "cosine" (then the noise end s = 1
+            has no score, and s stays below 0.9946, as published).
         sample_eps: sampling ends at s = sample_eps.
         prediction, min_snr_gamma: see :class:`Diffusion`.
     """
+
+    registries: ClassVar[Mapping[str, Registry]] = {"prediction": PREDICTIONS, "schedule": SCHEDULES}
 
     def __init__(
         self,
@@ -291,11 +297,9 @@ class VariancePreserving(Diffusion):
         min_snr_gamma: float | None = None,
         sample_eps: float = 1e-4,
     ):
-        if schedule not in CONTINUOUS_SCHEDULES:
-            raise unknown_name("schedule", schedule, list(CONTINUOUS_SCHEDULES))
-        shape = LinearBeta(beta_min, beta_max) if schedule == "linear" else Cosine()
+        shape = SCHEDULES.get(schedule)(beta_min, beta_max)
         super().__init__(shape, prediction, min_snr_gamma, 999.0, 0.0, sample_eps)
-        self.noise_end = 1.0 if schedule == "linear" else 0.9946
+        self.noise_end = getattr(shape, "noise_end", 1.0)
 
     def interval(self, use: str = "train") -> tuple[float, float]:
         """See :class:`Diffusion`; it starts at 1 - noise_end."""
@@ -322,6 +326,8 @@ class StableDiffusion(Diffusion):
         num_steps: N.
         prediction, min_snr_gamma: see :class:`Diffusion`.
     """
+
+    registries: ClassVar[Mapping[str, Registry]] = {"prediction": PREDICTIONS, "betas": BETAS}
 
     def __init__(
         self,

@@ -8,17 +8,18 @@ intervals that step off singular ends.
 Shapes: x (B, ...), t (B,). Coefficients are computed in float32, or float64 for a float64 state.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from zigflow.registry import unknown_name
+from zigflow.registry import Registry, unknown_name
 
 from .diffusion_forms import DIFFUSION_FORMS
 from .interpolants import INTERPOLANTS, Interpolant
+from .predictions import PREDICTIONS, Prediction
 from .process import (
-    PREDICTIONS,
     ModelFunction,
     mean_over_sample,
     over_batch,
@@ -37,13 +38,14 @@ class Flow:
     """The flow process.
 
     Args:
-        path_type: "Linear", "GVP" or "VP".
-        prediction: what the network outputs: "velocity", "score", "noise" or "data".
+        path_type: a name in INTERPOLANTS: "Linear", "GVP" or "VP".
+        prediction: what the network outputs, a name in PREDICTIONS: "velocity", "score", "noise", "data" or "v".
         loss_weight: None (plain squared error), "velocity" (the error of the velocity that the prediction
             implies) or "likelihood" (the weight of the likelihood bound). No effect for prediction "velocity".
         train_eps, sample_eps: distance kept from singular ends of [0, 1]. None: 1e-3, but 1e-5 for training
             on the VP path. Velocity on Linear or GVP has no singular end: both are 0, whatever is given.
-        time_law: "uniform" or "logit_normal" (with ``logit_mean``, ``logit_std``), on the training interval.
+        time_law: a name in TIME_LAWS: "uniform" or "logit_normal" (with ``logit_mean``, ``logit_std``), on the training
+            interval.
 
     Raises:
         UnknownNameError: a name that does not exist (near matches are suggested).
@@ -51,6 +53,11 @@ class Flow:
     """
 
     prior_scale = 1.0
+    registries: ClassVar[Mapping[str, Registry]] = {
+        "path_type": INTERPOLANTS,
+        "prediction": PREDICTIONS,
+        "time_law": TIME_LAWS,
+    }
 
     def __init__(
         self,
@@ -63,8 +70,7 @@ class Flow:
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
     ):
-        if prediction not in PREDICTIONS:
-            raise unknown_name("prediction", prediction, list(PREDICTIONS))
+        self.predicted: Prediction = PREDICTIONS.get(prediction)
         if loss_weight not in LOSS_WEIGHTS:
             raise unknown_name("loss weight", loss_weight, [str(w) for w in LOSS_WEIGHTS])
         for name, eps in (("train_eps", train_eps), ("sample_eps", sample_eps)):
@@ -75,7 +81,9 @@ class Flow:
         self.prediction = prediction
         self.loss_weight = loss_weight
         self.time_law: TimeLaw = TIME_LAWS.get(time_law)(logit_mean, logit_std)
-        if prediction == "velocity" and self.path.noise_end_is_singular:
+        # A velocity is finite at the noise's end even where alpha(0) = 0, which the other predictions are not.
+        self._uses_all_times = self.predicted.regular and self.path.ends_are_regular
+        if self._uses_all_times:
             train_eps = sample_eps = 0.0
         default_train_eps = DEFAULT_EPS if self.path.noise_end_is_singular else DEFAULT_TRAIN_EPS_VP
         self.train_eps = default_train_eps if train_eps is None else train_eps
@@ -96,7 +104,8 @@ class Flow:
             raise unknown_name("use of an interval", use, ["train", "ode", "sde"])
         eps = self.train_eps if use == "train" else self.sample_eps
         stochastic = use == "sde"
-        keeps_off_noise = self.prediction != "velocity" or (stochastic and diffusion_form == "SBDM")
+        keeps_off_noise = not self.predicted.regular or not self.path.ends_are_regular
+        keeps_off_noise = keeps_off_noise or (stochastic and self._is_infinite_at_noise(diffusion_form))
         low = eps if self.path.noise_end_is_singular and keeps_off_noise else 0.0
         high = 1 - last_step_size if stochastic and last_step_size > 0 else 1 - eps
         return float(low), float(high)
@@ -110,11 +119,15 @@ class Flow:
         evaluates the last grid point. The published code returns NaN there.
         """
         low, high = self.interval("sde", diffusion_form=diffusion_form, last_step_size=last_step_size)
-        if diffusion_form == "SBDM" and self.path.noise_end_is_singular and low == 0:
+        if low == 0 and self._is_infinite_at_noise(diffusion_form):
             low = DEFAULT_EPS
         if evaluates_end and high == 1:
             high = 1 - DEFAULT_EPS
         return low, high
+
+    def _is_infinite_at_noise(self, diffusion_form: str) -> bool:
+        form, start = DIFFUSION_FORMS.get(diffusion_form), torch.zeros(1, dtype=torch.float64)
+        return not bool(torch.isfinite(form(self.path, start, 1.0)).all())
 
     def sample_time(self, u: Tensor) -> Tensor:
         """Training times (B,) in float32 (float64 for float64 uniforms) from uniforms (B,) in [0, 1)."""
@@ -144,23 +157,30 @@ class Flow:
 
     def target(self, x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """What a perfect network would output for this pair at time t, of the shape of x1."""
-        if self.prediction == "velocity":
-            return self.interpolate(x1, x0, t)[1]
-        if self.prediction == "data":
-            return x1.to(working_dtype(x1))
-        x0 = x0.to(working_dtype(x0))
-        return x0 if self.prediction == "noise" else -x0 / over_batch(self.path.sigma(time_like(t, x0)), x0)
+        t = time_like(t, x1)
+        return self.predicted.target(self.path, x1.to(t.dtype), x0.to(t.dtype), t)
 
     def loss_weights(self, t: Tensor) -> Tensor:
-        """The (B,) factor on the squared error of noise (sigma * score) or data; 1 without a weight."""
+        """The (B,) factor on the squared error of what is predicted (of sigma * score); 1 without a weight."""
         path = self.path
         if self.loss_weight is None or self.prediction == "velocity":
             return torch.ones_like(t)
+        if self.prediction not in ("data", "noise", "score"):
+            return self._derived_loss_weights(t)
         if self.loss_weight == "velocity":
             return (path.data_gain(t) if self.prediction == "data" else path.noise_gain(t)) ** 2
         weight = path.score_gain(t) / path.sigma(t) ** 2
         # An error of the data is (alpha / sigma) times as large an error of the noise.
         return weight * (path.alpha(t) / path.sigma(t)) ** 2 if self.prediction == "data" else weight
+
+    def _derived_loss_weights(self, t: Tensor) -> Tensor:
+        """:meth:`loss_weights` of any prediction: an error of it is W / D as large an error of the velocity."""
+        path = self.path
+        a, b = self.predicted.error_pair(path, t)
+        whole = path.alpha(t) * b - path.sigma(t) * a
+        if self.loss_weight == "velocity":
+            return (path.wronskian(t) / whole) ** 2
+        return path.score_gain(t) / path.sigma(t) ** 2 * (path.alpha(t) / whole) ** 2
 
     def loss(self, model: ModelFunction, x1: Tensor, x0: Tensor, t: Tensor, y: Any = None) -> Tensor:
         """Weighted squared error of the prediction, averaged over every axis but the batch.
@@ -180,10 +200,7 @@ class Flow:
         output = predict(self, model, x_t, t, y)
         if self.prediction == "velocity":
             return mean_over_sample((output - velocity) ** 2)
-        if self.prediction == "score":
-            error = output * over_batch(self.path.sigma(t), x_t) + x0
-        else:
-            error = output - (x0 if self.prediction == "noise" else x1)
+        error = self.predicted.error(self.path, output, x1, x0, t)
         return self.loss_weights(t) * mean_over_sample(error**2)
 
     def convert(self, value: Tensor, x: Tensor, t: Tensor, target: str, source: str | None = None) -> Tensor:

@@ -10,15 +10,17 @@ linear, so that the samplers of continuous time run here, too. Shapes: x (B, ...
 """
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from zigflow.registry import unknown_name
+from zigflow.registry import Registry, unknown_name
 
 from .chain import Chain, discretized_log_likelihood, gaussian_kl
 from .diffusion import Diffusion
+from .predictions import PREDICTIONS
 from .process import ModelFunction, mean_over_sample, predict_with_variance, working_dtype
 from .schedules import BETAS, spaced_steps
 
@@ -44,6 +46,8 @@ class Gaussian(Diffusion):
         UnknownNameError: a name that does not exist.
         ValueError: a number out of range, or a respacing that cannot be made.
     """
+
+    registries: ClassVar[Mapping[str, Registry]] = {"prediction": PREDICTIONS, "betas": BETAS}
 
     def __init__(
         self,

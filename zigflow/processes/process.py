@@ -16,14 +16,17 @@ from torch import Tensor
 ModelFunction = Callable[..., Tensor]
 """``model(x, net_time, y) -> prediction`` of the shape of x; an ``nn.Module`` or any callable."""
 
-PREDICTIONS = ("velocity", "score", "noise", "data")
-
 
 @runtime_checkable
 class Process(Protocol):
     """The interface that the training loop and the samplers rely on.
 
-    ``prior_scale`` is the standard deviation of the state from which sampling starts.
+    ``prior_scale`` is the standard deviation of the state from which sampling starts. What a process can do beyond this
+    is a protocol (:class:`SdeProcess`, :class:`~zigflow.processes.chain.ChainProcess`,
+    :class:`~zigflow.processes.chain.BoundedProcess`) or an attribute that is false where it is missing:
+    ``reads_variance`` (it trains or samples with the variance that a network of twice the channels predicts) and
+    ``feeds_noise_level`` (the network is fed how much noise there is, 0 to about 1000). ``path`` is its interpolant.
+    ``registries`` maps those keywords that name something registered to the registry.
     """
 
     prediction: str

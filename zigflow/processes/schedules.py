@@ -168,6 +168,8 @@ class LinearBeta:
 class Cosine:
     """alpha(s) = cos((s + offset) / (1 + offset) pi / 2), divided by alpha(0). At s = 1 alpha is 0."""
 
+    noise_end = 0.9946
+
     def __init__(self, offset: float = 0.008):
         self.offset = offset
         self._log_first = math.log(math.cos(self._angle_per_time() * offset))
@@ -187,6 +189,18 @@ class Cosine:
 
     def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
         return torch.acos((log_alpha + self._log_first).exp()) / self._angle_per_time() - self.offset
+
+
+SCHEDULES: Registry[Callable[[float, float], Schedule]] = Registry("schedule of a continuous diffusion")
+"""What ``process.schedule`` names: ``schedule(beta_min, beta_max)``, which one without betas ignores. A schedule's
+``noise_end`` is the time s, 1 if it has none, beyond which there is no score."""
+
+SCHEDULES.register("linear", LinearBeta)
+
+
+@SCHEDULES.register("cosine")
+def _cosine(beta_min: float, beta_max: float) -> Cosine:
+    return Cosine()
 
 
 class Table:

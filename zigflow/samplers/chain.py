@@ -12,21 +12,22 @@ import torch
 from torch import Tensor
 
 from zigflow.keyed import KeyedDraws, current_draws
-from zigflow.processes.chain import Chain
-from zigflow.processes.diffusion import Diffusion
-from zigflow.processes.gaussian import Gaussian
-from zigflow.processes.process import ModelFunction, mean_over_sample, predict_with_variance, working_dtype
+from zigflow.processes.chain import BoundedProcess, Chain, ChainProcess
+from zigflow.processes.process import (
+    ModelFunction,
+    mean_over_sample,
+    predict_with_variance,
+    working_dtype,
+)
 from zigflow.registry import unknown_name
 
 from .conditions import pad_batch
-from .solver import SAMPLERS, Callback, FiniteWatch, TimeRange, full_time
+from .solver import DIFFUSION_SAMPLERS, Callback, FiniteWatch, TimeRange, full_time
 
 NoiseFunction = Callable[[int, Tensor], Tensor]
 """``noise(step, x) -> standard normals of the shape of x`` for steps 0, 1, ... in the order they are made."""
 
 CHAIN_METHODS = ("ddpm", "ddim")
-for _name in CHAIN_METHODS:
-    SAMPLERS.register(f"diffusion/{_name}", _name)
 
 
 def _ddim_step(chain: Chain, data: Tensor, x: Tensor, step: Tensor, eta: float) -> tuple[Tensor, Tensor]:
@@ -61,7 +62,7 @@ class ChainSampler:
 
     Raises:
         UnknownNameError: an unknown method.
-        ValueError: eta outside [0, 1].
+        ValueError: eta outside [0, 1], or not of DDIM.
     """
 
     def __init__(
@@ -75,7 +76,9 @@ class ChainSampler:
         if method not in CHAIN_METHODS:
             raise unknown_name("chain sampler", method, list(CHAIN_METHODS))
         if not 0 <= eta <= 1:
-            raise ValueError(f"eta is {eta}; give a number in [0, 1]")
+            raise ValueError(f"eta={eta} is not in [0, 1]: 0 is deterministic, 1 ancestral")
+        if eta and method != "ddim":
+            raise ValueError(f"eta={eta} is for ddim, not {method}: drop it")
         self.method = method
         self.spacing = spacing
         self.eta = eta
@@ -83,7 +86,29 @@ class ChainSampler:
         self.batch_size = batch_size
         self.num_function_evaluations = 0
 
-    def time_range(self, process: Diffusion, backwards: bool = False) -> TimeRange:
+    def unfit(self, process: Any) -> str | None:
+        """A process without a chain, or one whose chain has no such steps."""
+        try:
+            chain_of(process, self.spacing)
+        except TypeError as error:
+            return str(error)
+        except ValueError as error:
+            return f"num_steps={self.spacing}: {error}"
+        return None
+
+    def unfit_to_encode(self) -> str | None:
+        """Why data cannot be encoded into noise, or None."""
+        if self.method == "ddim" and self.eta == 0:
+            return None
+        return f"{self.method} with eta {self.eta} has no inverse; use ddim with eta 0"
+
+    def unfit_to_bound(self, process: Any) -> str | None:
+        """Why there is no variational bound under ``process``, or None."""
+        if self.method != "ddpm":
+            return f"{self.method} has no variational bound; use ddpm"
+        return _no_bound(process)
+
+    def time_range(self, process: ChainProcess, backwards: bool = False) -> TimeRange:
         """The chain's first and last time; its last step goes to the data by its construction."""
         times = chain_of(process, self.spacing).times.tolist()
         return TimeRange(times[0], times[-1]) if backwards else TimeRange(times[-1], times[0], "data")
@@ -91,7 +116,7 @@ class ChainSampler:
     @torch.no_grad()
     def sample(
         self,
-        process: Diffusion,
+        process: ChainProcess,
         model: ModelFunction,
         x0: Tensor,
         y: Any = None,
@@ -140,7 +165,7 @@ class ChainSampler:
     @torch.no_grad()
     def encode(
         self,
-        process: Diffusion,
+        process: ChainProcess,
         model: ModelFunction,
         x1: Tensor,
         y: Any = None,
@@ -154,8 +179,9 @@ class ChainSampler:
             ValueError: not DDIM with eta 0.
             SamplingError: as in :meth:`sample`.
         """
-        if self.method != "ddim" or self.eta != 0:
-            raise ValueError(f"{self.method} with eta {self.eta} has no inverse; use ddim with eta 0")
+        reason = self.unfit_to_encode()
+        if reason is not None:
+            raise ValueError(reason)
         chain = chain_of(process, self.spacing)
         rows = x1.shape[0]
         x, y, _ = pad_batch(x1.to(working_dtype(x1)), y, None, self.batch_size)
@@ -174,7 +200,7 @@ class ChainSampler:
 
     def bound(
         self,
-        process: Gaussian,
+        process: BoundedProcess,
         model: ModelFunction,
         x1: Tensor,
         y: Any = None,
@@ -193,7 +219,7 @@ class ChainSampler:
         )
 
     def _predict(
-        self, process: Diffusion, model: ModelFunction, chain: Chain, x: Tensor, step: Tensor, y: Any
+        self, process: ChainProcess, model: ModelFunction, chain: Chain, x: Tensor, step: Tensor, y: Any
     ) -> tuple[Tensor, Tensor | None]:
         self.num_function_evaluations += 1
         return predict_with_variance(process, model, x, chain.times.to(x.device)[step], y)
@@ -217,7 +243,7 @@ class Bound:
 
 @torch.no_grad()
 def variational_bound(
-    process: Gaussian,
+    process: BoundedProcess,
     model: ModelFunction,
     x1: Tensor,
     y: Any = None,
@@ -236,8 +262,9 @@ def variational_bound(
     Raises:
         TypeError: the process is no Gaussian diffusion in discrete steps.
     """
-    if not isinstance(process, Gaussian):
-        raise TypeError(f"{type(process).__name__} has no variational bound; use the ODE's likelihood")
+    reason = _no_bound(process)
+    if reason is not None:
+        raise TypeError(reason)
     chain = chain_of(process, spacing)
     x1 = x1.to(working_dtype(x1))
     noise = noise or noise_source(draws)
@@ -260,16 +287,26 @@ def variational_bound(
     )
 
 
+def _no_bound(process: Any) -> str | None:
+    if isinstance(process, BoundedProcess):
+        return None
+    return (
+        f"{type(process).__name__} has no variational bound, which is that of process=gaussian: take the likelihood of "
+        "the ODE (sample_mode=ODE)"
+    )
+
+
 def chain_of(process: Any, spacing: str | int | None) -> Chain:
     """The process's chain.
 
     Raises:
-        TypeError: the process is no diffusion.
+        TypeError: the process has none.
+        ValueError: the spacing cannot be made.
     """
-    if not isinstance(process, Diffusion):
+    if not isinstance(process, ChainProcess):
         raise TypeError(
-            f"{type(process).__name__} has no chain of steps; use an ODE or SDE sampler, or a diffusion process "
-            "(gaussian, vp, sd_discrete)"
+            f"{type(process).__name__} has no chain of steps: set sample_mode=ODE or SDE, or train with a diffusion "
+            "process (process=gaussian, vp or sd_discrete)"
         )
     return process.chain(spacing)
 
@@ -280,3 +317,18 @@ def noise_source(draws: KeyedDraws | None) -> NoiseFunction:
     if draws is None:
         return lambda step, x: torch.randn_like(x)
     return lambda step, x: draws.normal("sample.sde", tuple(x.shape[1:]), step=step)
+
+
+def _register(method: str) -> None:
+    def make(
+        *, num_steps: str = "50", eta: float = 0.0, clip_denoised: bool = False, last_step: bool = True
+    ) -> ChainSampler:
+        if not last_step:
+            raise ValueError(f"last_step=false: the steps of {method} end at the data, drop it")
+        return ChainSampler(method, num_steps, eta, clip_denoised)
+
+    DIFFUSION_SAMPLERS.register(method, make)
+
+
+for _method in CHAIN_METHODS:
+    _register(_method)

@@ -7,16 +7,13 @@ it, and a grid even in time has steps of 3 to 5 in lambda beside the data, under
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from zigflow.processes.interpolants import VP
 
 from .dpm_grids import Span
-
-if TYPE_CHECKING:
-    from .dpm_solver import DpmSolver
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +29,17 @@ STEEP = 0.7
 """The sigma after a tenth of the time, beside the data, from which steps even in time are doubted at any number."""
 
 
+class PlannedSteps(Protocol):
+    """What is asked about the steps of a DPM-Solver; the names are those of its arguments."""
+
+    method: str
+    variant: str
+    num_steps: int
+    order: int
+    grid: str
+    lower_order_final: bool
+
+
 class Doubts:
     """Says each warning once in the life of a sampler, which makes many batches."""
 
@@ -45,7 +53,7 @@ class Doubts:
                 log.warning("%s", doubt)
 
 
-def dpm_doubts(sampler: "DpmSolver", path: Any, spans: list[Span]) -> list[str]:
+def dpm_doubts(sampler: PlannedSteps, path: Any, spans: list[Span]) -> list[str]:
     """What is doubtful about the steps ``spans`` of a fixed variant on a path of alpha and sigma."""
     method, variant, grid, order = sampler.method, sampler.variant, sampler.grid, sampler.order
     name = f"{method} variant={variant} order={order} grid={grid} num_steps={sampler.num_steps}"
@@ -65,7 +73,7 @@ def dpm_doubts(sampler: "DpmSolver", path: Any, spans: list[Span]) -> list[str]:
     ]
 
 
-def _limit(sampler: "DpmSolver") -> float:
+def _limit(sampler: PlannedSteps) -> float:
     """The longest step in lambda, of an order above 1, that is not doubted."""
     in_time, noise = sampler.grid != "logSNR", sampler.method == "dpm_solver"
     if sampler.variant == "multistep":

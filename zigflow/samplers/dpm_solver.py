@@ -29,7 +29,7 @@ from .dpm_grids import GRIDS, VARIANTS, Span, plan, raised_start
 from .dpm_steps import Node, Steps
 from .guidance import Guided
 from .solver import (
-    SAMPLERS,
+    DIFFUSION_SAMPLERS,
     Callback,
     FiniteWatch,
     SamplingError,
@@ -43,8 +43,6 @@ FORMS = {"dpm_solver": "noise", "dpm_solver++": "data"}
 CORRECTIONS = ("dpm_solver", "taylor")
 LAMBDA_FLOOR = -5.1
 """Where the cosine schedule is at s = 0.9946, the published start in continuous time."""
-for _name in FORMS:
-    SAMPLERS.register(f"diffusion/{_name}", _name)
 
 Evaluate = Callable[[Tensor, Node], Tensor]
 
@@ -87,7 +85,7 @@ class DpmSolver:
         self,
         method: str = "dpm_solver++",
         variant: str = "fast",
-        num_steps: int = 50,
+        num_steps: int | str = 50,
         order: int = 3,
         grid: str = "time_uniform",
         correction: str = "dpm_solver",
@@ -103,23 +101,24 @@ class DpmSolver:
     ):
         for what, name, known in (
             ("DPM-Solver", method, list(FORMS)),
-            ("variant", variant, list(VARIANTS)),
-            ("grid", grid, list(GRIDS)),
             ("correction", correction, list(CORRECTIONS)),
         ):
             if name not in known:
                 raise unknown_name(what, name, known)
-        if not (2 if variant == "adaptive" else 1) <= order <= 3:
-            raise ValueError(f"order is {order}; give 1, 2 or 3, and 2 or 3 for the adaptive variant")
-        if num_steps < order:
+        layout = VARIANTS.get(variant)
+        GRIDS.get(grid)
+        if not (2 if layout.adaptive else 1) <= order <= 3:
+            raise ValueError(f"order={order}: give 1, 2 or 3, and 2 or 3 for variant=adaptive")
+        if not str(num_steps).isdecimal() or int(num_steps) < order:
             raise ValueError(
-                f"num_steps is {num_steps}, fewer than order {order}; give more, or a lower order"
+                f"num_steps={num_steps} of {method} must be a number, and at least the order ({order})"
             )
         if lambda_floor is not None and not lambda_floor < 0:
             raise ValueError(f"lambda_floor is {lambda_floor}; give a negative number, or None for no floor")
         if not (atol >= 0 and rtol >= 0 and atol + rtol > 0):
             raise ValueError(f"atol is {atol} and rtol {rtol}; give numbers >= 0 that are not both 0")
-        self.method, self.variant, self.num_steps, self.order = method, variant, num_steps, order
+        self.method, self.variant, self.num_steps, self.order = method, variant, int(num_steps), order
+        self.layout = layout
         self.grid, self.correction, self.lower_order_final = grid, correction, lower_order_final
         self.interval = interval
         self.atol, self.rtol, self.max_steps, self.coupled = atol, rtol, max_steps, coupled
@@ -134,15 +133,36 @@ class DpmSolver:
         Raises:
             TypeError: the process has no path of alpha and sigma.
         """
-        path: Any = getattr(process, "path", None)
-        if path is None:
-            raise TypeError(f"{type(process).__name__} has no path of alpha and sigma; use its own sampler")
+        reason = self._without_path(process)
+        if reason is not None:
+            raise TypeError(reason)
+        path: Any = process.path  # type: ignore[attr-defined]
         if self.interval is not None:
             low, high = self.interval
         else:
             low, high = process.interval("ode")
             low = low if self.lambda_floor is None else raised_start(path, low, self.lambda_floor)
         return TimeRange(low, high, "data" if self.last_step else None)
+
+    def _without_path(self, process: Any) -> str | None:
+        if getattr(process, "path", None) is not None:
+            return None
+        return f"{type(process).__name__} has no path of alpha and sigma: use a sampler of its own, or an ODE method"
+
+    def unfit(self, process: Any) -> str | None:
+        """A process without a path of alpha and sigma, or one whose lambda is infinite at an end of its interval."""
+        reason = self._without_path(process)
+        if reason is not None:
+            return reason
+        ends = self.time_range(process)
+        times = torch.tensor([ends.start, ends.stop], dtype=torch.float64)
+        if bool(torch.isfinite(process.path.log_snr(times)).all()):
+            return None
+        return (
+            f"{self.method} steps in log(alpha / sigma), which is infinite at an end of the interval "
+            f"({ends.start}, {ends.stop}) of {process!r}: set sample_mode=ODE, or train with process=gaussian, vp or "
+            "sd_discrete"
+        )
 
     def spans(self, process: Process) -> list[Span]:
         """The steps of a fixed variant, without the last one; see :func:`plan`."""
@@ -151,7 +171,7 @@ class DpmSolver:
 
     def doubts(self, process: Process) -> list[str]:
         """What is known to be worse than DDIM with as many calls; the warnings of a run."""
-        if self.variant == "adaptive":
+        if self.layout.adaptive:
             return []
         return dpm_doubts(self, getattr(process, "path", None), self.spans(process))
 
@@ -177,7 +197,7 @@ class DpmSolver:
         x, y, _ = pad_batch(x0.to(working_dtype(x0)), y, None, self.batch_size)
         ends = self.time_range(process)
         path: Any = getattr(process, "path", None)
-        if self.variant == "adaptive" and isinstance(model, (Guided, Upsampled)) and not self.coupled:
+        if self.layout.adaptive and isinstance(model, (Guided, Upsampled)) and not self.coupled:
             model = model.always_doubled()
         form = FORMS[self.method]
         self.num_function_evaluations = 0
@@ -205,7 +225,7 @@ class DpmSolver:
             if callback is not None:
                 callback(step, t, x)
 
-        if self.variant == "adaptive":
+        if self.layout.adaptive:
             x = self._adaptive(steps, evaluate, x, first, last, after)
         else:
             self._doubts.tell(self.doubts(process))
@@ -228,7 +248,7 @@ class DpmSolver:
         values: list[Tensor] = []
         for number, span in enumerate(spans, 1):
             a, b = nodes[-1] if nodes else node(span.times[0]), node(span.times[-1])
-            if self.variant == "multistep":
+            if self.layout.multistep:
                 nodes, values = nodes or [a], [*values, evaluate(x, a)][-3:]
                 left = len(spans) - number + 1
                 order = min(self.order, number, left if self.lower_order_final else self.order)
@@ -306,3 +326,29 @@ class DpmSolver:
         at_n1 = evaluate(steps.first(x, a, n1, m), n1)
         at_n2 = evaluate(steps.third_node(x, a, n1, n2, m, at_n1), n2)
         return steps.second(x, a, n1, b, m, at_n1), steps.third(x, a, n1, n2, b, m, at_n1, at_n2)
+
+
+def _register(method: str) -> None:
+    def make(
+        *,
+        num_steps: str = "50",
+        variant: str = "fast",
+        order: int = 3,
+        grid: str = "time_uniform",
+        correction: str = "dpm_solver",
+        lower_order_final: bool = True,
+        last_step: bool = True,
+        lambda_floor: float | None = LAMBDA_FLOOR,
+        atol: float = 0.0078,
+        rtol: float = 0.05,
+    ) -> DpmSolver:
+        return DpmSolver(
+            method, variant, num_steps, order, grid, correction, lower_order_final,
+            atol=atol, rtol=rtol, last_step=last_step, lambda_floor=lambda_floor,
+        )  # fmt: skip
+
+    DIFFUSION_SAMPLERS.register(method, make)
+
+
+for _method in FORMS:
+    _register(_method)

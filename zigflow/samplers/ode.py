@@ -3,7 +3,7 @@
 Song et al. 2021, section 4.3 and appendix D; Chen et al. 2018 for the change of the log density.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch import Tensor
 from zigflow.keyed import KeyedDraws
 from zigflow.processes import Process, predict
 from zigflow.processes.process import ModelFunction, working_dtype
-from zigflow.registry import unknown_name
 
 from .conditions import map_tensors, padding_index
 from .doubts import Doubts, adams_doubt, ode_doubts
@@ -19,28 +18,23 @@ from .guidance import Guided
 from .likelihood import Likelihood, Probe, augmented_drift, prior_log_density, probe_source
 from .ode_fixed import FixedStep
 from .solver import (
-    SAMPLERS,
-    TORCHDIFFEQ,
+    ODE_SOLVERS,
     Callback,
     Drift,
-    OdeSolver,
     Solution,
     SolverSettings,
     TimeRange,
     last_step_to_data,
 )
+from .torchdiffeq_adapter import TORCHDIFFEQ
 from .upsampling import Upsampled
-
-
-def ode_names() -> list[str]:
-    return [name for name in SAMPLERS.names() if not name.startswith(("sde/", "diffusion/"))]
 
 
 class OdeSampler:
     """Deterministic sampling.
 
     Args:
-        method: a name in SAMPLERS: euler, midpoint, heun, heun3, rk4, rk4_classic (fixed steps), dopri5, bosh3
+        method: a name in ODE_SOLVERS: euler, midpoint, heun, heun3, rk4, rk4_classic (fixed steps), dopri5, bosh3
             (each sample adapts its own step), or torchdiffeq/<method>.
         num_steps: number of grid points between the ends of the interval, both included, as in the published
             code: fixed-step methods make ``num_steps - 1`` steps (``num_intervals``). dopri5 and bosh3 choose
@@ -72,8 +66,7 @@ class OdeSampler:
         batch_size: int | None = None,
         last_step: bool = True,
     ):
-        if method not in ode_names():
-            raise unknown_name("ODE sampler", method, ode_names())
+        solver = ODE_SOLVERS.get(method)
         if num_steps < 2:
             raise ValueError(
                 f"num_steps is {num_steps}; it counts grid points, both ends included, so at least 2"
@@ -81,7 +74,7 @@ class OdeSampler:
         if not (atol >= 0 and rtol >= 0 and atol + rtol > 0):
             raise ValueError(f"atol is {atol} and rtol {rtol}; give numbers >= 0 that are not both 0")
         self.method = method
-        self.solver = cast(OdeSolver, SAMPLERS.get(method))
+        self.solver = solver
         self.num_steps = num_steps
         self.settings = SolverSettings(atol, rtol, max_steps)
         self.interval = interval
@@ -103,6 +96,10 @@ class OdeSampler:
             return TimeRange(high, low)
         return TimeRange(low, high, "data" if self.last_step and high < 1 else None)
 
+    def unfit(self, process: Process) -> str | None:
+        """Nothing: every process has a probability-flow ODE."""
+        return None
+
     def times(self, process: Process) -> list[float]:
         """The grid, rising from noise to data."""
         low, high = process.interval("ode") if self.interval is None else self.interval
@@ -114,7 +111,7 @@ class OdeSampler:
         if known != self.method and known.endswith("adams"):
             return [adams_doubt(self.method)]
         # The same tableau under torchdiffeq's name has the same error.
-        solver = SAMPLERS.get(known) if known in SAMPLERS else self.solver
+        solver = ODE_SOLVERS.get(known) if known in ODE_SOLVERS else self.solver
         if not isinstance(solver, FixedStep):
             return []
         return ode_doubts(solver, self.num_intervals, getattr(process, "path", None), self.method)

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from .ode_fixed import weighted_sum
-from .solver import SAMPLERS, Callback, Drift, SamplingError, Solution, SolverSettings, full_time, name_rows
+from .solver import (
+    ODE_SOLVERS,
+    Callback,
+    Drift,
+    SamplingError,
+    Solution,
+    SolverSettings,
+    full_time,
+    name_rows,
+)
 
 SAFETY = 0.9
 SHRINK, GROW = 0.2, 10.0
@@ -241,4 +250,4 @@ BOSH3 = EmbeddedPair(
     dense=(0.0, 0.0, 0.0, 0.0),
 )
 for _pair in (DOPRI5, BOSH3):
-    SAMPLERS.register(_pair.name, _pair)
+    ODE_SOLVERS.register(_pair.name, _pair)

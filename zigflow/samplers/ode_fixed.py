@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .solver import SAMPLERS, Callback, Drift, FiniteWatch, Solution, SolverSettings, full_time
+from .solver import ODE_SOLVERS, Callback, Drift, FiniteWatch, Solution, SolverSettings, full_time
 
 
 def weighted_sum(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
@@ -73,5 +73,6 @@ for _method in (
     FixedStep("rk4", 4, ((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8)),
     FixedStep("rk4_classic", 4, ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
 ):
-    SAMPLERS.register(_method.name, _method)
-SAMPLERS.register("heun2", _HEUN)
+    ODE_SOLVERS.register(_method.name, _method)
+# The name in torchdiffeq.
+ODE_SOLVERS.register("heun2", _HEUN)

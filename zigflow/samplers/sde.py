@@ -8,7 +8,7 @@ Heun's gain is in the drift: without noise its order is 2.
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from zigflow.keyed import KeyedDraws, current_draws
 from zigflow.processes import SdeProcess, predict
 from zigflow.processes.diffusion_forms import DIFFUSION_FORMS
 from zigflow.processes.process import ModelFunction, working_dtype
-from zigflow.registry import unknown_name
+from zigflow.registry import Registry, unknown_name
 
 from .conditions import map_tensors, padding_index
-from .solver import SAMPLERS, Callback, Drift, FiniteWatch, TimeRange, full_time
+from .solver import Callback, Drift, FiniteWatch, TimeRange, full_time
 
 NoiseFunction = Callable[[int, Tensor], Tensor]
 """``noise(step, x) -> standard normals of the shape of x`` for steps 0, 1, ..."""
@@ -40,6 +40,10 @@ class SdeStep:
     advance: Callable[[Drift, Tensor, float, float, Tensor], Tensor]
 
 
+SDE_STEPS: Registry[SdeStep] = Registry("SDE method")
+"""What ``sde.sampling_method`` names."""
+
+
 def _euler(drift: Drift, x: Tensor, t: float, h: float, spread: Tensor) -> Tensor:
     return x + h * drift(x, full_time(t, x)) + spread
 
@@ -52,21 +56,17 @@ def _heun(drift: Drift, x: Tensor, t: float, h: float, spread: Tensor) -> Tensor
 
 
 for _step in (
-    SdeStep("sde/Euler", 1.0, 1.0, 1, False, _euler),
-    SdeStep("sde/Heun", 1.0, 1.0, 2, True, _heun),
+    SdeStep("Euler", 1.0, 1.0, 1, False, _euler),
+    SdeStep("Heun", 1.0, 1.0, 2, True, _heun),
 ):
-    SAMPLERS.register(_step.name, _step)
-
-
-def sde_names() -> list[str]:
-    return [name.removeprefix("sde/") for name in SAMPLERS.names() if name.startswith("sde/")]
+    SDE_STEPS.register(_step.name, _step)
 
 
 class SdeSampler:
     """Stochastic sampling.
 
     Args:
-        method: "Euler" or "Heun".
+        method: a name in SDE_STEPS: "Euler" or "Heun".
         num_steps: number of grid points between the ends of the interval, both included, as in the published
             code: ``num_steps - 1`` steps are made (``num_intervals``), and then the last one.
         diffusion_form, diffusion_norm: the diffusion D, see ``zigflow.processes.DIFFUSION_FORMS``.
@@ -96,8 +96,7 @@ class SdeSampler:
         interval: tuple[float, float] | None = None,
         batch_size: int | None = None,
     ):
-        if method not in sde_names():
-            raise unknown_name("SDE sampler", method, sde_names())
+        step = SDE_STEPS.get(method)
         if last_step not in LAST_STEPS:
             raise unknown_name("last step", last_step, [str(name) for name in LAST_STEPS])
         if num_steps < 2:
@@ -110,7 +109,7 @@ class SdeSampler:
             raise ValueError(f"last_step_size is {last_step_size}; give a number in [0, 1)")
         DIFFUSION_FORMS.get(diffusion_form)
         self.method = method
-        self.step = cast(SdeStep, SAMPLERS.get("sde/" + method))
+        self.step = step
         self.num_steps = num_steps
         self.diffusion_form = diffusion_form
         self.diffusion_norm = diffusion_norm
@@ -125,16 +124,23 @@ class SdeSampler:
         """Steps with noise: one fewer than grid points."""
         return self.num_steps - 1
 
+    def unfit(self, process: Any) -> str | None:
+        """A process without diffusion forms has no SDE of this kind."""
+        if self.interval is None and not hasattr(process, "sde_interval"):
+            return f"{type(process).__name__} has no diffusion forms: set sample_mode=ODE, or use a sampler of its own"
+        return None
+
     def times(self, process: SdeProcess) -> list[float]:
         """The grid, rising.
 
         Raises:
             TypeError: the process has no SDE of this kind.
         """
+        reason = self.unfit(process)
+        if reason is not None:
+            raise TypeError(reason)
         if self.interval is not None:
             low, high = self.interval
-        elif not hasattr(process, "sde_interval"):
-            raise TypeError(f"{type(process).__name__} has no diffusion forms; use an ODE or its own sampler")
         else:
             evaluates_end = self.step.evaluates_end or self.last_step is not None
             low, high = process.sde_interval(self.diffusion_form, self.last_step_size, evaluates_end)

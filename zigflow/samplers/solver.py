@@ -1,16 +1,16 @@
-"""What the samplers share: the registry of solvers, the result of a run, and the watch for non-finite states.
+"""What the samplers share: the registries, the result of a run, and the watch for non-finite states.
 
 Shapes: B batch; a state x is (B, ...), times t are (B,); every solver works on any trailing shape.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from zigflow.errors import ZigflowError
 from zigflow.processes import Process, predict
 from zigflow.processes.process import ModelFunction
 from zigflow.registry import Registry
@@ -22,7 +22,7 @@ Callback = Callable[[int, Tensor, Tensor], None]
 """``callback(step, t, x)`` after each step: its number from 1, the times (B,) reached and the state."""
 
 
-class SamplingError(RuntimeError):
+class SamplingError(ZigflowError, RuntimeError):
     """A run that cannot go on: a non-finite state, a vanishing step, too many steps."""
 
 
@@ -61,9 +61,14 @@ class SolverSettings:
 class OdeSolver(Protocol):
     """A method for dx/dt = drift(x, t). ``order``: the global error is O(h^order); None where unknown."""
 
-    name: str
-    order: int | None
-    adaptive: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def order(self) -> int | None: ...
+
+    @property
+    def adaptive(self) -> bool: ...
 
     def solve(
         self,
@@ -84,36 +89,42 @@ class OdeSolver(Protocol):
         ...
 
 
-TORCHDIFFEQ = "torchdiffeq/"
+class Sampler(Protocol):
+    """What makes samples of noise under a process. ``num_function_evaluations`` counts the model's calls of a run.
+
+    A sampler that can do more says so by having the method: ``encode`` (data to noise), ``log_likelihood`` (by the ODE)
+    or ``bound`` (the variational bound), see :class:`~zigflow.samplers.OdeSampler` and
+    :class:`~zigflow.samplers.ChainSampler`.
+    """
+
+    num_function_evaluations: int
+
+    def time_range(self, process: Any) -> TimeRange:
+        """From where to where a run goes, and its last step."""
+        ...
+
+    def unfit(self, process: Any) -> str | None:
+        """Why this sampler cannot run under ``process``, in one line that says what to do, or None."""
+        ...
+
+    def sample(
+        self,
+        process: Any,
+        model: ModelFunction,
+        x0: Tensor,
+        y: Any = None,
+        draws: Any = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Samples (B, ...) from initial noise x0 (B, ...)."""
+        ...
 
 
-class SamplerRegistry(Registry[object]):
-    """Short names of solvers; those of torchdiffeq appear at the first look-up that needs them."""
+ODE_SOLVERS: Registry[OdeSolver] = Registry("ODE method")
+"""What ``ode.sampling_method`` names."""
 
-    def get(self, name: str) -> object:
-        if name.startswith(TORCHDIFFEQ):
-            self._add_torchdiffeq()
-        return super().get(name)
-
-    def names(self) -> list[str]:
-        if find_spec("torchdiffeq") is not None:
-            self._add_torchdiffeq()
-        return super().names()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names()
-
-    def _add_torchdiffeq(self) -> None:
-        from .torchdiffeq_adapter import adapters
-
-        for adapter in adapters():
-            if adapter.name not in self._entries:
-                self.register(adapter.name, adapter)
-
-
-SAMPLERS = SamplerRegistry("sampler")
-"""ODE solvers by their own name, steps of SDE solvers as ``sde/<name>``, samplers of diffusion processes as
-``diffusion/<name>``, torchdiffeq's as ``torchdiffeq/<name>``."""
+DIFFUSION_SAMPLERS: Registry[Callable[..., Sampler]] = Registry("diffusion sampler")
+"""What ``diffusion.sampling_method`` names: called with the keys of the group ``diffusion`` that are its keywords."""
 
 
 def full_time(t: float, x: Tensor) -> Tensor:

@@ -6,12 +6,15 @@ they step past the end of the interval and interpolate back, so the model is eva
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
+from zigflow.errors import needs
+
 from .solver import (
-    TORCHDIFFEQ,
+    ODE_SOLVERS,
     Callback,
     Drift,
     FiniteWatch,
@@ -20,6 +23,8 @@ from .solver import (
     SolverSettings,
     full_time,
 )
+
+TORCHDIFFEQ = "torchdiffeq/"
 
 
 @dataclass(frozen=True)
@@ -73,22 +78,23 @@ class TorchdiffeqSolver:
         return Solution(states[-1], evaluations, states if keep else None)
 
 
-def adapters() -> list[TorchdiffeqSolver]:
-    """One adapter per method that the installed torchdiffeq lists.
+@cache
+def adapters() -> dict[str, TorchdiffeqSolver]:
+    """One adapter per method that the installed torchdiffeq lists, by its name here.
 
     Raises:
-        ImportError: torchdiffeq is missing.
+        MissingPackageError: torchdiffeq is missing; the extra to install is named.
     """
-    try:
+    with needs("torchdiffeq", f"a solver called {TORCHDIFFEQ}NAME", extra="torchdiffeq"):
         from torchdiffeq._impl.odeint import SOLVERS
-    except ImportError as error:
-        raise ImportError(
-            "solvers called 'torchdiffeq/...' need the package torchdiffeq: pip install torchdiffeq"
-        ) from error
 
-    found = []
+    found = {}
     for method, solver in SOLVERS.items():
         order = getattr(solver, "order", None)
         adaptive = any("Adaptive" in base.__name__ for base in solver.__mro__)
-        found.append(TorchdiffeqSolver(method, order if isinstance(order, int) else None, adaptive))
+        adapter = TorchdiffeqSolver(method, order if isinstance(order, int) else None, adaptive)
+        found[adapter.name] = adapter
     return found
+
+
+ODE_SOLVERS.register_family(TORCHDIFFEQ, adapters)

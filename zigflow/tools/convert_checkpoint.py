@@ -49,9 +49,9 @@ def main(argv: list[str]) -> int:
         stored = open_stored(args.file, config["model"], family)
         given = {k: v for k, v in config["model"].items() if k not in ("name", "_target_")}
         if not named:
-            if stored.official is None or stored.official.ctor_kwargs is None:
+            if stored.ctor_kwargs is None:
                 raise ValueError(f"{args.file} does not say how its model was built: give model=NAME")
-            given = stored.official.ctor_kwargs
+            given = stored.ctor_kwargs
         null_text = read_null_text(args.null_text) if args.null_text else None
         # A random scan's orders are not in an official file; a seed given here is a statement, not a keyword of theirs.
         seed = {k: given[k] for k in ("scan_seed",) if k in given}

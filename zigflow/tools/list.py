@@ -94,26 +94,29 @@ def _models() -> dict[str, str]:
 
 
 def _processes() -> dict[str, str]:
-    from zigflow.processes import DIFFUSION_FORMS, INTERPOLANTS, PREDICTIONS, TIME_LAWS
+    from zigflow.processes import BETAS, DIFFUSION_FORMS, INTERPOLANTS, PREDICTIONS, SCHEDULES, TIME_LAWS
 
     return choices("process") | {
         "train.path_type": ", ".join(INTERPOLANTS.names()),
         "train.prediction": ", ".join(PREDICTIONS),
+        "process.betas": ", ".join(BETAS.names()),
+        "process.schedule": ", ".join(SCHEDULES.names()),
         "process.time_law": ", ".join(TIME_LAWS.names()),
         "sde.diffusion_form": ", ".join(DIFFUSION_FORMS.names()),
     }
 
 
 def _samplers() -> dict[str, str]:
-    from zigflow.samplers import SAMPLERS
+    from zigflow.samplers import DIFFUSION_SAMPLERS, ODE_SOLVERS, SDE_STEPS
 
-    def key(name: str) -> str:
-        group, slash, known = name.partition("/")
-        if slash and group in ("sde", "diffusion"):
-            return f"{group}.sampling_method={known}"
-        return f"ode.sampling_method={name}"
-
-    return {name: key(name) for name in SAMPLERS.names()}
+    found = {
+        f"ode.sampling_method={name}": "each sample adapts its steps" if solver.adaptive else "fixed steps"
+        for name, solver in ((name, ODE_SOLVERS.get(name)) for name in ODE_SOLVERS)
+    }
+    found |= {f"sde.sampling_method={name}": "sample_mode=SDE" for name in SDE_STEPS}
+    return found | {
+        f"diffusion.sampling_method={name}": "sample_mode=diffusion" for name in DIFFUSION_SAMPLERS
+    }
 
 
 def _optimizers() -> dict[str, str]:
