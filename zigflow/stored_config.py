@@ -15,9 +15,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from zigflow import plugins
+from zigflow import files, plugins
 from zigflow.build import build_model, model_arguments
-from zigflow.engine import durable
 from zigflow.engine.checkpoint import Checkpoint, open_checkpoint
 from zigflow.engine.run_dir import check_same_config, flat, with_later_keys
 from zigflow.engine.run_state import all_averages, check_scan_state, inference_weights, load_weights
@@ -225,7 +224,7 @@ def start_from(settings: Settings, model: torch.nn.Module, config: Mapping[str, 
     start.report.log(ckpt)
     if write:
         Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
-        durable.replace_json(Path(settings.run_dir) / "adapted.json", {"ckpt": ckpt, **asdict(start.report)})
+        files.replace_json(Path(settings.run_dir) / "adapted.json", {"ckpt": ckpt, **asdict(start.report)})
     return start
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from zigflow import cli, train_job
 from zigflow.engine import exits, lock
-from zigflow.engine.durable import StorageError
 from zigflow.engine.lock import Lock, RunDirError, refuse_second_writer, remove_unused
 from zigflow.engine.signals import Stopped, stop
+from zigflow.files import StorageError
 from zigflow.settings import SettingsError
 
 

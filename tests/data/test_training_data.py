@@ -13,8 +13,9 @@ import pytest
 from tests.data.hostile import END, png, sample
 from tests.data.shard_server import serving
 from tests.engine.evaluation_toys import on_threads
+from zigflow import files
 from zigflow.data.tar import BudgetError, ShardError
-from zigflow.engine import checkpoint, durable
+from zigflow.engine import checkpoint
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.skips import SkipBudget
 from zigflow.plugins import compose_config
@@ -61,9 +62,9 @@ def keep_only(folder, **order):
     trainer = json.loads((path / "trainer.json").read_text())
     trainer["data"]["identity"]["order"] |= order
     seal = json.loads((path / checkpoint.SEAL).read_text())
-    seal["files"]["trainer.json"] = durable.write_json(path / "trainer.json", trainer)
+    seal["files"]["trainer.json"] = files.write_json(path / "trainer.json", trainer)
     seal["digest"] = checkpoint._map_digest(seal["files"])
-    durable.write_json(path / checkpoint.SEAL, seal)
+    files.write_json(path / checkpoint.SEAL, seal)
 
 
 def stored_order(folder):

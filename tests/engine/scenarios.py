@@ -13,8 +13,9 @@ from accelerate import Accelerator
 
 from tests.engine.forks import fork, join
 from tests.engine.toys import TinyModel, ToyProcess, batch_at, make_trainer, snapshot
+from zigflow import files
 from zigflow.data.global_batch import GlobalBatchSampler
-from zigflow.engine import checkpoint, durable
+from zigflow.engine import checkpoint
 from zigflow.engine.elastic import global_batch_for
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.tensors import save_tensors
@@ -153,7 +154,7 @@ def _crashing(index, count_only=None):
 
 
 def _saving(folder, steps, observer):
-    with durable.observed(observer):
+    with files.observed(observer):
         training(folder, steps, ckpt_every=1, keep_last=1)
 
 

@@ -10,7 +10,8 @@ import torch
 from tests.assertions import assert_close
 from tests.engine.test_checkpoint import assert_nothing_pickled
 from tests.engine.toys import CLASSES, Loader, TinyModel, ToyProcess, assert_same_bits, make_trainer, snapshot
-from zigflow.engine import checkpoint, durable
+from zigflow import files
+from zigflow.engine import checkpoint
 from zigflow.engine import step as step_module
 from zigflow.engine.checkpoint import CheckpointError
 from zigflow.engine.ema import EmaProfile
@@ -283,7 +284,7 @@ def test_a_save_on_a_full_disk_keeps_the_older_checkpoint(tmp_path):
         if operation == "write" and "step-0000004" in str(path):
             raise OSError(28, "No space left on device", str(path))
 
-    with durable.observed(full_disk), pytest.raises(OSError, match="No space left"):
+    with files.observed(full_disk), pytest.raises(OSError, match="No space left"):
         make_trainer(tmp_path, steps=9, ckpt_every=2).fit()
     again = make_trainer(tmp_path, steps=4)
     again.fit()

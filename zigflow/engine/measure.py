@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zigflow import files
 from zigflow.data.batch import collate, condition
 from zigflow.data.contents import exact_fingerprint
 from zigflow.data.loader import PositionDataset
 from zigflow.keyed import KeyedDraws
 
-from . import durable
 from .claims import MEASURED, SamplingFolderError, claim_folder
 from .log import tracked
 from .runtime import Runtime
@@ -105,7 +105,7 @@ class MeasuringRun:
             if self.ranks.is_main:
                 batches = self.folder / "batches"
                 for leftover in batches.glob(".*.tmp"):
-                    durable.unlink(leftover)
+                    files.unlink(leftover)
                 claim_folder(self.folder, MEASURED, self.identity, any(batches.glob("*.safetensors")))
                 batches.mkdir(exist_ok=True)
         own = range(self._num_batches)[self.ranks.rank :: self.ranks.size]
@@ -153,7 +153,7 @@ class MeasuringRun:
         path = self.path(number)
         temporary = path.with_name(f".{path.name}.tmp")
         save_tensors(temporary, {"values": values[:real], "ids": batch.ids[:real].cpu()})
-        durable.rename(temporary, path)
+        files.rename(temporary, path)
 
     def _values(self, x1: Tensor, y: Any, draws: KeyedDraws) -> Tensor:
         process, model, sampler = self.pipeline.process, self.pipeline.model, self.pipeline.sampler

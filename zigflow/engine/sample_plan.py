@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from zigflow import files
 from zigflow.data.class_names import number_of
 from zigflow.data.contents import exact_fingerprint
 from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, decode
@@ -32,8 +33,6 @@ from zigflow.data.object_arrays import decode_objects
 from zigflow.data.shards import ShardReader
 from zigflow.keyed import KeyedDraws
 from zigflow.typed import SettingsError, convert
-
-from . import durable
 
 __all__ = ["CaptionRows", "SampleOptions", "SourceRows", "class_plan", "open_captions", "text_plan"]
 
@@ -276,7 +275,7 @@ class _NpyRows:
         _check_rows(self._array.shape)
         if self._array.dtype.kind != "f":
             raise ValueError(f"caption features are floating-point numbers, these {self._array.dtype}")
-        self.fingerprint = durable.file_digest(file)
+        self.fingerprint = files.file_digest(file)
 
     def __len__(self) -> int:
         return len(self._array)
@@ -295,7 +294,7 @@ class _SafetensorRows:
             )
         self._slice = self._file.get_slice("tokens" if "tokens" in names else names[0])
         _check_rows(tuple(self._slice.get_shape()))
-        self.fingerprint = durable.file_digest(file)
+        self.fingerprint = files.file_digest(file)
 
     def __len__(self) -> int:
         return self._slice.get_shape()[0]

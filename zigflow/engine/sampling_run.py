@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from zigflow import files
 from zigflow.codec import to_uint8
 from zigflow.data.limits import DecodeError
 from zigflow.data.picture import read_image
 from zigflow.keyed import KeyedDraws
 
-from . import durable
 from .claims import IDENTITY, SamplingFolderError, claim_folder
 from .log import tracked
 from .precision import autocast
@@ -333,7 +333,7 @@ class SamplingRun:
     def _open(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".*.png.tmp"):
-            durable.unlink(leftover)
+            files.unlink(leftover)
         claim_folder(folder, IDENTITY, self.identity, any(folder.glob("[0-9]*.png")))
 
     def _batch(self, number: int) -> dict[int, np.ndarray]:
@@ -354,7 +354,7 @@ class SamplingRun:
                 continue
             there[index] = pixels[place]
             if self.folder is not None:
-                durable.replace_bytes(self.path(index), [_png(there[index])], durable=False)
+                files.replace_bytes(self.path(index), [_png(there[index])], durable=False)
         return there
 
     # Not inference mode: what a model caches in it could never be trained with, and this runs between steps too.
