@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	$(PY) train_acc.py run_dir=$(DEMO_DIR)
-	$(PY) sample_acc.py ckpt=$(DEMO_DIR) +experiment=digits_demo
+	$(PY) sample_acc.py ckpt=$(DEMO_DIR) experiment=digits_demo
 	$(PY) -m zigflow.tools demo-report $(DEMO_DIR) --check
 
 test: $(VENV)/.installed lint
@@ -41,6 +41,7 @@ proof: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff check --preview --select DOC102 .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/basedpyright --pythonpath $(PY) --level error
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml

@@ -22,11 +22,10 @@ S context tokens, p patch size.
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 
 from dis_mamba import BiMambaMixer, MambaMixer, ParallelMambaMixer
 from scans import parse_scan_type
+from zigflow.models import register_variant
 from zigflow.nn import (
     Condition,
     CrossAttention,
@@ -42,38 +42,37 @@ from zigflow.nn import (
     PatchEmbed,
     RMSNorm,
     TimestepEmbedder,
-    check_divisible,
-    check_labels,
-    check_mask,
+    drop_path_ramp,
     drop_path_scales,
     dropped_conditions,
     gated_add,
     interpolate_positions,
+    read_labels,
     read_stream,
+    read_text,
     sincos_positions,
     unpatchify,
 )
-from zigflow.nn.backbone import check_sizes
-from zigflow.nn.checkpointing import CHECKPOINT_POLICIES, CheckpointedBlock
-from zigflow.nn.compilation import compile_in_place
-from zigflow.registry import register_variant, unknown_name
+from zigflow.nn.backbone import Backbone
+from zigflow.nn.checkpointing import CheckpointedBlock
+from zigflow.nn.orders import GridOrders
 
 MIXERS = {"mamba": MambaMixer, "bi_mamba": BiMambaMixer, "parallel_mamba": ParallelMambaMixer}
-_PLANS_KEPT = 8
 
 
 class Walk(NamedTuple):
     """How one layer walks the tokens: gather, fold into ``segments`` sequences, mix, unfold, gather back.
 
-    ``order`` is None for a raster walk. ``undo`` is ``inverse`` but for published mistakes.
+    ``order`` is None for a raster walk. ``undo`` is ``inverse`` but for published mistakes. ``branches`` (k, L) are the
+    orders of a parallel mixer.
     """
 
-    order: Tensor | None
-    inverse: Tensor | None
-    undo: Tensor | None
-    undo_inverse: Tensor | None
+    order: Any
+    inverse: Any
+    undo: Any
+    undo_inverse: Any
     segments: int
-    branches: Tensor | None
+    branches: Any
 
 
 class ZigMaBlock(CheckpointedBlock):
@@ -130,7 +129,7 @@ class ZigMaBlock(CheckpointedBlock):
         x = x.reshape(shape)
         out_BLD = gated_add(normed_BLD, x, gate, walk.undo, walk.undo_inverse)
 
-        if self.msa is not None:
+        if self.msa is not None and self.norm_msa is not None:
             shift, scale, gate = chunks[3:]
             x, _, _ = read_stream(self.norm_msa, None, out_BLD, shift, scale, dtype=out_BLD.dtype)
             out_BLD = gated_add(out_BLD, self.msa(x, context_BSD, mask_BS), gate)
@@ -149,7 +148,7 @@ class FinalLayer(nn.Module):
         return self.linear(self.norm(x_BLD).to(x_BLD.dtype))
 
 
-class ZigMa(nn.Module):
+class ZigMa(Backbone):
     """The ZigMa backbone.
 
     Args:
@@ -181,6 +180,8 @@ class ZigMa(nn.Module):
 
     time_scale = 1.0
     time_factor = 1000.0  # of the time embedding; diffusion processes feed so much less
+    frame_tables = ("temporal_pos_embedding",)
+    free_keywords = ("official_backward_dt_init",)
 
     def __init__(
         self,
@@ -216,82 +217,76 @@ class ZigMa(nn.Module):
         official_backward_dt_init: bool = False,
     ):
         super().__init__()
-        check_sizes(in_channels=in_channels, embed_dim=embed_dim, depth=depth)
-        if use_pe not in (0, 1, 2, 3):
-            raise ValueError(
-                f"use_pe is 0 (none), 1 (sine-cosine), 2 (learned) or 3 (learned per block), got {use_pe}"
-            )
-        if has_text and d_context <= 0:
-            raise ValueError(f"has_text=True needs d_context > 0, the width of a text token, got {d_context}")
-        if tpe and video_frames <= 0:
-            raise ValueError(f"tpe=True needs video_frames > 0, got {video_frames}")
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate lies in [0, 1), got {drop_path_rate}")
-        if not 0 <= class_dropout_prob < 1:
-            raise ValueError(f"class_dropout_prob lies in [0, 1), got {class_dropout_prob}")
-        if class_dropout_prob > 0 and num_classes <= 0 and not has_text:
-            raise ValueError("class_dropout_prob > 0 needs a condition to drop: set num_classes or has_text")
-        factory = {"device": device, "dtype": dtype}
-        self.in_channels = in_channels
-        self.img_dim = (img_dim, img_dim) if isinstance(img_dim, int) else (int(img_dim[0]), int(img_dim[1]))
-        self.patch_size = patch_size
-        self.embed_dim = embed_dim
-        self.depth = depth
-        self.video_frames = max(video_frames, 0)
-        self.has_text = has_text
-        self.d_context = d_context
-        self.n_context_token = n_context_token
-        self.num_classes = -1 if has_text else num_classes
-        self.class_dropout_prob = class_dropout_prob
+        self.describe(
+            in_channels=in_channels, img_dim=img_dim, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
+            num_classes=num_classes, class_dropout_prob=class_dropout_prob, has_text=has_text, d_context=d_context,
+            n_context_token=n_context_token, video_frames=video_frames,
+        )  # fmt: skip
+        self.drop_path_rates = drop_path_ramp(drop_path_rate, depth, depth)
         self.residual_in_fp32 = residual_in_fp32
-        self.use_pe = use_pe
-        self.grid = (max(self.video_frames, 1), *check_divisible(*self.img_dim, patch_size))
-        tokens = math.prod(self.grid)
-
         spec = parse_scan_type(scan_type)
         self.scan_spec = spec if scan in (None, "from_model") else spec.with_scan(scan)
         self.scan_seed = scan_seed
         self.official_temporal_reversal = official_temporal_reversal
 
-        if use_pe in (1, 2):
-            table = sincos_positions(*self.grid[1:], embed_dim).repeat(1, self.grid[0], 1)
-            table = table if use_pe == 1 else torch.zeros(1, tokens, embed_dim)
-            self.pos_embed = nn.Parameter(table.to(**factory), requires_grad=use_pe == 2)
-        if tpe:
-            self.temporal_pos_embedding = nn.Parameter(torch.zeros(1, self.grid[0], embed_dim, **factory))
-        self.tpe = tpe
-
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self._add_positions(use_pe, tpe, factory)
         self.x_embedder = PatchEmbed(in_channels, embed_dim, patch_size, **factory)
         self.t_embedder = TimestepEmbedder(embed_dim, scale=1000.0, **factory)
         if has_text:
             self.y_embedder = nn.Linear(d_context, embed_dim, **factory)
         elif num_classes > 0:
             self.y_embedder = LabelEmbedder(num_classes, embed_dim, class_dropout_prob, **factory)
-
-        if mixer is not None and self.scan_spec.mixer == "parallel_mamba":
-            raise ValueError(
-                f"mixer= replaces one walk per layer, scan_type={scan_type!r} has several at once"
-            )
-        options = dict(ssm_cfg or {})
-        if mixer is None and self.scan_spec.mixer != "mamba":
-            options["official_backward_dt_init"] = official_backward_dt_init
-        if self.scan_spec.mixer == "parallel_mamba":
-            options["num_orders"] = self.scan_spec.num_directions
-        build_mixer = partial(mixer or MIXERS[self.scan_spec.mixer], embed_dim, **options, **factory)
+        build_mixer = self._mixer_factory(mixer, ssm_cfg, official_backward_dt_init, factory)
         norm = partial(RMSNorm if rms_norm else LayerNorm, embed_dim, eps=norm_epsilon, **factory)
+        pos_tokens = math.prod(self.token_grid) if use_pe == 3 else 0
         self.blocks = nn.ModuleList(
-            ZigMaBlock(embed_dim, build_mixer(), norm(), has_text, tokens if use_pe == 3 else 0, **factory)
+            ZigMaBlock(embed_dim, build_mixer(), norm(), has_text, pos_tokens, **factory)
             for _ in range(depth)
         )
         self.final_layer = FinalLayer(embed_dim, patch_size * patch_size * in_channels, **factory)
         self.norm_f = norm()
 
-        ramp = np.linspace(0, drop_path_rate, depth, dtype=np.float32).tolist()
-        self.drop_path_rates = (0.0, *ramp[: depth - 1], drop_path_rate)
         self.set_checkpoint_policy("block" if use_checkpoint else "none")
-        self._plans: OrderedDict[tuple, tuple[Walk, ...]] = OrderedDict()
-        self._register_walks(device)
+        self.orders: GridOrders[tuple[Walk, ...]] = GridOrders(self._walks, self.token_grid, device)
         self.reset_parameters(m_init)
+
+    def _add_positions(self, use_pe: int, tpe: bool, factory: dict[str, Any]) -> None:
+        """The tables of all tokens and of frames; those of ``use_pe=3`` belong to the blocks."""
+        if use_pe not in (0, 1, 2, 3):
+            raise ValueError(
+                f"use_pe is 0 (none), 1 (sine-cosine), 2 (learned) or 3 (learned per block), got {use_pe}"
+            )
+        if tpe and self.video_frames <= 0:
+            raise ValueError(f"tpe=True needs video_frames > 0, got {self.video_frames}")
+        self.use_pe, self.tpe = use_pe, tpe
+        frames, width = self.token_grid[0], self.embed_dim
+        if use_pe in (1, 2):
+            table = torch.zeros(1, math.prod(self.token_grid), width)
+            if use_pe == 1:
+                table = sincos_positions(*self.grid, width).repeat(1, frames, 1)
+            self.pos_embed = nn.Parameter(table.to(**factory), requires_grad=use_pe == 2)
+        if tpe:
+            self.temporal_pos_embedding = nn.Parameter(torch.zeros(1, frames, width, **factory))
+
+    def _mixer_factory(
+        self,
+        mixer: Callable[..., nn.Module] | None,
+        ssm_cfg: dict[str, Any] | None,
+        official_backward_dt_init: bool,
+        factory: dict[str, Any],
+    ) -> Callable[[], nn.Module]:
+        """What builds the mixer of a block: one's own, or that of ``scan_type``."""
+        spec, options = self.scan_spec, dict(ssm_cfg or {})
+        if mixer is not None and spec.mixer == "parallel_mamba":
+            raise ValueError(
+                f"mixer= replaces one walk per layer, scan_type={spec.text!r} has several at once"
+            )
+        if mixer is None and spec.mixer != "mamba":
+            options["official_backward_dt_init"] = official_backward_dt_init
+        if spec.mixer == "parallel_mamba":
+            options["num_orders"] = spec.num_directions
+        return partial(mixer or MIXERS[spec.mixer], self.embed_dim, **options, **factory)
 
     @torch.no_grad()
     def reset_parameters(self, m_init: bool = True) -> None:
@@ -304,36 +299,25 @@ class ZigMa(nn.Module):
                 elif isinstance(module, nn.Embedding):
                     nn.init.normal_(module.weight, std=0.02)
             for block in self.blocks:
-                if not isinstance(block.mixer, tuple(MIXERS.values())):
-                    continue
-                weight = block.mixer.out_proj.weight
-                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-                weight /= math.sqrt(self.depth)
+                if isinstance(block.mixer, MambaMixer | BiMambaMixer | ParallelMambaMixer):
+                    weight = block.mixer.out_proj.weight
+                    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+                    weight.div_(math.sqrt(self.depth))
         self.x_embedder.reset_parameters()
         self.t_embedder.reset_parameters()
         if isinstance(getattr(self, "y_embedder", None), LabelEmbedder):
             self.y_embedder.reset_parameters()
         for block in self.blocks:
-            nn.init.zeros_(block.adaLN_modulation[1].weight)
-            nn.init.zeros_(block.adaLN_modulation[1].bias)
-
-    def set_checkpoint_policy(self, policy: str) -> None:
-        """none, block or selective; may change at any time, also on resume."""
-        if policy not in CHECKPOINT_POLICIES:
-            raise unknown_name("checkpoint policy", policy, list(CHECKPOINT_POLICIES))
-        for block in self.blocks:
-            block.checkpoint_policy = policy
+            _, linear = cast(ZigMaBlock, block).adaLN_modulation
+            nn.init.zeros_(cast(nn.Linear, linear).weight)
+            nn.init.zeros_(cast(nn.Linear, linear).bias)
 
     def shard_units(self) -> list[nn.Module]:
         """What may be sharded apart; with use_pe=3 nothing, since the model reads the blocks' tables itself."""
         return [] if self.use_pe == 3 else list(self.blocks)
 
-    def compile_blocks(self, **options) -> None:
-        """Compile each block in place; keys of the state dict stay as they are."""
-        compile_in_place(self.blocks, **options)
-
-    def _walk_arrays(self, grid: tuple[int, int, int]) -> tuple[list[dict], tuple[int, ...]]:
-        """The distinct walks over a grid as numpy arrays, and which of them each layer takes."""
+    def _walks(self, grid: tuple[int, ...]) -> tuple[Walk, ...]:
+        """One walk per layer over a grid (T, h, w), as arrays."""
         schedule = self.scan_spec.schedule(
             self.depth, *grid, seed=self.scan_seed, official_temporal_reversal=self.official_temporal_reversal
         )
@@ -341,141 +325,68 @@ class ZigMa(nn.Module):
         walks = []
         for step in steps:
             order, undo, segments = step.resolve(*grid)
-            walk = dict.fromkeys(("order", "inverse", "undo", "undo_inverse"))
             raster = np.arange(len(order))
-            if not (np.array_equal(order, raster) and np.array_equal(undo, raster)):
-                walk = {
-                    "order": order,
-                    "inverse": np.argsort(order),
-                    "undo": undo,
-                    "undo_inverse": np.argsort(undo),
-                }
-            walks.append({**walk, "segments": segments, "branches": schedule.branch_orders})
-        return walks, layers
-
-    def _register_walks(self, device) -> None:
-        """Keep the built grid's orders as buffers, so that they follow the model from device to device."""
-        device = torch.empty(0, device=device).device
-        walks, self._layer_walks = self._walk_arrays(self.grid)
-        self._walk_names: list[dict] = []
-        known: dict[bytes, str] = {}
-        for walk in walks:
-            names = dict(walk)
-            for key, array in walk.items():
-                if isinstance(array, np.ndarray):
-                    content = array.tobytes() + repr(array.shape).encode()
-                    if content not in known:
-                        known[content] = f"scan_{len(known)}"
-                        tensor = torch.from_numpy(array.copy())
-                        self.register_buffer(known[content], tensor.to(device), persistent=False)
-                    names[key] = known[content]
-            self._walk_names.append(names)
-
-    def _walks(self, grid: tuple[int, int, int], device: torch.device) -> tuple[Walk, ...]:
-        """One walk per layer: the buffers for the built grid, a small cache for others."""
-        if grid == self.grid:
-            own = [
-                Walk(**{k: getattr(self, v) if isinstance(v, str) else v for k, v in names.items()})
-                for names in self._walk_names
-            ]
-            return tuple(own[i] for i in self._layer_walks)
-        key = (grid, device)
-        if key not in self._plans:
-            walks, layers = self._walk_arrays(grid)
-            # Kept for training, too, which a tensor made in inference mode cannot serve.
-            with torch.inference_mode(False):
-                own = [
-                    Walk(**{
-                        k: torch.from_numpy(v.copy()).to(device) if isinstance(v, np.ndarray) else v
-                        for k, v in walk.items()
-                    })
-                    for walk in walks
-                ]  # fmt: skip
-            self._plans[key] = tuple(own[i] for i in layers)
-            while len(self._plans) > _PLANS_KEPT:
-                self._plans.popitem(last=False)
-        return self._plans[key]
+            if np.array_equal(order, raster) and np.array_equal(undo, raster):
+                walks.append(Walk(None, None, None, None, segments, schedule.branch_orders))
+                continue
+            # One array where they agree, so that a kernel's arguments coincide in every layer or in none.
+            undo = order if np.array_equal(order, undo) else undo
+            inverse = np.argsort(order)
+            undo_inverse = inverse if undo is order else np.argsort(undo)
+            walks.append(Walk(order, inverse, undo, undo_inverse, segments, schedule.branch_orders))
+        return tuple(walks[i] for i in layers)
 
     @property
     def scan_name(self) -> str:
         """What the configuration calls the scan."""
         return self.scan_spec.text
 
+    def _built_walks(self) -> tuple[Walk, ...]:
+        return self.orders.at(self.token_grid, self.x_embedder.proj.weight.device)
+
     def scan_walks(self) -> list[tuple[Tensor | int | None, ...]]:
         """How each layer walks the built grid: gathers, segments, branches; None where it takes the raster."""
-        walks = self._walks(self.grid, self.x_embedder.proj.weight.device)
+        walks = self._built_walks()
         return [(walk.order, walk.undo, walk.segments, walk.branches) for walk in walks]
 
     def scan_state(self) -> dict[str, Tensor]:
         """The orders that a checkpoint must carry: those of random scans, by layer; else nothing."""
         if not self.scan_spec.is_seeded:
             return {}
-        walks = self._walks(self.grid, self.x_embedder.proj.weight.device)
+        walks = self._built_walks()
         orders = {f"layers.{i}.order": w.order for i, w in enumerate(walks) if w.order is not None}
         if walks[0].branches is not None:
             orders["branches"] = walks[0].branches
         return orders
 
-    def check_scan_state(self, state: dict[str, Tensor]) -> None:
-        """Compare stored random orders with this model's own.
-
-        Raises:
-            ValueError: an order differs: the weights were trained along another path.
-        """
-        own = self.scan_state()
-        different = [k for k in own if k not in state or not torch.equal(own[k].cpu(), state[k].cpu())]
-        if different or set(state) - set(own):
-            raise ValueError(
-                f"the stored random scan orders are not this model's (first difference: "
-                f"{(different or sorted(set(state) - set(own)))[0]}); build it with the scan_seed it was trained "
-                f"with, here scan_seed={self.scan_seed}"
-            )
-
-    def null_condition(self, y):
-        """The condition that stands for "none" in guidance, built like ``y``.
+    def null_condition(self, y: Any) -> Any:
+        """The condition that stands for "none" in guidance, built like ``y``: the null class, or tokens of zeros.
 
         Args:
             y: labels (B,), tokens (B, S, d_context), or a ``Condition``, of which the part that this model reads is
-                replaced (labels by the null class, tokens by zeros) and the rest, the mask included, stays.
+                replaced and the rest, the mask included, stays.
 
         Raises:
             ValueError: the model was built without a null row, or a ``Condition`` lacks the part that it reads.
         """
-        if self.class_dropout_prob <= 0:
+        if not self.has_text or not self.has_null:
+            return super().null_condition(y)
+        if not isinstance(y, Condition):
+            return torch.zeros_like(y)
+        if y.tokens is None:
             raise ValueError(
-                "this model has no null condition, so guidance cannot be used: train it with "
-                "class_dropout_prob > 0 (it adds the null class), or sample with guidance scale 1"
+                "this model reads tokens, and the Condition has none: give Condition(tokens=...)"
             )
-        if isinstance(y, Condition):
-            part = "tokens" if self.has_text else "labels"
-            value = getattr(y, part)
-            if value is None:
-                raise ValueError(
-                    f"this model reads {part}, and the Condition has none: give Condition({part}=...)"
-                )
-            return replace(y, **{part: self.null_condition(value)})
-        return torch.zeros_like(y) if self.has_text else torch.full_like(y, self.num_classes)
+        return replace(y, tokens=torch.zeros_like(y.tokens))
 
-    def _condition(self, y, batch: int, device: torch.device, t_emb_BD: Tensor):
+    def _condition(self, y: Any, batch: int, t_emb_BD: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The modulation vector (B, D), and for text the projected tokens and their mask."""
-        mask_BS = None
-        if isinstance(y, Condition):
-            mask_BS = y.mask
-            y = y.tokens if self.has_text else y.labels
-        if not self.has_text and self.num_classes <= 0:
-            return t_emb_BD, None, None
-        dropped_B = None
-        if self.training and self.class_dropout_prob > 0:
-            dropped_B = dropped_conditions(self.class_dropout_prob, batch, device)
+        dropping = self.class_dropout_prob if self.training else 0.0
         if self.has_text:
-            if y is None or y.dim() != 3 or y.shape[0] != batch or y.shape[-1] != self.d_context:
-                given = None if y is None else tuple(y.shape)
-                raise ValueError(
-                    f"this model reads text: y must be tokens ({batch}, S, {self.d_context}), got {given}"
-                )
-            check_mask(mask_BS, y)
+            y, mask_BS = read_text(y, batch, self.d_context, None, dropping, self.training)
             y = y.to(self.y_embedder.weight.dtype)
-            if dropped_B is not None:
+            if dropping:
+                dropped_B = dropped_conditions(dropping, batch, t_emb_BD.device)
                 y = torch.where(dropped_B[:, None, None], torch.zeros_like(y), y)
             context_BSD = self.y_embedder(y)
             if mask_BS is None:
@@ -484,32 +395,24 @@ class ZigMa(nn.Module):
                 weight = mask_BS.unsqueeze(-1).to(context_BSD.dtype)
                 pooled = (context_BSD * weight).sum(1) / weight.sum(1).clamp_min(1)
             return t_emb_BD + pooled, context_BSD, mask_BS
-        if y is None and self.class_dropout_prob > 0:
-            y = torch.full((batch,), self.num_classes, dtype=torch.int64, device=device)
-        if y is None or y.shape != (batch,) or y.is_floating_point():
-            given = None if y is None else f"{tuple(y.shape)} {y.dtype}"
-            raise ValueError(f"this model reads class labels: y must be integers ({batch},), got {given}")
-        check_labels(y, self.num_classes, self.class_dropout_prob > 0)
-        return t_emb_BD + self.y_embedder(y, dropped_B), None, None
+        if self.num_classes <= 0:
+            return t_emb_BD, None, None
+        labels_B = read_labels(
+            y, batch, self.num_classes, self.class_dropout_prob, self.training, t_emb_BD.device
+        )
+        return t_emb_BD + self.y_embedder(labels_B), None, None
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    def _embed(self, x: Tensor, t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """Tokens (B, L, D) with positions, and the grid (T, h, w)."""
-        wanted = "(B, T, C, H, W)" if self.video_frames else "(B, C, H, W)"
-        if x.dim() != (5 if self.video_frames else 4) or x.shape[-3] != self.in_channels:
-            raise ValueError(
-                f"this model reads {wanted} with C={self.in_channels} (video_frames={self.video_frames}), "
-                f"got {tuple(x.shape)}"
-            )
-        if x.shape[0] == 0:
-            raise ValueError(f"a batch of 0 samples (x has shape {tuple(x.shape)}); give at least one")
-        frames = x.shape[1] if self.video_frames else 1
-        grid = (frames, *check_divisible(x.shape[-2], x.shape[-1], self.patch_size))
+        height, width = self.check_input(x, t)
+        grid = (x.shape[1] if self.video_frames else 1, height, width)
         x = self.x_embedder(x.flatten(0, -4).to(self.x_embedder.proj.weight.dtype))
         x = x.reshape(-1, math.prod(grid), self.embed_dim)
         if self.use_pe in (1, 2):
-            x = x + interpolate_positions(self.pos_embed, self.grid, grid)
+            x = x + interpolate_positions(self.pos_embed, self.token_grid, grid)
         if self.tpe:
-            table = interpolate_positions(self.temporal_pos_embedding, (self.grid[0], 1, 1), (frames, 1, 1))
+            built, frames = self.token_grid[0], grid[0]
+            table = interpolate_positions(self.temporal_pos_embedding, (built, 1, 1), (frames, 1, 1))
             x = x + table.repeat_interleave(grid[1] * grid[2], dim=1)
         return x, grid
 
@@ -525,11 +428,9 @@ class ZigMa(nn.Module):
         Returns:
             The prediction, shaped like ``x``; with ``return_features`` also a dict of features.
         """
-        hidden, grid = self._embed(x)
+        hidden, grid = self._embed(x, t)
         batch, device = hidden.shape[0], hidden.device
-        if t.shape != (batch,):
-            raise ValueError(f"t must hold one time per sample, shape ({batch},), got {tuple(t.shape)}")
-        c, context, mask = self._condition(y, batch, device, self.t_embedder(t))
+        c, context, mask = self._condition(y, batch, self.t_embedder(t))
 
         scales: list[Tensor | None] = [None] * (self.depth + 1)
         if self.training and max(self.drop_path_rates) > 0:
@@ -537,24 +438,21 @@ class ZigMa(nn.Module):
         stream = torch.promote_types(hidden.dtype, torch.float32) if self.residual_in_fp32 else hidden.dtype
         residual, hidden = hidden.to(stream), torch.zeros_like(hidden)
         features = {}
-        for i, (block, walk) in enumerate(zip(self.blocks, self._walks(grid, device), strict=True)):
-            positions = None if self.use_pe != 3 else interpolate_positions(block.pos_embed, self.grid, grid)
-            args = (hidden, residual, c, walk, context, mask, scales[i], positions)
-            hidden, residual = block(*args)
-            if f"blocks.{i}" in return_features:
-                features[f"blocks.{i}"] = hidden
+        walks = self.orders.at(grid, device)
+        for i, (name, block) in enumerate(self.named_blocks().items()):
+            positions = None
+            if self.use_pe == 3:
+                positions = interpolate_positions(cast(Tensor, block.pos_embed), self.token_grid, grid)
+            hidden, residual = block(hidden, residual, c, walks[i], context, mask, scales[i], positions)
+            if name in return_features:
+                features[name] = hidden
         if scales[-1] is not None:
             hidden = hidden * scales[-1][:, None, None]
         out = self.final_layer(self.norm_f(residual + hidden).to(hidden.dtype))
 
         per_frame = out.reshape(batch * grid[0], grid[1] * grid[2], -1)
         out = unpatchify(per_frame, grid[1], grid[2], self.patch_size, self.in_channels).reshape(x.shape)
-        if not return_features:
-            return out
-        missing = [name for name in return_features if name not in features]
-        if missing:
-            raise unknown_name("feature", missing[0], [f"blocks.{i}" for i in range(self.depth)])
-        return out, features
+        return self.with_features(out, features, return_features)
 
 
 SIZES = {"s": (368, 24), "b": (768, 24), "m": (768, 48), "l": (1024, 48), "h": (1536, 48)}

@@ -139,7 +139,7 @@ def build(setting, arrangement, backend, device):
     if arrangement != "published":
         return ZigMa(scan_type=SCAN_TYPE if arrangement == "ours" else "v1", **options)
     ordered = ZigMa(scan_type=SCAN_TYPE, **{**options, "device": "cpu", "embed_dim": 16})
-    orders = iter([(w.order, w.undo) for w in ordered._walks(ordered.grid, torch.device("cpu"))])
+    orders = iter([(w.order, w.undo) for w in ordered.orders.at(ordered.token_grid, torch.device("cpu"))])
 
     def mixer(*args, **given):
         order, inverse = (index.clone().to(device) for index in next(orders))

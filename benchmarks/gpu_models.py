@@ -15,7 +15,7 @@ from step_profile import profiled
 
 from zigflow.engine.optim import build_optimizer
 from zigflow.engine.peak import peak_flops
-from zigflow.models import build_model
+from zigflow.models import build_variant
 from zigflow.nn.flops import TRAINING_FACTOR, count_flops
 
 WARMUP, STEPS = 2, 5
@@ -114,7 +114,7 @@ def images_per_second(
     """Images per second of a named model on latents of images of ``pixels``, forward or a training step with AdamW."""
     where = torch.device(device)
     side = changes.get("img_dim", pixels // 8)
-    model = build_model(variant, **{"img_dim": side, **changes}, device=where)
+    model = build_variant(variant, **{"img_dim": side, **changes}, device=where)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, model.in_channels, side, side, generator=generator).to(where)
     t = torch.rand(batch, generator=generator).to(where)
@@ -141,7 +141,7 @@ def images_per_second(
     seconds = [turn(case, "run", STEPS if where.type == "cuda" else 1) for _ in range(repeats)]
     median = statistics.median(seconds)
     memory = peak_bytes(where, run)
-    forward = count_flops(build_model(variant, **{"img_dim": side, **changes}, device="meta")).forward
+    forward = count_flops(build_variant(variant, **{"img_dim": side, **changes}, device="meta")).forward
     peak = peak_flops(where, precision)
     work = forward * batch * (TRAINING_FACTOR if kind == "train" else 1)
     return {

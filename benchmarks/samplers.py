@@ -131,6 +131,9 @@ class Comparison:
     def __init__(
         self, process: Any, x0: Tensor, spots: Tensor, fine: int = FINE, like: "Comparison | None" = None
     ):
+        reason = DpmSolver(lambda_floor=None).unfit(process)
+        if reason is not None:
+            raise ValueError(reason)
         self.process, self.x0 = process, x0
         self.model = exact_network(process, spots)
         if like is not None:

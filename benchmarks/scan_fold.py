@@ -81,7 +81,7 @@ def main():
             model = ZigMa(
                 in_channels=4, embed_dim=args.width, depth=2, img_dim=args.side, scan_type=scan, device=device
             )
-            walk = model._walks(model.grid, device)[1]
+            walk = model.orders.at(model.token_grid, device)[1]
             tokens = (args.batch, args.side * args.side, args.width)
             shapes = (tokens, tokens, (args.batch, args.width))
             inputs = (*(torch.randn(shape, device=device) for shape in shapes), walk)

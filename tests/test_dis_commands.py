@@ -35,13 +35,13 @@ THEIRS = [line for language, body in BLOCKS if language == "text" for line in bo
 README = {
     "torchrun --nnodes=1 --nproc_per_node=N train.py --model DiS-H/2 --dataset-type imagenet --data-path "
     "/path/to/imagenet/train --image-size 512 --latent_space True --task-type class-cond --vae_path /path/to/vae "
-    "--num-classes 1000": "+experiment=dis_imagenet512_h_2 data.tar_base=data/imagenet512 codec.path=sd-vae-ft-ema "
+    "--num-classes 1000": "experiment=dis_imagenet512_h_2 data.tar_base=data/imagenet512 codec.path=sd-vae-ft-ema "
     "grad_accum=8",
     "torchrun --nnodes=1 --nproc_per_node=N train.py --model DiS-S/2 --dataset-type celeba --data-path "
     "/path/to/imagenet/train --image-size 32 --latent_space False --task-type uncond":
-    "+experiment=dis_celeba32_s_2 data.source.root=data/celeba32 data.batch_size=128",
+    "experiment=dis_celeba32_s_2 data.source.root=data/celeba32 data.batch_size=128",
     "python sample.py --model DiS-L/2 --dataset-type imagenet --ckpt /path/to/model --image-size 256 --num-classes "
-    "1000 --cfg-scale 1.5": "+experiment=dis_imagenet256_l_2 ckpt=0005000.pt codec.path=sd-vae-ft-ema "
+    "1000 --cfg-scale 1.5": "experiment=dis_imagenet256_l_2 ckpt=0005000.pt codec.path=sd-vae-ft-ema "
     "num_fid_samples=8 global_seed=42",
 }  # fmt: skip
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "config" / "experiment").glob("dis_*.yaml"))
@@ -124,7 +124,7 @@ def test_ours_means_what_theirs_says(command, folders):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_hyper_parameters_are_those_of_the_training_script(experiment):
-    settings = Settings.from_mapping(compose([f"+experiment={experiment}"]))
+    settings = Settings.from_mapping(compose([f"experiment={experiment}"]))
     epoch = {"imagenet": 1_281_167, "celeba32": 162_770}[re.search("imagenet|celeba32", experiment)[0]] // 128
     optim = settings.optim
     assert (optim.name, optim.lr, optim.wd, optim.betas) == ("adamw", 1e-4, 0, (0.9, 0.999))
@@ -256,7 +256,7 @@ def test_a_file_of_the_training_script_is_sampled_and_converted(tmp_path, monkey
     torch.save({"model": {}, "ema": model.state_dict(), "opt": {}, "args": args}, "0005000.pt")
     direct, own = (
         next(c for c in OURS if part in c)
-        for part in ("sample_acc.py +experiment=dis_imagenet256_l_2", "ckpt=outputs/dis codec.path")
+        for part in ("sample_acc.py experiment=dis_imagenet256_l_2", "ckpt=outputs/dis codec.path")
     )
     size = ["model.embed_dim=16", "model.depth=2", "model.img_dim=4"]
     first = pictures(sample_from_config(plugins.compose_config([*shrunk(direct), *size, *FEW], "sample")))

@@ -128,7 +128,7 @@ def test_data_model_and_process_fit(experiment, tmp_path):
     if given["use_latent"] and not given["is_latent"]:
         (tmp_path / "config.json").write_text('{"latent_channels": 4, "block_out_channels": [1, 1, 1, 1]}')
         given["codec"]["path"] = str(tmp_path)
-    check_training(Settings.from_mapping(given))
+    check_training(plugins.checked(given))
 
 
 @pytest.mark.parametrize("experiment", SOME)

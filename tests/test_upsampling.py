@@ -26,7 +26,7 @@ from zigflow.models.dim import DiM
 from zigflow.nn import interpolate_positions
 from zigflow.preflight import check_training
 from zigflow.sample_job import sample_from_config
-from zigflow.settings import Settings, SettingsError
+from zigflow.settings import SettingsError
 from zigflow.settings_sampling import UpsampleSettings
 from zigflow.train_job import train_from_config
 from zigflow.typed import parse
@@ -59,32 +59,34 @@ def sample(run_dir, target, *overrides):
     return np.stack([np.asarray(Image.open(path)) for path in sorted(target.glob("[0-9]*.png"))])
 
 
-VP = {"_target_": "zigflow.processes.diffusion.VariancePreserving"}
-FLOW = {"_target_": "zigflow.processes.flow.Flow"}
+def check(options, process="vp", *more):
+    cfg = plugins.compose_config(["run_dir=unused", f"process={process}", *more])
+    return plugins.checked({**plugins.plain(cfg), "upsample": options})
 
 
 @pytest.mark.parametrize(
     ("options", "process", "message"),
     [
-        ({"factor": 0}, VP, "upsample.factor=0"),
-        ({"factor": 2, "eta": 0.0}, VP, r"upsample.eta=0.0 is not in \(0, 1\]"),
-        ({"factor": 2, "theta": -1.0}, VP, "upsample.theta"),
-        ({"factor": 2, "matching": "published"}, VP, "as_published"),
-        ({"factor": 2, "skip_tuning": "intended"}, VP, "as_intended"),
-        ({"skip_tuning": "as_intended"}, VP, "set upsample.factor=2"),
-        ({"factor": 2, "matching": "as_published"}, VP, "matching=exact"),
-        ({"factor": 2, "skip_tuning": "as_intended"}, FLOW, "process=flow"),
+        ({"factor": 0}, "vp", "upsample.factor=0"),
+        ({"factor": 2, "eta": 0.0}, "vp", r"upsample.eta=0.0 is not in \(0, 1\]"),
+        ({"factor": 2, "theta": -1.0}, "vp", "upsample.theta"),
+        ({"factor": 2, "matching": "published"}, "vp", "upsample.matching='published'.*as_published"),
+        ({"factor": 2, "skip_tuning": "intended"}, "vp", "upsample.skip_tuning='intended'.*as_intended"),
+        ({"skip_tuning": "as_intended"}, "vp", "set upsample.factor=2"),
+        ({"factor": 2, "matching": "as_published"}, "vp", "upsample.matching=as_published.*matching=exact"),
+        ({"factor": 2, "skip_tuning": "as_intended"}, "flow", "Flow feeds it otherwise"),
     ],
 )
 def test_impossible_combinations_are_named(options, process, message):
     with pytest.raises(SettingsError, match=message):
-        UpsampleSettings(**options).check(process, measures=False)
+        check(options, process)
 
 
 def test_only_samples_are_made_larger():
     with pytest.raises(SettingsError, match="set upsample.factor=1"):
-        UpsampleSettings(factor=2).check(VP, measures=True)
-    UpsampleSettings().check(VP, measures=True)
+        check({"factor": 2}, "vp", "likelihood=true")
+    check({}, "vp", "likelihood=true")
+    check({"factor": 2, "matching": "as_published"}, "sd_discrete")
 
 
 def test_a_metric_of_one_size_judges_block_means(monkeypatch):
@@ -113,7 +115,7 @@ def test_the_commands_of_the_page_compose():
             plugins.compose_config(["run_dir=unused", *overrides], name), resolve=True
         )
         if name == "default":
-            settings = Settings.from_mapping(given)
+            settings = plugins.checked(given)
             check_training(settings)
             assert settings.process["_target_"].endswith(".VariancePreserving")
         else:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from hydra.utils import get_object
 
+from zigflow.chosen import build_process, build_sampler, check_optimizer
 from zigflow.engine.launch import make_accelerator
-from zigflow.engine.optim import ClassFactory, OptimizerFactory, build_optimizer, optimizer_named
+from zigflow.engine.optim import build_optimizer
 from zigflow.engine.runtime import Runtime
 from zigflow.engine.sampling_run import Pipeline
+from zigflow.nn import as_denoiser, check_denoiser
 from zigflow.nodes import make
-from zigflow.samplers import ChainSampler, DpmSolver, Guided, OdeSampler, SdeSampler, Upsampled
+from zigflow.samplers import Guided, Upsampled
 from zigflow.settings import Settings, SettingsError
 from zigflow.sources import without_classes
 
@@ -66,9 +68,18 @@ def _takes_scan(target: str) -> bool:
 
 
 def build_model(settings: Settings) -> torch.nn.Module:
-    """The model with its initial weights, which follow from ``global_seed``."""
+    """The model with its initial weights, which follow from ``global_seed``.
+
+    Raises:
+        SettingsError: it is no model that the engine can train, see ``zigflow.nn.Denoiser``.
+    """
     torch.manual_seed(settings.global_seed)
-    return make("model", model_arguments(settings))
+    model = make("model", model_arguments(settings))
+    try:
+        check_denoiser(model)
+    except ValueError as error:
+        raise SettingsError(f"model={settings.model.get('name')}: {error}") from error
+    return model
 
 
 def build_codec(settings: Settings, device: Any) -> Any:
@@ -77,42 +88,15 @@ def build_codec(settings: Settings, device: Any) -> Any:
     return codec.to(device) if hasattr(codec, "to") else codec
 
 
-def build_sampler(settings: Settings):
-    """The sampler that ``sample_mode`` and the groups ``ode``, ``sde`` and ``diffusion`` describe."""
-    if settings.sample_mode == "diffusion":
-        chosen = settings.diffusion
-        if chosen.sampling_method in ("ddpm", "ddim"):
-            return ChainSampler(chosen.sampling_method, chosen.num_steps, chosen.eta, chosen.clip_denoised)
-        return DpmSolver(
-            chosen.sampling_method, chosen.variant, int(chosen.num_steps), chosen.order, chosen.grid,
-            chosen.correction, chosen.lower_order_final, atol=chosen.atol, rtol=chosen.rtol,
-            last_step=chosen.last_step, lambda_floor=chosen.lambda_floor,
-        )  # fmt: skip
-    if settings.sample_mode == "SDE":
-        sde = settings.sde
-        return SdeSampler(
-            method=sde.sampling_method, num_steps=sde.num_steps, diffusion_form=sde.diffusion_form,
-            diffusion_norm=sde.diffusion_norm, last_step=sde.last_step, last_step_size=sde.last_step_size,
-        )  # fmt: skip
-    ode = settings.ode
-    return OdeSampler(
-        method=ode.sampling_method,
-        num_steps=ode.num_steps,
-        atol=ode.atol,
-        rtol=ode.rtol,
-        last_step=ode.last_step,
-    )
-
-
 def build_pipeline(settings: Settings, model: torch.nn.Module, codec: Any) -> Pipeline:
     """How a configuration makes images out of noise, and numbers out of images."""
-    process = make("process", settings.process)
+    process = build_process(settings)
     return Pipeline(model, process, build_sampler(settings), codec, partial(_guided, settings, process))
 
 
 def _guided(settings: Settings, process: Any, model: Any) -> Any:
     """The model function that samplers call: with guidance, and for larger images with that of the small one."""
-    channels = getattr(model, "guided_channels", None)
+    channels = as_denoiser(model).guided_channels
     guided = Guided(
         model, settings.cfg_scale, interval=settings.cfg_interval, process=process, channels=channels
     )
@@ -120,32 +104,6 @@ def _guided(settings: Settings, process: Any, model: Any) -> Any:
     if chosen.factor == 1:
         return guided
     return Upsampled(guided, process, chosen.factor, chosen.eta, chosen.theta, chosen.matching)
-
-
-def check_optimizer(settings: Settings) -> OptimizerFactory:
-    """What makes the optimizer of a configuration, its settings not yet checked.
-
-    Raises:
-        SettingsError: no optimizer has that name, or the class cannot be imported; one line with near matches.
-    """
-    optim = settings.optim
-    try:
-        if optim._target_ is None:
-            return optimizer_named(optim.name)
-        found = get_object(optim._target_)
-    except Exception as error:
-        key = "optim.name" if optim._target_ is None else "optim._target_"
-        raise SettingsError(f"{key}: {' '.join(str(error).split())}") from error
-    if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
-        try:
-            return ClassFactory(found)
-        except ValueError as error:
-            raise SettingsError(f"optim._target_: {error}") from error
-    if not callable(found):
-        raise SettingsError(
-            f"optim._target_={optim._target_} is neither an optimizer's class nor a function of a model"
-        )
-    return found
 
 
 def make_optimizer(settings: Settings, model: torch.nn.Module) -> torch.optim.Optimizer:

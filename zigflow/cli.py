@@ -7,7 +7,8 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from zigflow import hydra_folders, paths, plugins
+from zigflow import hydra_folders, hydra_run, paths, plugins
+from zigflow.command_help import help_text
 from zigflow.errors import OtherRankError
 from zigflow.typed_arguments import as_meant
 
@@ -116,12 +117,17 @@ def _run(config_name: str) -> int:
         named = _run_dir_of(sys.argv[1:]) if trains else None
         plugins.prepare()
         job = _Job(config_name, ended)
-        main = hydra.main(version_base="1.3", config_path=str(paths.config_dir()), config_name=config_name)(
-            job
-        )
-        sys.argv[1:] = plugins.check_command_line(sys.argv[1:], config_name)
-        _refuse_second_writer(named)
-        main()
+        line = plugins.check_command_line(sys.argv[1:], config_name)
+        if hydra_run.runs_here(line):
+            _refuse_second_writer(named)
+            hydra_run.start(line, job, config_name)
+        elif line.typed.help:
+            sys.stdout.write(f"{help_text(line.typed, config_name)}\n")
+        else:
+            sys.argv[1:] = line.arguments
+            hydra.main(version_base="1.3", config_path=str(paths.config_dir()), config_name=config_name)(
+                job
+            )()
         if ended:
             raise ended[0][0]
     except Stopped as left:

@@ -20,7 +20,11 @@ _LOG_VARIANCES = (-30.0, 20.0)
 
 
 class Codec(Protocol):
-    """What the engine asks of a codec."""
+    """What the engine asks of a codec.
+
+    A class may also say ``is_identity = True`` (values stay as they are, up to ``scale``), or ``is_autoencoder = True``
+    (it has the keywords of :class:`AutoencoderKLCodec`, whose ``path`` says the latents' shape and scale).
+    """
 
     def encode(self, batch: Any) -> Tensor:
         """The data point x1 of a batch: (B,C,h,w) or (B,T,C,h,w), scaled. ``batch`` has pixels, latents or moments."""
@@ -81,6 +85,8 @@ class IdentityCodec:
         ValueError: ``scale`` is not positive.
     """
 
+    is_identity = True
+
     def __init__(self, scale: float = 1.0):
         if not scale > 0:
             raise ValueError(f"scale must be positive, got {scale!r}")
@@ -121,6 +127,8 @@ class AutoencoderKLCodec:
         ValueError: an unknown ``posterior``, a ``scale`` that is not positive or contradicts the folder, a folder or
             file without an autoencoder.
     """
+
+    is_autoencoder = True
 
     def __init__(
         self,
@@ -222,7 +230,7 @@ class AutoencoderKLCodec:
 
 def _load(path: str) -> Any:
     with needs("diffusers", "the autoencoder codec", extra="codec"):
-        from diffusers import AutoencoderKL
+        from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]  # made at use
     if is_checkpoint_file(path):
         layout, weights = read_autoencoder(path)
         vae: Any = AutoencoderKL(**layout)

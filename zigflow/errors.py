@@ -42,7 +42,16 @@ def needs(package: str, what: str, extra: str | None = None) -> Iterator[None]:
         yield
     except ImportError as error:
         wanted = f"'zigflow[{extra}]'" if extra else package
-        # A package that is there may lack one of its own, which then is the news.
-        lacks = (error.name or "").partition(".")[0] in ("", package.replace("-", "_"))
-        why = "" if lacks else f", which cannot be imported ({error})"
+        # One that is there lacks a package of its own or is broken, which then is the news.
+        why = f", which is installed and cannot be imported ({error})" if _is_installed(package) else ""
         raise MissingPackageError(f"{what} needs {package}{why}: pip install {wanted}") from error
+
+
+def _is_installed(package: str) -> bool:
+    from importlib import metadata
+
+    try:
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -12,7 +12,6 @@ import torch
 
 from scans.plot import plot_scans
 from zigflow.build import build_codec, build_pipeline
-from zigflow.codec import IdentityCodec
 from zigflow.data.class_names import are_numbers
 from zigflow.engine.evaluation import Judge
 from zigflow.engine.in_loop import InLoopEvaluation
@@ -26,8 +25,8 @@ from zigflow.engine.track_tensorboard import TensorBoardTracker, import_writer
 from zigflow.engine.track_wandb import WandbTracker, import_wandb
 from zigflow.engine.trackers import Trackers
 from zigflow.engine.trainer import Hook, Monitoring, Trainer
+from zigflow.nn import as_denoiser
 from zigflow.nn.flops import count_flops
-from zigflow.nn.skip_tuning import set_skip_tuning
 from zigflow.nodes import make
 from zigflow.preflight import check_decoding
 from zigflow.real_sets import real_sets
@@ -53,24 +52,24 @@ def build_sampling_run(
     Raises:
         SettingsError: the codec does not decode the model's latents, or there are no texts for a text model.
     """
-    model: Any = pipeline.model
-    if isinstance(pipeline.codec, IdentityCodec) and model.in_channels not in (1, 3):
+    asked = as_denoiser(pipeline.model)
+    *frames, channels, height, width = asked.sample_shape
+    if getattr(pipeline.codec, "is_identity", False) and channels not in (1, 3):
         raise SettingsError(
-            f"the model makes latents of {model.in_channels} channels and codec={settings.codec['_target_']} does "
+            f"the model makes latents of {channels} channels and codec={settings.codec['_target_']} does "
             "not decode them: sample with codec=sd_vae codec.path=FOLDER"
         )
-    frames = (model.video_frames,) if getattr(model, "video_frames", 0) else ()
     if settings.upsample.skip_tuning is not None:
         try:
-            set_skip_tuning(model, settings.upsample.skip_tuning, settings.upsample.skip_tuning_range)
+            asked.set_skip_tuning(settings.upsample.skip_tuning, settings.upsample.skip_tuning_range)
         except ValueError as error:
             raise SettingsError(f"upsample.skip_tuning={settings.upsample.skip_tuning}: {error}") from error
-    if samples.label_of is None and model.has_text:
-        samples = replace(samples, label_of=data_texts(settings, model)[0])
+    if samples.label_of is None and asked.has_text:
+        samples = replace(samples, label_of=data_texts(settings, pipeline.model)[0])
     return SamplingRun(
         pipeline,
-        replace(samples, num_classes=max(model.num_classes, 0)),
-        (*frames, model.in_channels, *(settings.upsample.factor * side for side in model.img_dim)),
+        replace(samples, num_classes=max(asked.num_classes, 0)),
+        (*frames, channels, *(settings.upsample.factor * side for side in (height, width))),
         folder=folder,
         identity=identity,
         runtime=runtime,
@@ -87,7 +86,7 @@ def data_texts(settings: Settings, model: Any) -> tuple[Any, SourceRows]:
             f"a text model needs texts to sample from, data={settings.data.name} has none: give captions=FILE.npy"
         )
     rows = SourceRows(source)
-    return text_plan(rows, model.d_context, f"data={settings.data.name}"), rows
+    return text_plan(rows, as_denoiser(model).d_context, f"data={settings.data.name}"), rows
 
 
 def build_judge(
@@ -268,7 +267,7 @@ class _ScanPicture(Hook):
     def __init__(self, settings: Settings, model: Any):
         chosen = settings.scan.get("name", "from_model")
         self._name = settings.model.get("scan_type") if chosen == "from_model" else chosen
-        self._grid = getattr(model, "grid", None)
+        self._grid = as_denoiser(model).token_grid
 
     def begin(self, trainer: Trainer) -> None:
         if self._name is None or self._grid is None or trainer.counters.step or not trainer.trackers:

@@ -21,7 +21,15 @@ from zigflow.engine import launch
 from zigflow.settings import SettingsError
 from zigflow.typed_arguments import typed_path
 
-__all__ = ["check_folders", "default_run_dir", "one_folder", "run_id", "subdir_of", "typed_run_dir"]
+__all__ = [
+    "check_folders",
+    "default_run_dir",
+    "job_folder",
+    "one_folder",
+    "run_id",
+    "subdir_of",
+    "typed_run_dir",
+]
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +70,25 @@ def default_run_dir() -> str:
         return f"outputs/{hydra.job.name}/{run_id()}"
     place, start = Path(hydra.runtime.output_dir), Path(hydra.runtime.cwd)
     return str(place.relative_to(start) if place.is_relative_to(start) else place)
+
+
+# Characters that a folder's name keeps: others mean something to a shell, to Hydra's grammar or to the system.
+_KEPT = re.compile(r"[^\w.+-]+")
+_LONGEST = 100
+
+
+def job_folder(number: int, overrides: str, sweep: str) -> str:
+    """The folder of one job of a sweep: its number and what tells it apart, ``0_optim.lr-0.001_scan-hilbert``.
+
+    Args:
+        number: of the job.
+        overrides: ``hydra.job.override_dirname``.
+        sweep: ``hydra.sweep.dir``; a folder of the number alone that stands there, from 0.1, is continued.
+    """
+    if (Path(sweep) / str(number)).is_dir():
+        return str(number)
+    told = "_".join(_KEPT.sub("-", part).strip("+-.") for part in overrides.split(","))
+    return f"{number}_{told[:_LONGEST]}".rstrip("_-.")
 
 
 def typed_run_dir(arguments: Sequence[str]) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from hydra.utils import get_object, instantiate
 
-from zigflow import plugins
+from zigflow.errors import ZigflowError
 from zigflow.paths import expanded
 from zigflow.settings import SettingsError
 
@@ -20,9 +20,22 @@ def make(key: str, node: Mapping[str, Any]) -> Any:
         mistakes = (ValueError, TypeError, KeyError, ImportError, FileNotFoundError, NotADirectoryError)
         if isinstance(cause, mistakes):
             raise SettingsError(f"{key} ({node.get('_target_')}): {cause}") from error
-        if not plugins.is_foreign(cause):
+        if isinstance(cause, ZigflowError):
             raise cause from error
         raise
+
+
+def target(key: str, node: Mapping[str, Any]) -> Any:
+    """The class or function that a node names.
+
+    Raises:
+        SettingsError: it cannot be imported, in one line that names the key.
+    """
+    try:
+        return get_object(str(node["_target_"]))
+    except Exception as error:
+        cause = " ".join(str(error).split())
+        raise SettingsError(f"{key}._target_={node['_target_']} cannot be imported: {cause}") from error
 
 
 def _with_annotated_paths(key: str, node: Mapping[str, Any]) -> dict[str, Any]:

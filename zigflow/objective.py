@@ -4,13 +4,13 @@ A job of ``--multirun`` returns it: ``loop.objective``, or by default what the e
 (``frechet``, ``fid``), or the training loss of a run that is not evaluated.
 """
 
-import difflib
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zigflow.registry import near_names
 from zigflow.settings import Settings, SettingsError
 
 __all__ = ["LOGGED", "check_objective", "objective_of"]
@@ -80,5 +80,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _hint(name: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
+    close = near_names(name, known, n=2)
     return f" (did you mean {' or '.join(close)}?)" if close else ""

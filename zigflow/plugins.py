@@ -7,16 +7,18 @@ modules are imported by ``load_plugins`` after main has begun.
 """
 
 import contextlib
-import difflib
+import copy
 import errno
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,9 +44,9 @@ from zigflow import hydra_folders, paths
 from zigflow.engine import launch, launcher_settings
 from zigflow.errors import ZigflowError
 from zigflow.hydra_folders import run_id
-from zigflow.overrides import compose_leniently
+from zigflow.overrides import check_added, compose_leniently, signs, with_signs
 from zigflow.preflight import check_training
-from zigflow.registry import UnknownNameError
+from zigflow.registry import UnknownNameError, near_names
 from zigflow.settings import WANDB_KEY, Settings, SettingsError
 from zigflow.typed import unknown_key
 from zigflow.typed_arguments import as_meant, check_grammar, check_hydra_folders, name_no_job
@@ -110,7 +112,11 @@ def is_sweep() -> bool:
 
 def is_plain_sweep() -> bool:
     """Whether this is a job of Hydra's own sweeper, which tries what it is told and compares nothing."""
-    return is_sweep() and str(HydraConfig.get().sweeper._target_).endswith(".BasicSweeper")
+    return is_sweep() and _is_plain(HydraConfig.get().sweeper)
+
+
+def _is_plain(sweeper: Any) -> bool:
+    return str(sweeper._target_) == f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}"
 
 
 def _launched(key: str, default: Any) -> Any:
@@ -128,6 +134,7 @@ def prepare() -> None:
         ("main_only", lambda value: value if os.environ.get("RANK", "0") == "0" else None),
         ("launched", _launched),
         ("default_run_dir", hydra_folders.default_run_dir),
+        ("job_folder", hydra_folders.job_folder),
         ("rank_suffix", lambda: "" if os.environ.get("RANK", "0") == "0" else f"-{os.environ['RANK']}"),
     ):
         if not OmegaConf.has_resolver(name):
@@ -141,12 +148,25 @@ def prepare() -> None:
 
 def compose_config(overrides: list[str] | None = None, config_name: str = "default") -> DictConfig:
     """Compose as the commands do, for tools, tests and notebooks."""
+    return composed(overrides, config_name)[0]
+
+
+def composed(
+    overrides: list[str] | None = None, config_name: str = "default"
+) -> tuple[DictConfig, list[str]]:
+    """Compose as the commands do; the overrides as Hydra takes them, too.
+
+    Raises:
+        SettingsError: a mistake, in one line; a HydraException for one that Hydra finds.
+    """
     prepare()
     typed = as_meant(list(overrides or []))
     check_grammar(typed)
     check_choices(typed)
     with _hydra():
-        return compose_leniently(partial(compose, config_name), typed)[0]
+        cfg, made_from = compose_leniently(partial(compose, config_name), typed)
+    check_added(cfg, made_from)
+    return cfg, made_from
 
 
 @contextlib.contextmanager
@@ -161,6 +181,13 @@ def group_choices(group: str) -> list[str]:
     prepare()
     with _hydra() as hydra:
         return sorted(hydra.config_loader().get_group_options(group, results_filter=ObjectType.CONFIG))
+
+
+def _groups() -> list[str]:
+    """The groups whose choices can be typed: folders of ``config/`` and of plug-ins."""
+    with _hydra() as hydra:
+        groups = hydra.config_loader().list_groups("")
+    return [group for group in groups if group not in ("hydra", "accelerate", "recipe")]
 
 
 # What Hydra takes for something else than the name of a choice.
@@ -190,7 +217,7 @@ def check_choices(arguments: list[str]) -> None:
 
 
 def _no_such_choice(group: str, choice: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(choice, known, n=3, cutoff=0.4)
+    close = near_names(choice, known, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return f"{group}={choice} does not exist: {hint}known: {', '.join(sorted(known))}"
 
@@ -219,21 +246,50 @@ def _class_name(name: Any) -> str:
 
 
 def validated(cfg: DictConfig) -> Settings:
-    """The composed configuration as frozen settings.
+    """The composed configuration as frozen settings, see :func:`checked`."""
+    return checked(plain(cfg))
+
+
+def checked(values: Mapping[str, Any], trains: bool = True) -> Settings:
+    """Plain values as frozen settings whose names are known and whose choices fit: the one check of all commands.
+
+    Plug-ins are loaded for it, and torch is imported; no device is touched.
+
+    Args:
+        trains: the configuration trains; where it samples, its optimizer is not looked at.
 
     Raises:
-        SettingsError: it cannot run, in one line.
+        SettingsError: it cannot run, in one line that names the key.
     """
-    return Settings.from_mapping(plain(cfg))
+    settings = Settings.from_mapping(values)
+    load_plugins()
+    from zigflow.chosen import check_chosen
+
+    check_chosen(settings, trains)
+    return settings
 
 
-def check_command_line(arguments: list[str], config_name: str) -> list[str]:
+@dataclass(frozen=True)
+class CommandLine:
+    """A command line that has been checked.
+
+    Attributes:
+        arguments: as Hydra composes them, see :mod:`zigflow.overrides`.
+        typed: the same, parsed.
+        job: a single run's composed configuration, Hydra's node included; None for a sweep and for what only shows.
+        sweep: whether there is one run for each choice.
+    """
+
+    arguments: list[str]
+    typed: Any
+    job: DictConfig | None = None
+    sweep: bool = False
+
+
+def check_command_line(arguments: list[str], config_name: str) -> CommandLine:
     """Check the launch, then compose and validate before Hydra makes a run directory.
 
     Every job of a sweep is checked before the first one starts. What only shows something is not validated.
-
-    Returns:
-        The arguments as Hydra composes them, see :mod:`zigflow.overrides`.
 
     Raises:
         SettingsError: a mistake, in one line; a HydraException for one that Hydra finds.
@@ -264,16 +320,20 @@ def check_command_line(arguments: list[str], config_name: str) -> list[str]:
     elif not named:
         run_id()
     check_choices(overrides)
-    helps = (typed.help, typed.hydra_help, typed.shell_completion, typed.experimental_rerun)
-    if any(helps):
-        return arguments
+    if any((typed.help, typed.hydra_help, typed.shell_completion, typed.experimental_rerun)):
+        return CommandLine(arguments, typed)
+    if typed.resolve and not typed.cfg:
+        raise SettingsError("--resolve goes with --cfg job: it prints what interpolations stand for")
     shows = bool(typed.cfg or typed.info)
-    forced: set[str] = set()
+    changed: dict[str, str] = {}
     subdirs: list[tuple[str, str]] = []
+    single = None
     jobs = _sweep(typed, overrides, config_name) if sweep else [(overrides, True)]
     for job, whole in jobs:
         cfg, made_from = _composed_as_typed(typed, job, config_name)
-        forced |= {text.lstrip("+").partition("=")[0] for text in made_from if text.startswith("++")}
+        changed |= signs(job, made_from)
+        if not sweep and not shows:
+            single = copy.deepcopy(cfg)
         with flag_override(cfg, "struct", False):
             name_no_job(cfg)
             subdirs.append(hydra_folders.subdir_of(cfg))
@@ -282,15 +342,25 @@ def check_command_line(arguments: list[str], config_name: str) -> list[str]:
         if shows:
             continue
         check_hydra_folders(hydra)
+        check_added(cfg, made_from)
         plain(cfg)
         if config_name == "default" and whole:
             check_training(validated(cfg))
     if sweep and not shows:
         hydra_folders.check_folders(subdirs, all(whole for _, whole in jobs))
-    return [
-        f"++{argument.lstrip('+')}" if argument.lstrip("+").partition("=")[0] in forced else argument
-        for argument in arguments
-    ]
+    made = with_signs(arguments, changed)
+    if sweep or shows:
+        typed = _parser().parse_args(made)
+    if sweep:
+        typed.overrides = [*typed.overrides, _told_apart_by(typed.overrides)]
+    return CommandLine(made, typed, single, sweep and not shows)
+
+
+def _told_apart_by(overrides: list[str]) -> str:
+    """Hydra's own setting after which ``hydra.job.override_dirname`` holds what is swept and nothing else."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    fixed = [o.key_or_group for o in parsed if not o.is_sweep_override() and not o.is_hydra_override()]
+    return f"++hydra.job.config.override_dirname.exclude_keys={json.dumps(fixed)}"
 
 
 def _parser() -> Any:
@@ -314,10 +384,8 @@ def _composed_as_typed(typed: Any, overrides: list[str], config_name: str) -> tu
     Returns:
         What was composed, and the overrides that Hydra composes the same from.
     """
-    folder = None if typed.config_path is None else Path(__file__).parent / typed.config_path
-    _typed_folders[:] = [] if typed.config_dir is None else [Path(typed.config_dir).absolute()]
     try:
-        with _hydra(folder):
+        with hydra_of(typed):
             made = partial(compose, typed.config_name or config_name, return_hydra_config=True)
             return compose_leniently(made, overrides)
     except TypeError as error:
@@ -328,6 +396,16 @@ def _composed_as_typed(typed: Any, overrides: list[str], config_name: str) -> tu
         raise SettingsError(
             f"{' '.join(chosen)}: a group takes the name of a choice, such as scan=zigzagN8, and no number"
         ) from error
+
+
+@contextlib.contextmanager
+def hydra_of(typed: Any) -> Iterator[GlobalHydra]:
+    """Hydra with the folders that a parsed command line names by --config-path and --config-dir."""
+    folder = None if typed.config_path is None else Path(__file__).parent / typed.config_path
+    _typed_folders[:] = [] if typed.config_dir is None else [Path(typed.config_dir).absolute()]
+    try:
+        with _hydra(folder) as hydra:
+            yield hydra
     finally:
         _typed_folders.clear()
 
@@ -350,7 +428,7 @@ def _sweep(typed: Any, overrides: list[str], config_name: str) -> list[tuple[lis
     """The jobs of a sweep; of another sweeper's one that has null for the keys that are swept."""
     (base, _), *_ = _jobs(overrides, foreign=True)
     node = _composed_as_typed(typed, [f"run_dir={os.devnull}", *base], config_name)[0].hydra.sweeper
-    if str(node._target_).endswith(".BasicSweeper"):
+    if _is_plain(node):
         return _jobs(overrides)
     parsed = OverridesParser.create().parse_overrides(overrides)
     swept = [str(o.get_key_element()) for o in parsed if o.is_sweep_override()]
@@ -369,6 +447,7 @@ def _known_keys(config_name: str, key: str, parent: DictConfig | None) -> list[s
                 walk(child, f"{prefix}{key}.")
 
     walk(compose_config(config_name=config_name), "")
+    keys += [group for group in _groups() if group not in keys]
     place = key.rpartition(".")[0]
     if place and isinstance(parent, DictConfig):
         keys = [name for name in keys if not name.startswith(f"{place}.")]
@@ -389,6 +468,9 @@ def explain(error: BaseException, config_name: str) -> str | None:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         return _no_such_choice(group, choice, list(error.options))
     if isinstance(error, (HydraException, OmegaConfBaseException)):
+        twice = re.match(r"Multiple values for ([\w/]+)\.|([\w/]+) appears more than once", str(error))
+        if twice:
+            return f"{twice[1] or twice[2]}= is given more than once: give it once"
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, OmegaConfBaseException) and "not in struct" in str(cause):

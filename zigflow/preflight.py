@@ -1,7 +1,8 @@
-"""What can be known to fail before a device is touched or a file is written; torch-free.
+"""What can be known to fail before a device is touched or a file is written.
 
-``Settings`` checks keys by themselves; here data, model and codec are held against each other and against
-the files they name. What only reading the data can tell is checked by ``zigflow.build``.
+``Settings`` checks keys by themselves; here data, model and codec are held against each other and against the files
+they name. It is asked after plug-ins are loaded, and imports the classes that the configuration names. What only
+reading the data can tell is checked by ``zigflow.build``.
 """
 
 import logging
@@ -11,8 +12,10 @@ from typing import Any
 
 from zigflow.engine.launcher_settings import check_agreement
 from zigflow.latents import LatentScale, LatentSize
+from zigflow.nodes import target
 from zigflow.objective import check_objective
 from zigflow.settings import Settings, SettingsError
+from zigflow.shapes import model_shape, sample_shape
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +33,6 @@ def check_training(settings: Settings) -> None:
     scaled_codec(settings.codec)
     _check_shapes(settings)
     _check_conditions(settings)
-    _check_variance(settings)
     check_roots(settings)
     check_objective(settings)
     check_agreement(
@@ -101,7 +103,7 @@ def check_roots(settings: Settings) -> None:
 
 
 def _is_autoencoder(codec: Mapping[str, Any]) -> bool:
-    return str(codec.get("_target_", "")).endswith(".AutoencoderKLCodec")
+    return bool(getattr(target("codec", codec), "is_autoencoder", False))
 
 
 def _latent_size(codec: Mapping[str, Any]) -> LatentSize:
@@ -136,10 +138,7 @@ def _pixel_shape(settings: Settings) -> tuple[int, ...] | None:
     data, source = settings.data, settings.data.source or {}
     size = source.get("image_size", source.get("size", data.image_size))
     channels = source.get("channels", data.channels)
-    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else ()
-    if len(sides) != 2 or not all(isinstance(value, int) for value in (*sides, channels)):
-        return None
-    return (*((data.video_frames,) if data.video_frames else ()), channels, *sides)
+    return sample_shape(channels, size, data.video_frames)
 
 
 def _point_shape(settings: Settings) -> tuple[int, ...] | None:
@@ -157,17 +156,8 @@ def _point_shape(settings: Settings) -> tuple[int, ...] | None:
         raise SettingsError(f"data.image_size of data={settings.data.name}: {error}") from error
 
 
-def _model_shape(model: Mapping[str, Any]) -> tuple[int, ...] | None:
-    channels, size = model.get("in_channels"), model.get("img_dim")
-    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else ()
-    if len(sides) != 2 or not isinstance(channels, int):
-        return None
-    frames = model.get("video_frames") or 0
-    return (*((frames,) if frames > 0 else ()), channels, *sides)
-
-
 def _check_shapes(settings: Settings) -> None:
-    given, read = _point_shape(settings), _model_shape(settings.model)
+    given, read = _point_shape(settings), model_shape(settings.model)
     if given is None or read is None or given == read:
         return
     what = "latents" if settings.use_latent else "samples"
@@ -190,15 +180,4 @@ def _check_conditions(settings: Settings) -> None:
         raise SettingsError(
             f"data={data.name} has {data.num_classes} classes, model.num_classes is {classes}: "
             f"set model.num_classes={data.num_classes}"
-        )
-
-
-def _check_variance(settings: Settings) -> None:
-    model = settings.model
-    if not str(settings.process.get("_target_", "")).endswith(".Flow"):
-        return
-    if model.get("learn_sigma") and not model.get("drop_sigma"):
-        raise SettingsError(
-            f"model={model.get('name')} predicts a variance (model.learn_sigma=true), which the flow process does not "
-            "read: set model.learn_sigma=false, or choose another process="
         )

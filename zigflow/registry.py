@@ -138,23 +138,3 @@ def _origin(value: object, caller: str) -> str:
     if hasattr(value, "__qualname__"):
         return f"{getattr(value, '__module__', caller)}.{value.__qualname__}"  # type: ignore[attr-defined]
     return caller
-
-
-MODEL_VARIANTS: Registry[Callable] = Registry("model variant")
-
-
-def register_variant(name: str, family: Callable, what: str, **fixed) -> Callable:
-    """A function that builds ``family`` with the keywords ``fixed`` unless they are given; registered as a variant.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-
-    def build(**kwargs):
-        return family(**{**fixed, **kwargs})
-
-    build.__name__ = build.__qualname__ = name
-    # Of two families that claim a name, both are named.
-    build.__module__ = family.__module__
-    build.__doc__ = f"{what} of width {fixed['embed_dim']} and depth {fixed['depth']}."
-    return MODEL_VARIANTS.register(name)(build)

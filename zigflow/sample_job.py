@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 
 from zigflow import plugins
 from zigflow.build import build_codec, build_pipeline, build_runtime
-from zigflow.codec import IdentityCodec
 from zigflow.data.class_names import renumbered
 from zigflow.data.contents import exact_fingerprint
 from zigflow.engine.evaluation import Judge, sample_size
@@ -38,8 +37,10 @@ from zigflow.metrics.base import SampleIds
 from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
 from zigflow.metrics.report import table
 from zigflow.metrics.results import write_results
+from zigflow.nn import as_denoiser
 from zigflow.samplers.chain import chain_of
 from zigflow.settings import Settings, SettingsError
+from zigflow.shapes import frames_of
 from zigflow.sources import build_source, check_shape, class_names
 from zigflow.stored_config import Trained, open_trained
 
@@ -70,8 +71,7 @@ def _identity(facts: Mapping[str, Any]) -> dict[str, Any]:
 def sample_from_config(cfg: DictConfig) -> Path:
     """Sample and judge as configured; returns the folder of samples."""
     given = plugins.plain(cfg)
-    ckpt, wanted = given.get("ckpt"), given.pop("weights", None)
-    options = SampleOptions.take_from(given)
+    ckpt, options = given.pop("ckpt", None), SampleOptions.take_from(given)
     if ckpt is None:
         raise SettingsError("ckpt is missing: give ckpt=RUN_DIR, a checkpoint in it, or an official .pt file")
     if given["loop"].get("compile"):
@@ -81,7 +81,7 @@ def sample_from_config(cfg: DictConfig) -> Path:
         )
     given["mixed_precision"] = chosen_precision(given["mixed_precision"])
     plugins.load_plugins()
-    trained = open_trained(given, str(ckpt), wanted)
+    trained = open_trained(given, str(ckpt), options.weights)
     settings = trained.settings
     runtime = build_runtime(settings)
     pipeline = build_pipeline(settings, trained.model, build_codec(settings, runtime.device)).on(
@@ -142,7 +142,7 @@ def _pictures(run: SamplingRun, folder: Path, model: Any, options: SampleOptions
     shown = result.images
     rows = np.arange(len(shown)) // 10 if result.labels is None else result.labels[: len(shown)]
     grid = save_sample_grid(folder / "grid.png", shown, rows)
-    frames = getattr(model, "video_frames", 0)
+    frames = frames_of(as_denoiser(model).sample_shape)
     if frames:
         for index, strip in zip(result.ids, run.images(), strict=True):
             save_frame_grid(folder / "videos" / f"{index:06d}.png", strip, frames)
@@ -156,13 +156,14 @@ def _pictures(run: SamplingRun, folder: Path, model: Any, options: SampleOptions
 
 def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple[Any, dict[str, Any]]:
     """What each sample is conditioned on, a function of sample numbers or None, and the facts about it."""
-    if model.num_classes > 0 and not isinstance(options.labels, str):
+    asked = as_denoiser(model)
+    if asked.num_classes > 0 and not isinstance(options.labels, str):
         # Numbers alone need no training set at hand.
         names = class_names(settings) if options.names_classes else settings.data.class_names or ()
         _tell_numbers(options.labels, names)
         options = options.by_number(names)
     facts = options.facts()
-    if not model.has_text:
+    if not asked.has_text:
         if options.captions is not None:
             raise SettingsError(
                 f"captions={options.captions} needs a text model, this one reads none: drop captions="
@@ -172,7 +173,7 @@ def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple
         source = build_source(settings, split) if options.labels == "data" else None
         if source is not None:
             facts["labels_of"] = exact_fingerprint(source)
-        return class_plan(options, model.num_classes, source, settings.global_seed), facts
+        return class_plan(options, asked.num_classes, source, settings.global_seed), facts
     if options.labels != "balanced":
         raise SettingsError(
             f"labels={options.labels} needs a model of classes, this one reads text: drop labels="
@@ -181,7 +182,7 @@ def _conditions(settings: Settings, model: Any, options: SampleOptions) -> tuple
         plan, rows = data_texts(settings, model)
     else:
         rows = open_captions(options.captions)
-        plan = text_plan(rows, model.d_context, f"captions={options.captions}")
+        plan = text_plan(rows, asked.d_context, f"captions={options.captions}")
     return plan, {**facts, "captions": rows.fingerprint}
 
 
@@ -251,9 +252,9 @@ def _measure_data(
         raise SettingsError(f"there is no data to measure: data={settings.data.name} has none")
     check_shape(settings, trained.model, source, codec, "heldout" if settings.data.heldout else "source")
     # Grey levels of 8-bit images in [-1, 1] are 2/255 apart; latents have no levels.
-    level = codec.scale * 2 / 255 if isinstance(codec, IdentityCodec) and not settings.is_latent else None
+    level = codec.scale * 2 / 255 if getattr(codec, "is_identity", False) and not settings.is_latent else None
     facts["precision"] = "no"
-    bounds = not encodes and settings.sample_mode == "diffusion"
+    bounds = not encodes and not hasattr(pipeline.sampler, "log_likelihood")
     if bounds:
         if level != 2 / 255:
             raise SettingsError(

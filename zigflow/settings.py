@@ -1,21 +1,20 @@
 """The configuration as frozen, typed values, checked before any device is touched.
 
 ``Settings.from_mapping`` reads plain dicts (no omegaconf here). Each message names the key as it is typed
-on the command line, what was given and what is allowed.
+on the command line, what was given and what is allowed. Types, ranges and combinations are checked here; names that
+packages add to (samplers, predictions, optimizers, ...) are checked in ``zigflow.names``.
 """
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from scans import parse_scan_type
 from zigflow.paths import with_expanded_paths
 from zigflow.settings_sampling import DiffusionSettings, OdeSettings, SdeSettings, UpsampleSettings
-from zigflow.typed import SettingsError, at_least, not_negative, one_of, parse, positive
+from zigflow.typed import REQUIRED, SettingsError, key, parse
 
-PATH_TYPES = ("Linear", "GVP", "VP")
-PREDICTIONS = ("velocity", "score", "noise", "data")
 WANDB_KEY = (
     "a key of wandb (wandb.key) does not belong in a configuration, which logs and checkpoints repeat: remove it (and "
     "revoke the key if it was shared), then run wandb login, or export WANDB_API_KEY"
@@ -26,42 +25,50 @@ WANDB_KEY = (
 class TrainSettings:
     """Group ``train``: the flow process, keys of the official layout."""
 
-    path_type: str = "Linear"
-    prediction: str = "velocity"
-    loss_weight: str | None = None
-    sample_eps: float | None = None
-    train_eps: float | None = None
-
-    def __post_init__(self):
-        one_of("train.path_type", self.path_type, PATH_TYPES)
-        one_of("train.prediction", self.prediction, PREDICTIONS)
-        one_of("train.loss_weight", self.loss_weight, (None, "velocity", "likelihood"))
+    path_type: str = key("Linear", "how data and noise are mixed along the time of a flow process")
+    prediction: str = key("velocity", "what the network of a flow process predicts")
+    loss_weight: str | None = key(
+        None,
+        "weight of a flow's loss over time: null (none) | velocity | likelihood",
+        used="training",
+    )
+    sample_eps: float | None = key(
+        None,
+        "sampling of a flow keeps this distance from the ends of time; null: what path and prediction need",
+        used="sampling",
+    )
+    train_eps: float | None = key(
+        None,
+        "training of a flow keeps this distance from the ends of time; null: what path and prediction need",
+        used="training",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings:
     """Group ``optim``; ``args`` are the optimizer's own settings, ``_target_`` a class in place of a name."""
 
-    name: str = "adamw"
-    _target_: str | None = None
-    lr: float = 1e-4
-    wd: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    min_lr: float = 0.0
-    exclude_tagged_from_decay: bool = False
-    args: Mapping[str, Any] = field(default_factory=dict)
+    name: str = key("adamw", "registered optimizer: adamw, muon, or any of torch.optim in lower case")
+    _target_: str | None = key(
+        None, "class of an optimizer by its dotted path, in place of a registered name"
+    )
+    lr: float = key(1e-4, "learning rate after the warm-up", above=0)
+    wd: float = key(0.0, "weight decay", least=0)
+    betas: tuple[float, float] = key((0.9, 0.999), "decay of Adam's two running means, each in [0, 1)")
+    eps: float = key(1e-8, "Adam's epsilon", above=0)
+    schedule: str = key(
+        "constant", "learning rate after the warm-up: constant | cosine", choices=("constant", "cosine")
+    )
+    warmup_steps: int = key(0, "optimizer steps in which the learning rate rises linearly", least=0)
+    min_lr: float = key(0.0, "where the cosine ends, at data.train_steps")
+    exclude_tagged_from_decay: bool = key(
+        False, "keep A_log and D of state-space layers out of weight decay (the published runs do not)"
+    )
+    args: Mapping[str, Any] = key(dict, "the optimizer's own arguments: optim.args.momentum=0.9")
 
     def __post_init__(self):
-        positive("optim.lr", self.lr)
-        positive("optim.eps", self.eps)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise SettingsError(f"optim.betas={list(self.betas)} are not in [0, 1)")
-        not_negative("optim.wd", self.wd)
-        not_negative("optim.warmup_steps", self.warmup_steps)
-        one_of("optim.schedule", self.schedule, ("constant", "cosine"))
         if not 0 <= self.min_lr <= self.lr:
             raise SettingsError(f"optim.min_lr={self.min_lr} is not in [0, optim.lr={self.lr}]")
         if self.min_lr and self.schedule != "cosine":
@@ -78,59 +85,73 @@ class DataSettings:
     ``class_names`` may be None until the data has been read, from which they then follow.
     """
 
-    name: str
-    train_steps: int
-    batch_size: int
-    image_size: int | tuple[int, int] | None = None
-    num_classes: int | None = None
-    class_names: tuple[str, ...] | None = None
-    channels: int | None = 3
-    video_frames: int = 0
-    num_workers: int = 0
-    sample_fid_n: int = 5_000
-    sample_fid_every: int = 0
-    sample_fid_bs: int = 128
-    sample_vis_n: int = 16
-    is_video: bool | None = None
-    is_latent: bool = False
-    has_text: bool = False
-    d_context: int = 0
-    n_context_token: int = 0
-    tar_base: str | None = None
-    prepare: str = ""
-    limit: int | None = None
-    order: str = "indexed"
-    shards_at_once: int | None = None
-    max_skipped: int = 0
-    random_flip: bool = False
-    source: Mapping[str, Any] | None = None
-    heldout: Mapping[str, Any] | None = None
+    name: str = key(REQUIRED, "label of the data set, for logs and errors")
+    train_steps: int = key(REQUIRED, "optimizer steps of the whole run", least=1, used="training")
+    batch_size: int = key(REQUIRED, "samples per process and micro-batch", least=1, used="training")
+    image_size: int | tuple[int, int] | None = key(
+        None, "height and width in pixels, one number or [height, width]; null: as stored", least=1
+    )
+    num_classes: int | None = key(None, "0 or less: train without classes; null: as the data says")
+    class_names: tuple[str, ...] | None = key(
+        None, "names in the order of the class numbers; null: as the data lists them"
+    )
+    channels: int | None = key(3, "1 | 3 for pixels; null: those of the first image", least=1)
+    video_frames: int = key(0, "frames of a video; 0: images", least=0)
+    num_workers: int = key(
+        0,
+        "processes that read data, for each training process; 0: read in the process itself",
+        least=0,
+        used="training",
+    )
+    sample_fid_n: int = key(5_000, "samples of an evaluation during training", least=1, used="training")
+    sample_fid_every: int = key(
+        0, "optimizer steps between evaluations, which use the EMA weights; 0: none", least=0, used="training"
+    )
+    sample_fid_bs: int = key(
+        128, "samples per batch of an evaluation during training", least=1, used="training"
+    )
+    sample_vis_n: int = key(
+        16, "samples of an evaluation that are shown as a picture", least=0, used="training"
+    )
+    is_video: bool | None = key(None, "checked against data.video_frames; null: follows from it")
+    is_latent: bool = key(False, "the data holds latents instead of pixels")
+    has_text: bool = key(False, "the data holds caption features")
+    d_context: int = key(0, "width of a caption token; 0 without captions")
+    n_context_token: int = key(0, "tokens of a caption; 0 without captions")
+    tar_base: str | None = key(
+        None, "folder of the training tars, from which data.source.root follows in published data sets"
+    )
+    prepare: str = key("", "how to make this data set, repeated by the error when it is missing")
+    limit: int | None = key(None, "train on the first samples only; null: on all", least=1, used="training")
+    order: str = key(
+        "indexed",
+        "indexed: a function of the seed, resumed exactly | streaming: for URLs, resumed approximately",
+        choices=("indexed", "streaming"),
+    )
+    shards_at_once: int | None = key(
+        None, "shards whose samples mix; null: all, up to 4,194,304 samples", least=1, used="training"
+    )
+    max_skipped: int = key(
+        0, "unreadable samples that may be replaced; 0: each is an error", least=0, used="training"
+    )
+    random_flip: bool = key(
+        False, "mirror images left to right with probability 1/2 in training", used="training"
+    )
+    source: Mapping[str, Any] | None = key(None, "training data: a class by _target_ with its arguments")
+    heldout: Mapping[str, Any] | None = key(None, "held-out data: a class by _target_ with its arguments")
 
     def __post_init__(self):
-        for key in ("train_steps", "batch_size", "sample_fid_n", "sample_fid_bs"):
-            at_least(f"data.{key}", getattr(self, key), 1)
-        sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
-        for key, value in (*(("image_size", side) for side in sides), ("channels", self.channels)):
-            if value is not None:
-                at_least(f"data.{key}", value, 1)
         if self.class_names is not None:
             _check_class_names(self.class_names, self.num_classes)
-        for key in ("num_workers", "video_frames", "sample_fid_every", "sample_vis_n", "max_skipped"):
-            not_negative(f"data.{key}", getattr(self, key))
-        one_of("data.order", self.order, ("indexed", "streaming"))
-        if self.shards_at_once is not None:
-            at_least("data.shards_at_once", self.shards_at_once, 1)
-            if self.order == "streaming":
-                raise SettingsError(
-                    f"data.shards_at_once={self.shards_at_once} is of data.order=indexed; a stream mixes in "
-                    "data.source.stream.shuffle_buffer: drop data.shards_at_once"
-                )
-        if self.limit is not None:
-            at_least("data.limit", self.limit, 1)
-            if self.order == "streaming":
-                raise SettingsError(
-                    f"data.limit={self.limit} needs samples with numbers, a stream has none: use data.order=indexed"
-                )
+        if self.shards_at_once is not None and self.order == "streaming":
+            raise SettingsError(
+                f"data.shards_at_once={self.shards_at_once} is of data.order=indexed; a stream mixes in "
+                "data.source.stream.shuffle_buffer: drop data.shards_at_once"
+            )
+        if self.limit is not None and self.order == "streaming":
+            raise SettingsError(
+                f"data.limit={self.limit} needs samples with numbers, a stream has none: use data.order=indexed"
+            )
         if self.random_flip and self.is_latent:
             raise SettingsError(
                 f"data.random_flip=true mirrors pixels, and data={self.name} holds latents: store those of the "
@@ -158,109 +179,165 @@ def _check_class_names(names: tuple[str, ...], num_classes: int | None) -> None:
 class LoopSettings:
     """Group ``loop``: what the official layout has no key for."""
 
-    keep_last: int = 3
-    progress: bool = True
-    compile: bool = False
-    checkpoint_policy: str = "none"
-    shard: bool = False
-    ema_half_life: tuple[int, ...] = ()
-    ema_ramp: float = 0.05
-    threads: int | None = None
-    device: str | None = None
-    tensorboard: bool = False
-    peak_flops: float | None = None
-    objective: str | None = None
-
-    def __post_init__(self):
-        if self.peak_flops is not None:
-            positive("loop.peak_flops", self.peak_flops)
-        at_least("loop.keep_last", self.keep_last, 1)
-        not_negative("loop.ema_ramp", self.ema_ramp)
-        one_of("loop.checkpoint_policy", self.checkpoint_policy, ("none", "block", "selective"))
-        for half_life in self.ema_half_life:
-            at_least("loop.ema_half_life", half_life, 1)
-        one_of("loop.device", self.device, (None, "cpu"))
-        if self.threads is not None:
-            at_least("loop.threads", self.threads, 1)
+    keep_last: int = key(3, "checkpoints that are kept", least=1, used="training")
+    progress: bool = key(True, "a bar on a terminal, elsewhere a line of the log now and then")
+    compile: bool = key(
+        False, "compile the model's blocks; false unless accelerate was told", used="training"
+    )
+    checkpoint_policy: str = key(
+        "none",
+        "what is kept for the backward pass: none (everything) | block | selective",
+        choices=("none", "block", "selective"),
+        used="training",
+    )
+    shard: bool = key(
+        False, "several processes keep a part of every parameter each, instead of a copy", used="training"
+    )
+    ema_half_life: tuple[int, ...] = key(
+        (500_000,), "EMA profiles, half-life in images; unused with ema_rate", least=1, used="training"
+    )
+    ema_ramp: float = key(
+        0.05, "an EMA never looks further back than this share of the images seen", least=0, used="training"
+    )
+    threads: int | None = key(None, "CPU threads; null: torch's choice", least=1)
+    device: str | None = key(None, "null: the GPU when there is one | cpu", choices=(None, "cpu"))
+    tensorboard: bool = key(False, "write event files to the run directory's tensorboard/", used="training")
+    peak_flops: float | None = key(
+        None,
+        "operations per second of one device, for the utilization; null: known GPUs, a CPU is measured",
+        above=0,
+        used="training",
+    )
+    objective: str | None = key(
+        None,
+        "the number that a sweeper sees: loss, or one of the evaluation; null: the metric's own, else the loss",
+        used="training",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class WandbSettings:
     """Group ``wandb``. It has no key: one that stands here would be copied into logs and checkpoints."""
 
-    entity: str | None = None
-    project: str = "zigflow"
-    mode: str | None = None
-    name: str | None = None
-
-    def __post_init__(self):
-        one_of("wandb.mode", self.mode, (None, "online", "offline", "disabled"))
+    entity: str | None = key(None, "account or team; null: wandb's default")
+    project: str = key("zigflow", "project that the run belongs to")
+    mode: str | None = key(
+        None,
+        "online | offline | disabled; null: WANDB_MODE, else online when there is a key and offline when not",
+        choices=(None, "online", "offline", "disabled"),
+    )
+    name: str | None = key(None, "name of the run; null: that of the run directory")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The whole configuration of a training run."""
 
-    data: DataSettings
-    train: TrainSettings
-    optim: OptimSettings
-    ode: OdeSettings
-    sde: SdeSettings
-    loop: LoopSettings
-    diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
-    upsample: UpsampleSettings = field(default_factory=UpsampleSettings)
-    model: Mapping[str, Any]
-    scan: Mapping[str, Any]
-    process: Mapping[str, Any]
-    codec: Mapping[str, Any]
-    text: Mapping[str, Any] | None = None
-    metrics: Mapping[str, Any] | None = None
-    wandb: WandbSettings = field(default_factory=WandbSettings)
-    dist: Mapping[str, Any] | None = None
-    ckpt: str | None = None
-    ckpt_patches: str = "spread"
-    ckpt_every: int = 50_000
-    log_every: int = 100
-    max_grad_norm: float | None = 2.0
-    ema_rate: float | None = 0.9999
-    global_seed: int = 0
-    grad_accum: int = 1
-    is_latent: bool = False
-    use_latent: bool = False
-    use_wandb: bool = False
-    note: str = ""
-    sample_mode: str | None = None
-    likelihood: bool = False
-    num_fid_samples: int = 4_000
-    sample_debug: bool = False
-    sample_dir: str | None = None
-    vae: str = "ema"
-    cfg_scale: float = 1.0
-    cfg_interval: tuple[float, float] = (0.0, 1.0)
-    mixed_precision: str | None = None
-    run_dir: str
-    resume: str = "auto"
+    data: DataSettings = key(REQUIRED, "what is trained on, in which batches, for how long")
+    train: TrainSettings = key(REQUIRED, "path, prediction and loss weight of the flow process")
+    optim: OptimSettings = key(REQUIRED, "optimizer and learning rate", used="training")
+    ode: OdeSettings = key(REQUIRED, "solver of sample_mode=ODE", used="sampling")
+    sde: SdeSettings = key(REQUIRED, "solver of sample_mode=SDE", used="sampling")
+    loop: LoopSettings = key(REQUIRED, "checkpoints kept, EMA, compilation, sharding, device, progress")
+    diffusion: DiffusionSettings = key(
+        DiffusionSettings, "samplers of sample_mode=diffusion", used="sampling"
+    )
+    upsample: UpsampleSettings = key(
+        UpsampleSettings,
+        "larger images than trained on, without training (docs/sampling.md)",
+        used="sampling",
+    )
+    model: Mapping[str, Any] = key(REQUIRED, "backbone: a class by _target_ with its arguments")
+    scan: Mapping[str, Any] = key(REQUIRED, "scan order of every layer: from_model, or a registered name")
+    process: Mapping[str, Any] = key(
+        REQUIRED, "what is trained: flow, or a diffusion process; a class by _target_ with its arguments"
+    )
+    codec: Mapping[str, Any] = key(
+        REQUIRED, "between pixels and what the model sees: a class by _target_ with its arguments"
+    )
+    metrics: Mapping[str, Any] | None = key(
+        None, "what evaluates samples: a class by _target_ with its arguments", used="sampling"
+    )
+    wandb: WandbSettings = key(
+        WandbSettings, "tracking by wandb, switched on by use_wandb=true", used="training"
+    )
+    dist: Mapping[str, Any] | None = key(None, "empty group of the official layout")
+    ckpt: str | None = key(
+        None,
+        "start from, or sample from, these weights: a run directory, one checkpoint in it, or an official .pt file",
+    )
+    ckpt_patches: str = key(
+        "spread",
+        "patch layers of ckpt= at another patch size: spread | as_published",
+        used="training",
+    )
+    ckpt_every: int = key(
+        50_000, "optimizer steps between checkpoints; the last step is always saved", least=1, used="training"
+    )
+    log_every: int = key(100, "optimizer steps between lines of the log", least=1, used="training")
+    max_grad_norm: float | None = key(
+        2.0,
+        "gradients are clipped to this norm before the step; null: off; 2.0 unless accelerate was told",
+        above=0,
+        used="training",
+    )
+    ema_rate: float | None = key(
+        None,
+        "the official constant decay per step; null: the profiles of loop.ema_half_life",
+        used="training",
+    )
+    global_seed: int = key(
+        0, "seed of initial weights, data order and noise; when sampling, of the sampling noise", least=0
+    )
+    grad_accum: int = key(
+        1, "micro-batches per optimizer step; 1 unless accelerate was told", least=1, used="training"
+    )
+    is_latent: bool = key(False, "the data holds latents")
+    use_latent: bool = key(False, "train on latents: those of the data, or the pixels encoded by codec=")
+    use_wandb: bool = key(False, "track the run with wandb", used="training")
+    note: str = key("", "free text, kept in the checkpoint's configuration", used="training")
+    sample_mode: str | None = key(
+        "ODE",
+        "ODE | SDE | diffusion (process=gaussian, vp, sd_discrete; ODE and SDE sample those, too)",
+        choices=(None, "ODE", "SDE", "diffusion"),
+        used="sampling",
+    )
+    likelihood: bool = key(
+        False,
+        "bits per dimension of held-out data instead of samples; with sample_mode=diffusion the variational bound",
+        used="sampling",
+    )
+    num_fid_samples: int = key(500, "samples to draw", least=1, used="sampling")
+    sample_debug: bool = key(False, "stop sampling after 4 batches", used="sampling")
+    sample_dir: str | None = key(None, "folder of the samples; null: RUN_DIR/samples/NAME", used="sampling")
+    vae: str = key(
+        "ema", "which published autoencoder codec.path holds: ema | mse; recorded", choices=("ema", "mse")
+    )
+    cfg_scale: float = key(1.0, "guidance scale w: uncond + w (cond - uncond); 1 is off", used="sampling")
+    cfg_interval: tuple[float, float] = key((0.0, 1.0), "times at which guidance acts", used="sampling")
+    mixed_precision: str | None = key(
+        None, "no | fp16 | bf16; null: as accelerate was told, else no", choices=(None, "no", "fp16", "bf16")
+    )
+    run_dir: str = key(
+        REQUIRED, "folder of the run; default outputs/JOB/ID, of a sweep hydra.sweep.dir/NUMBER_OVERRIDES"
+    )
+    resume: str = key(
+        "auto",
+        "auto: the same command with the same run_dir continues it | never: refuse a directory in use",
+        choices=("auto", "never"),
+        used="training",
+    )
 
     def __post_init__(self):
-        for key in ("ckpt_every", "log_every", "grad_accum", "num_fid_samples"):
-            at_least(key, getattr(self, key), 1)
-        if self.max_grad_norm is not None:
-            positive("max_grad_norm", self.max_grad_norm)
         if self.ema_rate is not None and not 0 <= self.ema_rate < 1:
             raise SettingsError(
                 f"ema_rate={self.ema_rate} is not in [0, 1): give a decay such as 0.9999, or null"
             )
-        not_negative("global_seed", self.global_seed)
         if self.global_seed >= 2**63:
             raise SettingsError(f"global_seed={self.global_seed} must be less than 2^63")
-        for key in ("run_dir", "sample_dir"):
-            if getattr(self, key) == "":
-                raise SettingsError(f"{key} is empty: give {key}=FOLDER, or drop it")
-        one_of("sample_mode", self.sample_mode, (None, "ODE", "SDE", "diffusion"))
-        one_of("mixed_precision", self.mixed_precision, (None, "no", "fp16", "bf16"))
-        one_of("resume", self.resume, ("auto", "never"))
-        one_of("ckpt_patches", self.ckpt_patches, ("spread", "as_published"))
-        one_of("vae", self.vae, ("ema", "mse"))
+        for name in ("run_dir", "sample_dir"):
+            if getattr(self, name) == "":
+                raise SettingsError(f"{name} is empty: give {name}=FOLDER, or drop it")
         low, high = self.cfg_interval
         if not 0 <= low < high <= 1:
             raise SettingsError(f"cfg_interval={list(self.cfg_interval)} is not 0 <= low < high <= 1")
@@ -287,21 +364,7 @@ class Settings:
                 f"{model.get('class_dropout_prob', 0)}; train with model.class_dropout_prob=0.1, or set cfg_scale=1"
             )
         likelihood = self.asks_likelihood
-        inverts = (
-            self.sample_mode == "diffusion"
-            and self.diffusion.sampling_method == "ddim"
-            and not self.diffusion.eta
-        )
-        bounds = self.sample_mode == "diffusion" and self.diffusion.sampling_method == "ddpm"
-        asks = (likelihood and not bounds) or (self.ode.reverse and not inverts)
-        if asks and self.sample_mode in ("SDE", "diffusion"):
-            raise SettingsError(
-                f"likelihood=true and ode.reverse=true need the ODE: set sample_mode=ODE, not {self.sample_mode}; "
-                "with sample_mode=diffusion, diffusion.sampling_method=ddpm has the variational bound of "
-                "process=gaussian, and ddim with diffusion.eta=0 can be reversed"
-            )
-        self._check_process()
-        self.upsample.check(self.process, measures=self.measures_data)
+        self.upsample.check(measures=self.measures_data)
         if likelihood and self.ode.reverse:
             raise SettingsError("likelihood=true and ode.reverse=true exclude each other: choose one")
         if self.measures_data and self.cfg_scale != 1:
@@ -319,36 +382,10 @@ class Settings:
                 f"optim.warmup_steps={self.optim.warmup_steps} leaves nothing of data.train_steps="
                 f"{self.data.train_steps} for optim.schedule=cosine: lower optim.warmup_steps"
             )
-        if self.use_latent and not self.is_latent and is_identity(self.codec):
-            raise SettingsError(
-                f"use_latent=true, but data={self.data.name} holds pixels and codec=pixels does not encode them: give "
-                "codec=sd_vae codec.path=FOLDER, or set use_latent=false"
-            )
         frames = model.get("video_frames", 0) or 0
         if frames != self.data.video_frames:
             raise SettingsError(
                 f"model.video_frames={frames} and data.video_frames={self.data.video_frames} differ: make them equal"
-            )
-
-    def _check_process(self) -> None:
-        target = str(self.process.get("_target_", ""))
-        if self.sample_mode == "diffusion" and target.endswith(".Flow"):
-            raise SettingsError(
-                "sample_mode=diffusion has no steps for process=flow: set sample_mode=ODE or SDE, or train with "
-                "process=gaussian, vp or sd_discrete"
-            )
-        if self.sample_mode == "diffusion" and self.asks_likelihood and not target.endswith(".Gaussian"):
-            raise SettingsError(
-                "likelihood=true with sample_mode=diffusion is the variational bound of process=gaussian, which "
-                f"{target.rpartition('.')[2]} has none of: set sample_mode=ODE"
-            )
-        spaced = (
-            self.diffusion.sampling_method in ("ddpm", "ddim") and not self.diffusion.num_steps.isdecimal()
-        )
-        if self.sample_mode == "diffusion" and spaced and target.endswith(".VariancePreserving"):
-            raise SettingsError(
-                f"diffusion.num_steps={self.diffusion.num_steps}: process=vp is continuous and has no steps to space, "
-                "give a number"
             )
 
     @classmethod
@@ -361,9 +398,7 @@ class Settings:
         if "key" in (values.get("wandb") or {}):
             # Not as an unknown key: its value must appear nowhere.
             raise SettingsError(WANDB_KEY)
+        if not values.get("text"):
+            # An empty group that 0.1 had.
+            values = {name: value for name, value in values.items() if name != "text"}
         return parse(cls, with_expanded_paths(values), "")
-
-
-def is_identity(codec: Mapping[str, Any]) -> bool:
-    """Whether a codec's node leaves values as they are, up to a scale."""
-    return str(codec.get("_target_", "")).endswith(".IdentityCodec")

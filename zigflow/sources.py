@@ -16,6 +16,7 @@ from zigflow.data.facts import DataFacts, facts_of, innermost
 from zigflow.data.streaming import StreamSource
 from zigflow.data.subset import Subset
 from zigflow.data.tar import ShardError
+from zigflow.nn import as_denoiser
 from zigflow.nodes import make
 from zigflow.settings import Settings, SettingsError
 
@@ -365,12 +366,13 @@ def check_fit(settings: Settings, model: Any, source: Any, codec: Any) -> None:
             "data.source.rename"
         )
     check_shape(settings, model, source, codec)
-    if getattr(model, "has_text", False) and "tokens" not in facts.fields:
+    asked = as_denoiser(model)
+    if asked.has_text and "tokens" not in facts.fields:
         raise SettingsError(
             f"model.has_text=true, but the samples of {facts.name} have no tokens: name a caption-feature key in "
             "data.source.rename, or set model.has_text=false"
         )
-    classes = getattr(model, "num_classes", -1)
+    classes = asked.num_classes
     if classes > 0 and "num_classes" not in settings.model:
         # The class's own default, which no configuration names.
         problem = _class_problem(
@@ -388,8 +390,7 @@ def check_shape(settings: Settings, model: Any, source: Any, codec: Any, split: 
         SettingsError: both shapes and the keys to choose.
     """
     facts = facts_of(source, _called(settings, split))
-    frames = (model.video_frames,) if getattr(model, "video_frames", 0) else ()
-    wanted, given = (*frames, model.in_channels, *model.img_dim), facts.shape
+    wanted, given = as_denoiser(model).sample_shape, facts.shape
     if settings.use_latent and facts.has_pixels:
         given = tuple(codec.latent_shape(given))
     if given != wanted:

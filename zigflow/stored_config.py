@@ -20,7 +20,8 @@ from zigflow.build import build_model, model_arguments
 from zigflow.engine.checkpoint import Checkpoint, open_checkpoint
 from zigflow.engine.run_dir import check_same_config, flat, with_later_keys
 from zigflow.engine.run_state import all_averages, check_scan_state, inference_weights, load_weights
-from zigflow.engine.start import Start, grid_of, start_model
+from zigflow.engine.start import Start, start_model
+from zigflow.nn import as_denoiser
 from zigflow.official import (
     OFFICIAL_SUFFIXES,
     OfficialFile,
@@ -32,6 +33,7 @@ from zigflow.official import (
 from zigflow.overrides import takes_keyword
 from zigflow.preflight import check_decoding, scaled_codec
 from zigflow.settings import Settings, SettingsError
+from zigflow.shapes import data_form, token_grid
 from zigflow.sources import with_old_defaults
 from zigflow.typed import unknown_key
 
@@ -41,12 +43,6 @@ _SPLITS = ("source", "heldout")
 _FROM_STORED = ("model", "train", "process", "codec", "scan")
 # What may differ between training and sampling: numerical margins, and where a file lies on this machine.
 _MAY_CHANGE = ("train.sample_eps", "process.sample_eps", "codec.path", "codec.chunk", "codec.own_scale")
-# What another model may have that starts from some weights; the rest says what they mean.
-_MAY_DIFFER = (
-    "name", "img_dim", "patch_size", "video_frames", "num_classes", "class_dropout_prob", "drop_path_rate",
-    "pad_layout", "use_checkpoint", "official_skip_tuning", "skip_tune_param", "guided_channels",
-    "official_backward_dt_init",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -181,7 +177,7 @@ def open_trained(given: dict[str, Any], ckpt: str, wanted: str | None) -> Traine
     else:
         completed = complete_from_checkpoint(given, ours.config, ckpt)
         find_roots(completed, ours.config, ours.trainer.get("roots"), stored.run_dir)
-    settings = Settings.from_mapping({**completed, "codec": scaled_codec(completed["codec"])})
+    settings = plugins.checked({**completed, "codec": scaled_codec(completed["codec"])}, trains=False)
     if not settings.measures_data:
         # Encoding stored latents and measuring their likelihood need no autoencoder, pictures do.
         check_decoding(settings)
@@ -234,12 +230,14 @@ def _how_to_start(model: torch.nn.Module, stored: Checkpoint, config: Mapping[st
     Raises:
         RunDirError: they are of other models.
     """
-    given, kept = ({k: _fixed(k, c) for k, c in v.items()} for v in (config, stored.config))
+    # What another model may have that starts from these weights; the rest says what they mean.
+    free = ("name", *as_denoiser(model).resizing().keywords)
+    given, kept = ({k: _fixed(k, c, free) for k, c in v.items()} for v in (config, stored.config))
     check_same_config(
         given, kept, ("model", "scan"), "its weights are another model's", "Drop the override, or ckpt="
     )
-    built = grid_of(stored.config["model"])
-    if built is None or built == grid_of(config["model"]):
+    built = token_grid(stored.config["model"])
+    if built is None or built == token_grid(config["model"]):
         check_scan_state(model, stored)
     counters = stored.trainer["counters"]
     return {
@@ -256,10 +254,10 @@ def _class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     return names if len(names) == config["model"].get("num_classes") else ()
 
 
-def _fixed(section: str, values: Any) -> Any:
+def _fixed(section: str, values: Any, free: tuple[str, ...]) -> Any:
     if section != "model":
         return values
-    return {k: v for k, v in values.items() if k not in _MAY_DIFFER}
+    return {k: v for k, v in values.items() if k not in free}
 
 
 def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], ckpt: str) -> dict[str, Any]:
@@ -307,10 +305,7 @@ def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], c
                 merged["data"][split] = {**trained[split], **moved}
     elif not data.get("source"):
         # data=none: the samples have the form that the model was trained on.
-        merged["data"] = data | {
-            "video_frames": merged["model"].get("video_frames", 0) or 0,
-            "num_classes": merged["model"].get("num_classes", -1),
-        }
+        merged["data"] = data | data_form(merged["model"])
     merged["data"] = _same_classes(merged["data"], merged["model"], stored["data"], ckpt)
     merged["metrics"] = _metric(given.get("metrics"), stored.get("metrics"))
     return merged
@@ -388,10 +383,7 @@ def complete_from_defaults(
         named = {k: v for k, v in merged["process"].items() if v is not None}
         merged["process"] = {**default["process"], **named}
     if given["data"].get("name") == "from_checkpoint":
-        merged["data"] |= {
-            "video_frames": model.get("video_frames", 0),
-            "num_classes": model.get("num_classes", -1),
-        }
+        merged["data"] |= data_form(model)
     merged["metrics"] = _metric(given.get("metrics"), None)
     return merged
 

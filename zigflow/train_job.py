@@ -12,7 +12,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from zigflow import plugins
-from zigflow.build import build_model, build_runtime, check_optimizer, make_optimizer
+from zigflow.build import build_model, build_runtime, make_optimizer
+from zigflow.chosen import build_process
 from zigflow.data.contents import contents_of
 from zigflow.data.loader import training_loader
 from zigflow.data.mixing import tell_sorted_shards
@@ -84,7 +85,7 @@ def train_from_config(cfg: DictConfig) -> Path:
     start = _start(job, model, runtime)
     trainer = Trainer(
         model=model,
-        process=make("process", settings.process),
+        process=build_process(settings),
         codec=codec,
         data=data,
         optimizer=lambda placed: make_optimizer(settings, placed),
@@ -107,12 +108,11 @@ def _checked(cfg: DictConfig) -> _Job:
     names = plugins.load_plugins()
     stored = _continued(plain)
     plain = as_continued(plain, stored)
-    check_training(Settings.from_mapping(plain))
+    check_training(plugins.checked(plain))
     # Stated in the checkpoint, wherever the autoencoder may lie later.
     plain["codec"] = scaled_codec(plain["codec"])
     settings = Settings.from_mapping(plain)
     check_evaluation(settings)
-    check_optimizer(settings)
     return _Job(
         settings, plain, stored, roots, tuple(names),
         given=json.dumps({**given, "run_dir": None}, sort_keys=True, default=str),

@@ -69,7 +69,7 @@ def as_meant(arguments: list[str]) -> list[str]:
 
 def _as_meant(argument: str) -> str:
     key, equals, _ = argument.partition("=")
-    quoted = _quoted(argument) if _is_misread(argument) else argument
+    quoted = _quoted(argument) if _is_misread(argument) else _swept_as_meant(argument)
     if not equals or key.lstrip("+") not in _HYDRA_FOLDERS:
         return quoted
     try:
@@ -79,6 +79,16 @@ def _as_meant(argument: str) -> str:
     # An interpolation is Hydra's own.
     meant = value if "${" in value else expanded(key.lstrip("+"), value)
     return quoted if meant == value else _quoted(f"{key}={meant}")
+
+
+def _swept_as_meant(argument: str) -> str:
+    """A sweep over texts, ``note=1e5,1e6``, with those quoted that would be read as numbers; others as they are."""
+    key, _, value = argument.partition("=")
+    texts = value.split(",")
+    if len(texts) < 2 or set(value) & set("\"'[]{}()"):
+        return argument
+    meant = [_quoted(one) if _is_misread(one) else one for one in (f"{key}={text.strip()}" for text in texts)]
+    return f"{key}={','.join(one.partition('=')[2] for one in meant)}"
 
 
 def _is_misread(argument: str) -> bool:

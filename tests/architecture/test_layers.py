@@ -39,6 +39,8 @@ ENTRY_IMPORTS = {
     "zigflow.paths",
     "zigflow.typed_arguments",
     "zigflow.hydra_folders",
+    "zigflow.hydra_run",
+    "zigflow.command_help",
     "scans",
     "zigflow.cli",
 }

@@ -5,8 +5,7 @@
 Four ways are walked by real commands on a tiny model, each followed by what the value is on it:
 
 batch  a batch from the loader to the loss. The pixels that the data source hands to the loader are of a marked tensor
-       type, which torch hands on to everything that is computed from them. The network is entered and not followed:
-       which network it is changes by the configuration.
+       type, which torch hands on to everything that is computed from them.
 key    ``ode.num_steps`` from the command line to the solver: the text ``ode.num_steps=1237`` and the number 1237.
 ckpt   ``ckpt=RUN`` to a model that samples: from the sampling job on, the path of the run and of its checkpoint, the
        opened checkpoint, stored weights, the model, until a sampling run has the model.
@@ -18,12 +17,13 @@ directly, or when it returns such. A file is **on the way** when one of its func
 that has: it lies on the stack between such a frame and the frame that all of them have in common, which is counted
 too. That is what a reader has to open who follows the value. A file that is merely called on the way (the keyed draws,
 a check of other keys) does not count, and neither does one that holds the configuration as a whole and does not touch
-the value. Nothing is counted twice, so merging two files lowers a count and splitting one raises it only where the
-value passes both.
+the value. The network counts as the file of its class and is not followed, except on the way of a scan, which goes
+through it: which network it is changes by the configuration. Nothing is counted twice.
 """
 
 import argparse
 import contextlib
+import inspect
 import json
 import os
 import sys
@@ -148,10 +148,15 @@ class Tracer:
         found: dict[tuple[str, str], None] = {}
         for stack in self._stacks:
             for _, frame in stack[max(shared - 1, 0) :]:
-                file = project_file(frame)
+                file = self._file(frame)
                 if file is not None:
                     found.setdefault((file, frame.f_code.co_qualname))
         return list(found)
+
+    def _file(self, frame: FrameType) -> str | None:
+        if self._leaf(frame):
+            return str(Path(inspect.getfile(type(frame.f_locals["self"]))).relative_to(ROOT))
+        return project_file(frame)
 
     def files(self) -> list[str]:
         return list(dict.fromkeys(file for file, _ in self.stops()))
@@ -225,7 +230,15 @@ def _named(name: str, folder: str = "") -> Callable[[FrameType], bool]:
 
 
 def _enters_model(frame: FrameType) -> bool:
-    return frame.f_code.co_name == "forward" and _is_model(frame.f_locals.get("self"))
+    return frame.f_code.co_name == "forward" and _of_model(frame)
+
+
+def _of_model(frame: FrameType) -> bool:
+    """Whether this is a method of a network, also while it is made."""
+    own = frame.f_locals.get("self")
+    if not isinstance(own, nn.Module):
+        return False
+    return type(own).__name__ == "ZigMa" or _is_model(own)
 
 
 @contextlib.contextmanager
@@ -267,7 +280,7 @@ def trace_batch(run_dir: Path) -> Tracer:
     def ends(event: str, frame: FrameType) -> bool:
         return event == "return" and _named("loss", "processes")(frame)
 
-    tracer = Tracer(_has_batch, ends, _enters_model)
+    tracer = Tracer(_has_batch, ends, _of_model)
     data = f"data.source.root={run_dir.parent / 'digits'}"
     cfg = plugins.compose_config([*TINY, data, f"run_dir={run_dir}"])
     with _marked_pixels(tracer):
@@ -299,7 +312,7 @@ def trace_checkpoint(run_dir: Path) -> Tracer:
     def ends(event: str, frame: FrameType) -> bool:
         return event == "return" and frame.f_code.co_qualname == "SamplingRun.__init__"
 
-    tracer = Tracer(_has_checkpoint(run_dir), ends, aborts=True)
+    tracer = Tracer(_has_checkpoint(run_dir), ends, _of_model, aborts=True)
     cfg = plugins.compose_config(_sampling(run_dir), "sample")
     with tracer:
         tracer.begin()

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from scans import list_scans
-from zigflow import build, plugins
+from zigflow import build, chosen, plugins
 from zigflow.data.tar import ShardError
 from zigflow.paths import config_dir
 from zigflow.plugins import compose_config
@@ -43,7 +43,7 @@ def plain(overrides=(), name="default"):
 def test_an_optimizer_that_does_not_exist_is_refused_before_a_device_is_touched(given, parts):
     settings = Settings.from_mapping(plain(given))
     with pytest.raises(SettingsError) as refused:
-        build.check_optimizer(settings)
+        chosen.check_optimizer(settings)
     assert all(part in str(refused.value) for part in parts) and "\n" not in str(refused.value)
 
 
@@ -73,7 +73,7 @@ def test_any_class_is_an_optimizer_by_its_target():
 def message(overrides, name="default"):
     """The one line that the command would print."""
     with pytest.raises(Exception) as refused:
-        Settings.from_mapping(plain(overrides, name))
+        plugins.checked(plain(overrides, name))
     line = plugins.explain(refused.value, name)
     assert line is not None, f"{refused.type.__name__} is not explained: {refused.value}"
     assert "\n" not in line
@@ -103,7 +103,7 @@ def test_every_choice_composes_and_validates(group, choice):
     if "for: sample" in text:
         plain(choice_overrides(group, choice), "sample")
         return
-    Settings.from_mapping(plain(choice_overrides(group, choice)))
+    plugins.checked(plain(choice_overrides(group, choice)))
 
 
 @pytest.mark.parametrize("group, choice", CHOICES)
@@ -209,6 +209,9 @@ def test_presets_and_command_line_take_precedence_in_this_order():
         (["process=vp", "sample_mode=diffusion", "diffusion.num_steps=ddim50"], ["diffusion.num_steps=ddim50"]),
         (["diffusion.sampling_method=dim"], ["diffusion.sampling_method", "ddim"]),
         (["diffusion.sampling_method=dpm_solver", "diffusion.num_steps=2"], ["diffusion.num_steps=2", "order"]),
+        (["diffusion.sampling_method=dpm_solver", "diffusion.eta=0.5"], ["diffusion.eta=0.5", "ddim"]),
+        (["process.betas=cosin", "process=gaussian"], ["process.betas='cosin'", "cosine"]),
+        (["process.time_law=normal"], ["process.time_law='normal'", "logit_normal"]),
         (["diffusion.eta=2"], ["diffusion.eta"]),
         (["diffusion.sampling_method=ddpm", "diffusion.eta=1"], ["diffusion.eta", "ddim"]),
         (["diffusion.sampling_method=ddim", "diffusion.last_step=false"], ["diffusion.last_step=false", "ddim"]),

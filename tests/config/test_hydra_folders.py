@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
-from zigflow import cli, plugins, train_job
+from zigflow import cli, hydra_folders, plugins, train_job
 from zigflow.engine import exits
 from zigflow.engine.signals import stop
-from zigflow.settings import SettingsError
+from zigflow.settings import Settings, SettingsError
+from zigflow.typed_arguments import as_meant
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +66,17 @@ def test_a_run_has_one_folder_whoever_names_it(arguments, folder, command, tmp_p
     assert folders_with("config.yaml", tmp_path) == [f"{folder}/.hydra"]
 
 
+def test_a_run_is_composed_and_validated_once(command, monkeypatch):
+    counted = []
+    load, read = ConfigLoaderImpl.load_configuration, Settings.from_mapping
+    monkeypatch.setattr(
+        ConfigLoaderImpl, "load_configuration", lambda *a, **k: counted.append("composed") or load(*a, **k)
+    )
+    monkeypatch.setattr(Settings, "from_mapping", lambda values: counted.append("validated") or read(values))
+    assert command("optim.lr=1e-3", "run_dir=a") == (0, [("a", Path.cwd())])
+    assert counted == ["composed", "validated"]
+
+
 def test_without_a_name_it_is_named_once(command, tmp_path):
     code, seen = command("hydra.job.chdir=true")
     assert code == 0
@@ -80,6 +93,30 @@ def test_a_sweep_goes_where_hydra_is_told(command, tmp_path):
     assert folders_with("written", tmp_path) == folders_with("train.log", tmp_path) == sorted(folders)
 
 
+def test_the_folders_of_a_sweep_say_what_was_swept(command, tmp_path):
+    asked = ["hydra.sweep.dir=mine", "loop.progress=false", "debug=cpu_tiny"]
+    code, seen = command("-m", "optim.lr=1e-3,1e-4", "scan=hilbert,spiral", "note=1e5", *asked)
+    assert code == 0
+    assert [folder for folder, _ in seen] == [
+        f"mine/{number}_optim.lr-{lr}_scan-{scan}"
+        for number, (lr, scan) in enumerate(
+            (lr, s) for lr in ("0.001", "0.0001") for s in ("hilbert", "spiral")
+        )
+    ]
+
+
+def test_a_folder_of_a_job_is_a_name_that_needs_no_quotes(tmp_path):
+    assert hydra_folders.job_folder(3, "++a.b=[0.9,0.99],data.root=/x y/z,n=", str(tmp_path)) == (
+        "3_a.b-0.9_0.99_data.root-x-y-z_n"
+    )
+    assert hydra_folders.job_folder(0, "", str(tmp_path)) == "0"
+    long = hydra_folders.job_folder(1, f"note={'x' * 300}", str(tmp_path))
+    assert len(long) <= 110 and as_meant([f"ckpt={long}"]) == [f"ckpt={long}"]
+    # A sweep of 0.1, whose folders are numbers, is continued.
+    (tmp_path / "3").mkdir()
+    assert hydra_folders.job_folder(3, "a=1", str(tmp_path)) == "3"
+
+
 @pytest.mark.parametrize(
     "swept, template",
     [
@@ -93,7 +130,7 @@ def test_what_tells_the_jobs_apart_may_name_their_folders(swept, template, monke
     monkeypatch.setenv("RUN_ID", "sweep")
     plugins.prepare()
     arguments = ["-m", swept, f"hydra.sweep.subdir={template}"]
-    assert plugins.check_command_line(arguments, "default") == arguments
+    assert plugins.check_command_line(arguments, "default").arguments == arguments
 
 
 @pytest.mark.parametrize(

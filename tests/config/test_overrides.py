@@ -1,5 +1,7 @@
 """A key is set in one way, whatever the chosen YAML lists; what is no key, and null, is one line."""
 
+import re
+
 import pytest
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -8,6 +10,7 @@ from zigflow import plugins
 from zigflow.overrides import compose_leniently
 from zigflow.settings import Settings, SettingsError
 from zigflow.stored_config import complete_from_checkpoint
+from zigflow.typed_arguments import as_meant
 
 
 def plain(overrides, name="default"):
@@ -44,11 +47,97 @@ def test_the_command_line_that_hydra_gets_is_complete(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     typed = ["model.norm_epsilon=0.01", "+optim.lr=1e-3", "data.batch_size=8", "run_dir=x"]
     want = ["++model.norm_epsilon=0.01", "++optim.lr=1e-3", "data.batch_size=8", "run_dir=x"]
-    assert plugins.check_command_line(typed, "default") == want
+    assert plugins.check_command_line(typed, "default").arguments == want
     sweep = plugins.check_command_line(["-m", "model.norm_epsilon=0.01,0.02"], "default")
-    assert sweep == ["-m", "++model.norm_epsilon=0.01,0.02"]
+    assert sweep.arguments == ["-m", "++model.norm_epsilon=0.01,0.02"] and sweep.sweep and sweep.job is None
     shown = plugins.check_command_line(["--cfg", "job", "model.norm_epsilon=0.01"], "default")
-    assert shown == ["--cfg", "job", "++model.norm_epsilon=0.01"]
+    assert shown.arguments == ["--cfg", "job", "++model.norm_epsilon=0.01"] and shown.job is None
+
+
+@pytest.mark.parametrize("name", ["default", "sample"])
+@pytest.mark.parametrize("sign", ["", "+", "++"])
+def test_a_preset_needs_no_sign_and_bears_any(name, sign):
+    typed = [f"{sign}experiment=zigma_celebamm256_zigzag8", f"{sign}debug=cpu_tiny", "ckpt_every=7"]
+    assert plain(typed, name) == plain(
+        ["+experiment=zigma_celebamm256_zigzag8", "+debug=cpu_tiny", "ckpt_every=7"], name
+    )
+
+
+def test_presets_of_a_sweep_and_a_group_of_the_defaults_list_with_a_sign(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    sweep = plugins.check_command_line(["-m", "debug=cpu_tiny,overfit", "optim.lr=1e-3,1e-4"], "default")
+    assert sweep.arguments == ["-m", "+debug=cpu_tiny,overfit", "optim.lr=1e-3,1e-4"]
+    assert sweep.typed.overrides[-1].endswith("exclude_keys=[]")
+    assert plain(["+scan=hilbert"]) == plain(["++scan=hilbert"]) == plain(["scan=hilbert"])
+
+
+@pytest.mark.parametrize(
+    "typed, texts",
+    [
+        ("note=1e5,1e6", ["1e5", "1e6"]),
+        ("note=a,1_000, 007", ["a", "1_000", "007"]),
+        ("note=a b,2024_05_01", None),
+    ],
+)
+def test_a_swept_text_stays_as_it_was_typed(typed, texts):
+    texts = texts or typed.partition("=")[2].split(",")
+    plugins.prepare()
+    jobs = plugins._jobs(as_meant([typed]))
+    assert [plain(job)["note"] for job, _ in jobs] == texts
+    assert [plain([f"note={text}"])["note"] for text in texts] == texts
+    assert as_meant(["optim.lr=1e-3,1e-4"]) == ["optim.lr=1e-3,1e-4"]
+
+
+@pytest.mark.parametrize(
+    "given", [["debug=overfit", "debug=cpu_tiny"], ["+debug=overfit", "+debug=cpu_tiny"]]
+)
+def test_a_preset_given_twice_is_one_line(given):
+    with pytest.raises(HydraException) as refused:
+        plain(given)
+    group = given[0].lstrip("+").partition("=")[0]
+    assert plugins.explain(refused.value, "default") == f"{group}= is given more than once: give it once"
+
+
+@pytest.mark.parametrize(
+    "override, hints",
+    [
+        ("seed=3", ["global_seed"]),
+        ("lr=1", ["optim.lr"]),
+        ("steps=5", ["data.train_steps", "ode.num_steps"]),
+        ("num_steps=5", ["ode.num_steps", "sde.num_steps"]),
+        ("batch_size=8", ["data.batch_size"]),
+        ("+batch_size=8", ["data.batch_size"]),
+        ("batchsize=8", ["data.batch_size"]),
+        ("workers=3", ["data.num_workers"]),
+        ("optim.steps=1", ["optim.warmup_steps"]),
+        ("expermient=digits_demo", ["experiment"]),
+    ],
+)
+def test_near_matches_are_sought_in_every_group(override, hints):
+    with pytest.raises((HydraException, SettingsError)) as refused:
+        Settings.from_mapping(plain([override]))
+    line = plugins.explain(refused.value, "default")
+    assert line.startswith(f"unknown key {override.lstrip('+').partition('=')[0]}: did you mean ")
+    offered = re.findall(r"[\w.]+", line.partition("did you mean ")[2])
+    assert set(hints) <= set(offered) and len(offered) <= 9
+
+
+@pytest.mark.parametrize(
+    "override, parts",
+    [
+        (
+            "+model.numclasses=5",
+            ["model.numclasses", "ZigMa has no argument numclasses", "model.num_classes"],
+        ),
+        ("++data.source.rot=x", ["DigitsSource has no argument rot", "data.source.root"]),
+        ("+process.qqqqqq=1", ["Flow has no argument qqqqqq, only path_type, "]),
+    ],
+)
+def test_a_keyword_that_the_class_does_not_have_is_refused_though_it_was_added(override, parts):
+    with pytest.raises(SettingsError) as refused:
+        plain([override])
+    assert all(part in str(refused.value) for part in parts)
+    assert plain(["+model.ssm_cfg.d_conv=3"])["model"]["ssm_cfg"]["d_conv"] == 3
 
 
 @pytest.mark.parametrize(
@@ -108,7 +197,6 @@ GROUPS = (
     "scan",
     "optim",
     "train",
-    "text",
     "hydra/job_logging",
     "hydra/launcher",
     "hydra/sweeper",

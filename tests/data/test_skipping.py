@@ -88,10 +88,6 @@ def test_renaming_means_the_same_either_way_round(rename):
     assert normal_rename(want) == want
 
 
-class Text(torch.nn.Module):
-    has_text = True
-
-
 @settings(max_examples=30)
 @given(st.integers(0, 2**40), st.integers(0, 2**31), st.integers(1, 9))
 def test_a_caption_is_picked_as_training_would_pick_it(position, seed, count):
@@ -104,7 +100,7 @@ def test_a_caption_is_picked_as_training_would_pick_it(position, seed, count):
         labels = None
 
     Whole.tokens = tokens[None]
-    want = condition(Whole, Text(), KeyedDraws(seed, ids))[0]
+    want = condition(Whole, True, KeyedDraws(seed, ids))[0]
     assert torch.equal(got["tokens"], want)
     assert got["captions"] == (str(int(want[0, 0])),)
 

@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 
 from zigflow import plugins
 from zigflow.engine.sample_plan import SampleOptions
-from zigflow.settings import Settings
 from zigflow.tools import __main__ as tools
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,7 +147,7 @@ def _check_entry(script, words):
         job = [override for override in job if not override.startswith("hydra")]
         plain = OmegaConf.to_container(plugins.compose_config(["run_dir=unused", *job], name), resolve=True)
         if name == "default":
-            Settings.from_mapping(plain)
+            plugins.checked(plain)
         else:
             plain.pop("weights")
             SampleOptions.take_from(plain)

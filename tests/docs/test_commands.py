@@ -1,6 +1,8 @@
 """Every command of every page is run, composed or parsed; one that nothing checks is listed with a reason."""
 
 import importlib
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -40,6 +42,9 @@ def test_there_is_something_to_test():
 def test_the_command_is_accepted(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     check(command)
+    signed = re.sub(r"(?<= )(experiment|debug)=", r"+\1=", command.line)
+    if signed != command.line:
+        check(replace(command, line=signed))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -68,7 +73,7 @@ def test_a_page_s_own_test_sees_each_of_its_commands(page):
         "python benchmarks/loader.py --nonsense 3",
         "accelerate launch --config_file config/accelerate/gpu9.yaml train_acc.py",
         "accelerate launch --config_file config/accelerate/gpu8.yaml train_acc.py optim.lrr=1",
-        "torchrun --nproc_per_node 2 train_acc.py +experiment=nothing",
+        "torchrun --nproc_per_node 2 train_acc.py experiment=nothing",
         "pip install 'zigflow[everything]'",
         "make everything",
         "zigflow-teach data=digits",

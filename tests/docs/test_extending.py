@@ -1,5 +1,6 @@
 """docs/extending.md: its model trains and samples as it stands, its names exist."""
 
+import inspect
 import json
 import re
 import sys
@@ -10,7 +11,8 @@ import pytest
 from omegaconf import OmegaConf, open_dict
 
 from zigflow import plugins
-from zigflow.models.dis import DiS
+from zigflow.nn import Denoiser
+from zigflow.nn.denoiser import MEMBERS
 from zigflow.sample_job import sample_from_config
 from zigflow.train_job import train_from_config
 
@@ -56,12 +58,26 @@ def test_named_files_and_methods_exist():
     assert len(files) > 10
     for name in files:
         assert (ROOT / name).exists(), name
+
+
+def test_the_table_is_the_protocol():
     table = PAGE.partition("## The contract")[2].partition("## DiS")[0]
-    named = re.findall(r"^\| `(\w+)", table, flags=re.M) + ["img_dim", "video_frames", "has_text"]
-    model = DiS(in_channels=1, img_dim=4, patch_size=2, embed_dim=8, depth=2)
-    assert len(named) > 10
-    for name in named:
-        assert hasattr(model, name), name
+    rows = [row.split("|")[1:5] for row in re.findall(r"^\| `.*", table, flags=re.M)]
+    named = {}
+    for members, _, default, _ in rows:
+        for member, given in re.findall(r"`(\w+)(?:\(([^`]*)\))?`", members):
+            assert member not in named, f"{member} has two rows"
+            named[member] = (given, default.strip())
+    assert set(named) == MEMBERS
+    assert {member for member, (_, default) in named.items() if default == "required"} == {
+        "forward",
+        "sample_shape",
+    }
+    for member, (given, _) in named.items():
+        own = getattr(Denoiser, member)
+        if inspect.isfunction(own):
+            stated = [part.strip().partition("=")[0].lstrip("*") for part in re.split(r",(?![^(]*\))", given)]
+            assert [p for p in stated if p] == list(inspect.signature(own).parameters)[1:], member
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\(([^)]+)\)", PAGE))

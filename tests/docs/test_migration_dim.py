@@ -67,7 +67,7 @@ def test_every_command_of_the_readme_is_there():
 @pytest.mark.parametrize("experiment, published", EXPERIMENTS.items())
 def test_experiments_have_the_published_hyper_parameters(experiment, published):
     stored = json.loads((MANIFESTS / f"DiM_{published}_config.json").read_text())
-    found = Settings.from_mapping(compose([f"+experiment={experiment}"], "default"))
+    found = Settings.from_mapping(compose([f"experiment={experiment}"], "default"))
     optimizer, train = stored["optimizer"], stored["train"]
     own = (found.optim.lr, found.optim.wd, list(found.optim.betas), found.optim.eps, found.optim.warmup_steps)
     assert own == (

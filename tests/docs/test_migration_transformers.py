@@ -178,7 +178,7 @@ def test_a_published_dit_is_sampled_by_class_into_an_npz_and_judged(tmp_path, mo
         "zigflow.processes.gaussian.Gaussian",
         4,
     )
-    folder = sample(ours("npz=true", "+experiment=dit_imagenet256_xl_2"), *SMALL, "metrics=none")
+    folder = sample(ours("npz=true", "experiment=dit_imagenet256_xl_2"), *SMALL, "metrics=none")
     (archive,) = folder.glob("samples_2x64x64x3.npz")
     archive.rename("samples_50000x256x256x3.npz")
     words = shlex.split(ours("evaluate samples="))[3:]
@@ -198,7 +198,7 @@ def test_a_published_uvit_is_evaluated(experiment, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    command = ours("sample_acc.py", f"+experiment={experiment}")
+    command = ours("sample_acc.py", f"experiment={experiment}")
     given = compose(overrides_of(command), "sample")
     node = {k: v for k, v in given["model"].items() if k not in ("name", "_target_")}
     model = UViT(**{**node, **SIZE, "img_dim": node["img_dim"]})

@@ -81,7 +81,7 @@ def workplace(tmp_path_factory):
         for i in range(20):
             pixels = rng.integers(0, 255, (40, 36, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / "photos" / name / f"{i}.png")
-    run("python train_acc.py +debug=cpu_tiny run_dir=outputs/demo", folder)
+    run("python train_acc.py debug=cpu_tiny run_dir=outputs/demo", folder)
     return folder
 
 
@@ -99,9 +99,9 @@ def run(command, folder, expected=0):
 def affordable(command):
     """The command with the sizes of a test added; what it does stays the same."""
     if "train_acc.py" in command and not re.search(r"--help|--cfg|debug=|bath_size", command):
-        command += " +debug=cpu_tiny"
+        command += " debug=cpu_tiny"
         command = re.sub(r"data.train_steps=\d+", "data.train_steps=4", command)
-    if "+debug=overfit" in command:
+    if "debug=overfit" in command:
         command += " data.train_steps=3 model.depth=2"
     if "sample_acc.py ckpt=outputs" in command:
         command += " num_fid_samples=20 offline_sample_local_bs=20"

@@ -104,6 +104,10 @@ def test_what_has_a_key_of_ours_is_followed(steps, norm, dashes):
     environ = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(steps), "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
     assert launched("grad_accum", environ, ()) == steps
     assert launched("compile", environ, ()) is True
+    # As argparse reads them: what begins one option alone.
+    short = ["--gradient_accum", str(steps), f"--gradient_c={norm}", "train_acc.py"]
+    assert (launched("grad_accum", {}, short), launched("max_grad_norm", {}, short)) == (steps, norm)
+    assert launched("grad_accum", {}, ["--gradient", str(steps)]) is None
     # Words after the script are the script's.
     assert launched("grad_accum", {}, ["train_acc.py", "--gradient_accumulation_steps", "3"]) is None
 

@@ -6,13 +6,14 @@ import torch
 from model_zigma import ZigMa
 from tests.assertions import assert_close
 from tests.models.transformers import filled, inputs
-from zigflow.engine.start import grid_of, start_model
+from zigflow.engine.start import start_model
 from zigflow.engine.tensors import named_floating
 from zigflow.models.dim import DiM
 from zigflow.models.dis import DiS
 from zigflow.models.dit import DiT
 from zigflow.models.uvit import UViT
 from zigflow.registry import UnknownNameError
+from zigflow.shapes import token_grid
 
 FAMILIES = {
     "zigma": (ZigMa, {"depth": 2, "use_pe": 2, "ssm_cfg": {"d_state": 4}}, "pos_embed"),
@@ -148,9 +149,9 @@ def test_frames_and_the_grid_of_a_configuration():
     report = start_model(long, short.state_dict(), {}, built=(2, 2, 2)).report
     assert report.adapted["temporal_pos_embedding"] == "2 -> 4 frames, linear"
     assert report.adapted["pos_embed"].startswith("2 x 2 x 2 -> 4 x 4 x 4")
-    assert grid_of({"img_dim": [8, 4], "patch_size": 2, "video_frames": 3}) == (3, 4, 2)
-    assert grid_of({"img_dim": 8, "patch_size": 2}) == (1, 4, 4)
-    assert grid_of({"img_dim": 8}) is None
+    assert token_grid({"img_dim": [8, 4], "patch_size": 2, "video_frames": 3}) == (3, 4, 2)
+    assert token_grid({"img_dim": 8, "patch_size": 2}) == (1, 4, 4)
+    assert token_grid({"img_dim": 8}) is None
 
 
 def test_what_has_no_rule_is_an_error_that_names_it():

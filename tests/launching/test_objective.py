@@ -75,7 +75,7 @@ def test_another_sweeper_s_job_is_composed_with_what_it_leaves_alone(monkeypatch
     monkeypatch.setenv("RUN_ID", "set-back-after-the-test")
     swept = ["optim.lr=interval(1e-4,1e-3)", "model.norm_epsilon=interval(0,1)"]
     line = ["-m", "--config-dir", ".", "+mine=search", *swept]
-    assert plugins.check_command_line(line, "default") == [*line[:-1], f"++{line[-1]}"]
+    assert plugins.check_command_line(line, "default").arguments == [*line[:-1], f"++{line[-1]}"]
     with pytest.raises(Exception, match="INTERVAL_SWEEP"):
         plugins.check_command_line(["-m", "optim.lr=interval(1e-4,1e-3)"], "default")
 
@@ -89,7 +89,7 @@ def test_optuna_finds_the_better_of_two_trials(tmp_path):
     run(line.replace("interval(1e-5,1e-2)", "'interval(1e-5,1e-2)'"), tmp_path)
     losses = {}
     for trial in "01":
-        folder = tmp_path / "search" / trial
+        (folder,) = (tmp_path / "search").glob(f"{trial}_optim.lr-*")
         rate = json.loads((folder / "checkpoints/step-0000008/config.json").read_text())["optim"]["lr"]
         losses[rate] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
     best = (tmp_path / "search" / "optimization_results.yaml").read_text()

@@ -7,7 +7,7 @@ import pytest
 from tests.launching.commands import run
 
 pytestmark = pytest.mark.slow
-TINY = "+debug=cpu_tiny loop.progress=false data.train_steps=4"
+TINY = "debug=cpu_tiny loop.progress=false data.train_steps=4"
 
 
 def weights(run_dir):
@@ -17,7 +17,9 @@ def weights(run_dir):
 def test_one_after_another_and_continued(tmp_path):
     line = f"python train_acc.py -m {TINY} optim.lr=1e-3,1e-4"
     run(line, tmp_path, RUN_ID="sweep")
-    jobs = [tmp_path / "outputs" / "train" / "sweep" / str(i) for i in range(2)]
+    jobs = [
+        tmp_path / "outputs" / "train" / "sweep" / name for name in ("0_optim.lr-0.001", "1_optim.lr-0.0001")
+    ]
     rates = [
         json.loads((job / "checkpoints/step-0000004/config.json").read_text())["optim"]["lr"] for job in jobs
     ]
@@ -37,5 +39,5 @@ def test_in_parallel_and_a_job_that_fails_does_not_stop_the_other(tmp_path):
     assert "use_pe" in output and "error" in output
     (sweep,) = (tmp_path / "outputs" / "train").iterdir()
     # A mistake leaves no directory of a run behind.
-    assert {p.name for p in sweep.iterdir()} == {"1", "multirun.yaml"}
-    assert weights(sweep / "1")
+    assert {p.name for p in sweep.iterdir()} == {"1_model.use_pe-0", "multirun.yaml"}
+    assert weights(sweep / "1_model.use_pe-0")

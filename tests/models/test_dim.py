@@ -10,7 +10,7 @@ import torch
 from tests.assertions import BF16_RELATIVE_RMS, assert_close, assert_relative_rms
 from tests.models import test_transformers as common
 from tests.models.transformers import filled, inputs, run
-from zigflow.models import build_model
+from zigflow.models import build_variant
 from zigflow.models.dim import PUBLISHED, DiM
 from zigflow.nn.flops import count_flops
 from zigflow.official import family_of, load_official, official_arguments, read_official
@@ -49,7 +49,7 @@ def test_names_shapes_and_totals_equal_the_manifest(name):
     config = json.loads((FIXTURES / f"DiM_{MANIFESTS[name]}_config.json").read_text())
     with torch.device("meta"):
         published = DiM(**official_arguments("dim", manifest["nnet"]))
-        variant, own = build_model(f"dim_{name}"), DiM(**configured(f"dim_{name}"))
+        variant, own = build_variant(f"dim_{name}"), DiM(**configured(f"dim_{name}"))
     shapes = {k: list(p.shape) for k, p in published.state_dict().items()}
     assert list(shapes.items()) == list(manifest["shapes"].items())
     assert sum(p.numel() for p in published.parameters()) == manifest["total_params"]
@@ -153,8 +153,8 @@ def test_positions_follow_the_image_and_not_the_token_number():
         return schedule, composed_walk(layout, schedule)
 
     turned.walk = columns_only
-    turned._register_plan(None)
     x, t, y = inputs(model)
+    turned.orders._fill(x.device)
     assert_close("turned", turned(x.mT, t, y).mT, model(x, t, y), of_max=1e-5)
 
 
@@ -173,7 +173,7 @@ def test_any_grid_as_built_and_as_another(size):
         other.additional_embed[:, :2] = model.additional_embed[:, :2]
     assert_close("other grid", other(x, t, y), model(x, t, y), of_max=1e-6)
     assert (want - model(x, t, y)).abs().max() > 0
-    assert len(other._plans) == (size != (4, 4))
+    assert len(other.orders._others) == (size != (4, 4))
 
 
 def test_plans_are_kept_for_a_few_grids_and_follow_the_model():
@@ -181,7 +181,7 @@ def test_plans_are_kept_for_a_few_grids_and_follow_the_model():
     for side in range(2, 26, 2):
         x, t, y = inputs(model, size=(2, side))
         model(x, t, y)
-    assert len(model._plans) == 8
+    assert len(model.orders._others) == 8
     assert not any("move" in key or key in ("enter", "leave") for key in model.state_dict())
     assert {b.dtype for b in model.bfloat16().buffers()} == {torch.int64}
 
@@ -212,7 +212,7 @@ def test_skip_tuning_as_published_and_as_intended():
     intended = model(x, t, y)
     assert_close("no noise", intended[1], plain[1], of_max=1e-6)
     assert (intended[0] - plain[0]).abs().max() > 1e-2 * plain.abs().max()
-    weights = torch.stack(model._skip_weights(t))
+    weights = torch.stack(model.skip_weights(t, model.joining))
     assert_close("weights", weights, torch.tensor([[1, 1], [0.91, 1], [0.82, 1]]), of_max=1e-6)
 
 

@@ -11,14 +11,15 @@ from omegaconf import OmegaConf
 
 from tests.assertions import assert_close
 from tests.models.transformers import filled, inputs
-from zigflow.models import build_model
+from zigflow import plugins
+from zigflow.models import build_variant
 from zigflow.models.dit import SIZES, DiT
 from zigflow.nn.flops import count_flops
 from zigflow.official import load_official, read_official
 from zigflow.plugins import compose_config
 from zigflow.preflight import check_training
 from zigflow.processes.flow import Flow
-from zigflow.settings import Settings, SettingsError
+from zigflow.settings import SettingsError
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures" / "dit_uvit" / "manifests"
 MANIFESTS = sorted(FIXTURES.glob("DiT-*.json"))
@@ -31,7 +32,7 @@ def variant_of(manifest):
 
 def build(manifest, name):
     with torch.device("meta"):
-        return build_model(name, img_dim=manifest["latent"])
+        return build_variant(name, img_dim=manifest["latent"])
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.stem)
@@ -73,7 +74,7 @@ def test_configurations_are_the_variants(family, size):
         assert node.pop("name") == name
         assert node.pop("_target_") == "zigflow.models.dit.DiT"
         with torch.device("meta"):
-            own, variant = DiT(**{**node, "depth": 1}), build_model(name, depth=1)
+            own, variant = DiT(**{**node, "depth": 1}), build_variant(name, depth=1)
         assert node["depth"] == SIZES[size][1]
         assert str(own) == str(variant)
         assert own.out_channels == variant.out_channels == (8 if family == "dit" else 4)
@@ -96,7 +97,7 @@ def test_sit_and_dit_train_under_the_flow_process():
 def test_variance_under_the_flow_process_is_refused_before_training():
     def check(*overrides):
         cfg = compose_config(["run_dir=unused", "model.in_channels=1", "model.img_dim=8", *overrides])
-        check_training(Settings.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
+        check_training(plugins.checked(OmegaConf.to_container(cfg, resolve=True)))
 
     with pytest.raises(SettingsError, match=r"model=dit_s_2 .*model\.learn_sigma=false"):
         check("model=dit_s_2")

@@ -8,7 +8,7 @@ import torch
 
 from tests.assertions import assert_close
 from tests.models.transformers import filled, inputs
-from zigflow.models import build_model
+from zigflow.models import build_variant
 from zigflow.models.uvit import PUBLISHED, UViT
 from zigflow.official import load_official, official_arguments, read_official
 from zigflow.plugins import compose_config
@@ -38,7 +38,7 @@ def test_names_shapes_and_totals_equal_the_manifest(path):
     kwargs = official_arguments(family, manifest["nnet"])
     with torch.device("meta"):
         published = UViT(**kwargs)
-        variant = build_model(f"uvit_{NAMES[path.stem]}")
+        variant = build_variant(f"uvit_{NAMES[path.stem]}")
         own = UViT(**configured(f"uvit_{NAMES[path.stem]}"))
     shapes = {k: list(p.shape) for k, p in published.state_dict().items()}
     assert list(shapes.items()) == list(manifest["state_dict"].items())
@@ -63,7 +63,7 @@ def test_every_published_variant_has_a_manifest():
 def test_sizes_by_name(size):
     node = configured(f"uvit_{size}")
     with torch.device("meta"):
-        model, variant = UViT(**node), build_model(f"uvit_{size}", num_classes=1000, class_dropout_prob=0.1)
+        model, variant = UViT(**node), build_variant(f"uvit_{size}", num_classes=1000, class_dropout_prob=0.1)
     assert str(model) == str(variant)
 
 

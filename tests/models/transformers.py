@@ -1,8 +1,23 @@
 """What the tests of the transformer families share: tiny models whose zero-initialized layers are filled, and runs."""
 
+from functools import partial
+
 import torch
 
+from model_zigma import ZigMa
 from zigflow.keyed import KeyedDraws
+from zigflow.models.dim import DiM
+from zigflow.models.dis import DiS
+from zigflow.models.dit import DiT
+from zigflow.models.uvit import UViT
+
+FAMILIES = {
+    "zigma": partial(ZigMa, use_pe=2),
+    "dis": DiS,
+    "dim": DiM,
+    "dit": partial(DiT, num_heads=2),
+    "uvit": partial(UViT, num_heads=2),
+}
 
 
 def filled(model):

@@ -120,7 +120,7 @@ def test_counting_changes_nothing():
 
 
 def test_a_model_that_does_not_say_what_it_reads():
-    with pytest.raises(ValueError, match=r"Linear cannot be counted: .*in_channels"):
+    with pytest.raises(ValueError, match=r"Linear does not say what it reads: .*in_channels"):
         one_sample(nn.Linear(1, 1))
     assert count_flops(nn.Linear(3, 5), torch.empty(7, 3, device="meta")).forward == 2 * 7 * 3 * 5
 

@@ -39,7 +39,7 @@ def check_model(fixture: Fixture, case: str) -> None:
     if "scan_pattern_chain" in meta:
         check_chain(model, meta["scan_pattern_chain"], meta["kwargs"])
     for block, weight in meta.get("skip_tune_weights_as_run", {}).items():
-        own = model._skip_weights(t["in.t"])[int(block) - model.depth + model.joining]
+        own = model.skip_weights(t["in.t"], model.joining)[int(block) - model.depth + model.joining]
         assert_close(f"skip weight {block}", own, torch.full_like(own, weight), of_max=1e-7)
     assert_close("out", out, t["out"], floor=fixture.tolerance())
     (out * t["grad_weight"]).sum().backward()

@@ -45,7 +45,7 @@ def check_model(fixture: Fixture, case: str) -> None:
     model.blocks[0].register_forward_hook(
         keep(block0_x=lambda args, out: out[0], block0_residual=lambda args, out: out[1])
     )
-    walk = model._walks(model.grid, x.device)[0]
+    walk = model.orders.at(model.token_grid, x.device)[0]
 
     def raster(y):
         """The published mixer gathers inside; ours works on tokens in scan order."""
@@ -103,7 +103,7 @@ def check_description(fixture: Fixture, model: ZigMa, out: torch.Tensor) -> None
     if before is None and after is None and kinds is None:
         return
     schedule = model.scan_spec.schedule(
-        model.depth, *model.grid, official_temporal_reversal=model.official_temporal_reversal
+        model.depth, *model.token_grid, official_temporal_reversal=model.official_temporal_reversal
     )
     for layer, step in enumerate(schedule):
         # "ststst...", of which a layer reads its own letter.

@@ -10,7 +10,7 @@ from zigflow.models.dim import DiM
 from zigflow.models.dis import DiS
 from zigflow.models.dit import DiT
 from zigflow.models.uvit import UViT
-from zigflow.nn.skip_tuning import set_skip_tuning, skip_weights
+from zigflow.nn.skip_tuning import skip_weights
 from zigflow.processes import Flow, Gaussian, StableDiffusion, VariancePreserving
 from zigflow.processes.process import predict
 from zigflow.registry import UnknownNameError
@@ -202,13 +202,13 @@ def test_skip_tuning_off_in_effect_as_published_and_by_the_noise_as_intended(nam
     x, _, y = inputs(model, 2)
     noisy, clean = torch.full((2,), 999.0), torch.zeros(2)
     plain = model(x, noisy, y), model(x, clean, y)
-    set_skip_tuning(model, "as_published", (0.82, 1.0))
+    model.set_skip_tuning("as_published", (0.82, 1.0))
     assert_close("published", model(x, noisy, y), plain[0], of_max=2e-3)
     assert not torch.equal(model(x, noisy, y), plain[0])
-    set_skip_tuning(model, "as_intended", (0.5, 0.6))
+    model.set_skip_tuning("as_intended", (0.5, 0.6))
     assert torch.equal(model(x, clean, y), plain[1])
     assert (model(x, noisy, y) - plain[0]).abs().max() > 1e-2 * plain[0].abs().max()
-    set_skip_tuning(model, None, (0.82, 1.0))
+    model.set_skip_tuning(None, (0.82, 1.0))
     assert torch.equal(model(x, noisy, y), plain[0])
 
 
@@ -237,6 +237,6 @@ def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="multiples of 3"):
         Upsampled(model, process, 3)(torch.randn(1, 1, 8, 8), torch.tensor([900.0]))
     with pytest.raises(ValueError, match="no long skip"):
-        set_skip_tuning(family("dit"), "as_intended", (0.82, 1.0))
+        family("dit").set_skip_tuning("as_intended", (0.82, 1.0))
     with pytest.raises(UnknownNameError, match="as_intended"):
-        set_skip_tuning(family("uvit"), "intended", (0.82, 1.0))
+        family("uvit").set_skip_tuning("intended", (0.82, 1.0))

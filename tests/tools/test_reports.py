@@ -140,13 +140,13 @@ def test_options_may_stand_between_the_overrides(capsys):
 def test_list_has_everything_registered(capsys):
     from scans import list_scans
     from zigflow.engine.optim import OPTIMIZERS
-    from zigflow.models import list_models
+    from zigflow.models import list_variants
     from zigflow.samplers import DIFFUSION_SAMPLERS, ODE_SOLVERS, SDE_STEPS
 
     found = json.loads(printed(capsys, "list", "--json"))
     assert set(found) == set(listing.KINDS)
     assert list(found["scans"]) == list_scans()
-    assert set(list_models()) < set(found["models"])
+    assert set(list_variants()) < set(found["models"])
     assert set(found["samplers"]) == {
         f"{group}.sampling_method={name}"
         for group, names in (("ode", ODE_SOLVERS), ("sde", SDE_STEPS), ("diffusion", DIFFUSION_SAMPLERS))

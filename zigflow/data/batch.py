@@ -121,13 +121,14 @@ def flipped(batch: Any, draws: Any) -> Any:
     return replace(batch, pixels=torch.where(turned, pixels.flip(-1), pixels))
 
 
-def condition(batch: Any, model: Any, draws: Any) -> Any:
-    """What the model is conditioned on.
+def condition(batch: Any, has_text: bool, draws: Any) -> Any:
+    """What a model is conditioned on.
 
-    A batch may bring a finished ``condition``; else a text model (``has_text``) gets the tokens, one caption
-    of each sample picked by keyed draw when there are several, and any other model the labels.
+    A batch may bring a finished ``condition``; else a text model gets the tokens, one caption of each sample
+    picked by keyed draw when there are several, and any other model the labels.
 
     Args:
+        has_text: the model reads text.
         draws: keyed draws of the batch's samples.
 
     Returns:
@@ -139,7 +140,7 @@ def condition(batch: Any, model: Any, draws: Any) -> Any:
     ready = getattr(batch, "condition", None)
     if ready is not None:
         return ready
-    if not getattr(model, "has_text", False):
+    if not has_text:
         return batch.labels
     tokens: Tensor | None = batch.tokens
     if tokens is None:

@@ -42,6 +42,7 @@ __all__ = [
     "FORMAT_VERSION",
     "Checkpoint",
     "CheckpointError",
+    "check_names",
     "clean",
     "find_latest",
     "list_complete",
@@ -101,6 +102,32 @@ class Checkpoint:
     def ema_names(self) -> list[str]:
         found = self.path.glob("ema_*.safetensors")
         return sorted(file.name.removeprefix("ema_").removesuffix(".safetensors") for file in found)
+
+
+def check_names(what: str, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes of stored tensors with those that they are loaded into.
+
+    Raises:
+        CheckpointError: naming the first difference in the model's own sequence (missing, unexpected or of another
+            shape) with both shapes.
+    """
+    names = [*wanted, *(name for name in stored if name not in wanted)]
+    different = [name for name in names if _shape(stored, name) != _shape(wanted, name)]
+    if not different:
+        return
+    first = different[0]
+    there, here = (
+        "missing" if _shape(side, first) is None else str(_shape(side, first)) for side in (stored, wanted)
+    )
+    more = f" ({len(different) - 1} more differ)" if len(different) > 1 else ""
+    raise CheckpointError(
+        f"{what} does not fit the model: {first} is {there} there and {here} in the model{more}; "
+        "build the model with the arguments that the weights were trained with, or choose another checkpoint"
+    )
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None
 
 
 def _name(step: int) -> str:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from zigflow.nn import as_denoiser
+
 from .tensors import assign
 
 __all__ = ["Combined", "WholeMatrixMuon", "hidden_matrices"]
@@ -93,13 +95,12 @@ def _gathered(tensor: Tensor | None) -> Tensor:
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
     """The trainable weights of the linear layers inside the model's blocks.
 
-    Blocks are the model's ``shard_units()``, or its ``blocks``: what embeds tokens, times and classes and what
+    Blocks are the model's ``shard_units()``: what embeds tokens, times and classes and what
     predicts stands outside of them. Tables, convolutions, norms, biases and the state matrices of a scan are no
     weights of linear layers.
     """
-    units = model.shard_units() if hasattr(model, "shard_units") else getattr(model, "blocks", ())
     found: dict[Tensor, None] = {}
-    for unit in units:
+    for unit in as_denoiser(model).shard_units():
         for module in unit.modules():
             if isinstance(module, nn.Linear) and module.weight.requires_grad:
                 found[module.weight] = None

@@ -72,10 +72,16 @@ def _told(environ: Mapping[str, str] | None, arguments: Sequence[str] | None) ->
             if option.endswith(".py"):
                 break
             continue
-        name = _OPTIONS.get("--" + option[2:].replace("-", "_"))
+        name = _variable_of("--" + option[2:].replace("-", "_"))
         if name is not None:
             told.setdefault(name, value if given else next(words, ""))
     return told
+
+
+def _variable_of(option: str) -> str | None:
+    """The variable of an option of accelerate, shortened as argparse allows: to what begins one option alone."""
+    meant = [name for name in _OPTIONS if name.startswith(option)]
+    return _OPTIONS.get(option) or (_OPTIONS[meant[0]] if len(meant) == 1 else None)
 
 
 def launched(

@@ -18,6 +18,7 @@ from zigflow.data.batch import collate, condition
 from zigflow.data.contents import exact_fingerprint
 from zigflow.data.loader import PositionDataset
 from zigflow.keyed import KeyedDraws
+from zigflow.nn import as_denoiser
 
 from .claims import MEASURED, SamplingFolderError, claim_folder
 from .log import tracked
@@ -146,9 +147,10 @@ class MeasuringRun:
         batch = collate(self.data.__getitems__([place % self.available for place in places]))
         draws = KeyedDraws(self.seed, batch.ids).to(self.device)
         batch = batch.to(self.device)
+        has_text = as_denoiser(self.pipeline.model).has_text
         with draws.active():
             x1 = self.pipeline.codec.encode(batch)
-            values = self._values(x1, condition(batch, self.pipeline.model, draws), draws).cpu()
+            values = self._values(x1, condition(batch, has_text, draws), draws).cpu()
         real = min(self.batch_size, self.available - first)
         path = self.path(number)
         temporary = path.with_name(f".{path.name}.tmp")

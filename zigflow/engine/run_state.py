@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zigflow import __version__
+from zigflow.nn import as_denoiser
 
-from .checkpoint import FORMAT_VERSION, Checkpoint, CheckpointError
-from .ema import EmaProfiles, check_names
+from .checkpoint import FORMAT_VERSION, Checkpoint, CheckpointError, check_names
+from .ema import EmaProfiles
 from .optim import load_optimizer_state, optimizer_state
 from .precision import LossScaler
 from .run_dir import flat
@@ -260,9 +261,8 @@ def load_model_state(model: nn.Module, state: Mapping[str, Tensor], what: str = 
 
 
 def scan_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's scan orders, when it has some: ``model.scan_state()`` gives named tensors."""
-    getter = getattr(model, "scan_state", None)
-    return {} if getter is None else {name: full(value) for name, value in getter().items()}
+    """The orders of the model's random scans, by name."""
+    return {name: full(value) for name, value in as_denoiser(model).scan_state().items()}
 
 
 def check_scan_state(model: nn.Module, checkpoint: Checkpoint) -> None:

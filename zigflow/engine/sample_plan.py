@@ -6,9 +6,7 @@ over all numbers and in one over a few of them.
 Legend: B batch, N rows of a file, K captions of a row, L tokens, D token width.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,8 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from zigflow import files
-from zigflow.data.class_names import number_of
 from zigflow.data.contents import exact_fingerprint
 from zigflow.data.decode import DEFAULT_LIMITS, DecodeError, decode
 from zigflow.data.feature_files import (
@@ -31,111 +27,15 @@ from zigflow.data.feature_files import (
 )
 from zigflow.data.object_arrays import decode_objects
 from zigflow.data.shards import ShardReader
+from zigflow.files import file_digest
 from zigflow.keyed import KeyedDraws
-from zigflow.typed import SettingsError, convert
+from zigflow.sample_options import SampleOptions
+from zigflow.typed import SettingsError
 
 __all__ = ["CaptionRows", "SampleOptions", "SourceRows", "class_plan", "open_captions", "text_plan"]
 
 Plan = Callable[[Tensor], Tensor]
 _CAPTION_SUFFIX = "caption_feature.npy"
-_MOST_SEEDS = 10_000_000
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """The keys that only sampling has.
-
-    Attributes:
-        labels: "balanced" (sample i is of class i modulo their number), "data" (classes as frequent as in the
-            data), or classes, by number or name, that the samples take in turn.
-        seeds: the numbers of the samples to draw; None for 0, 1, 2, ...
-        captions: file or folder of caption features, None for those of the data.
-        npz: also write the samples as one .npz file.
-        batch_size: samples computed at once.
-    """
-
-    labels: str | tuple[int | str, ...] = "balanced"
-    seeds: tuple[int, ...] | None = None
-    captions: str | None = None
-    npz: bool = False
-    batch_size: int = 100
-
-    @classmethod
-    def take_from(cls, given: dict[str, Any]) -> "SampleOptions":
-        """Take the keys out of a sampling command's configuration.
-
-        Raises:
-            SettingsError: a value that is not allowed.
-        """
-        batch_size = convert("offline_sample_local_bs", given.pop("offline_sample_local_bs"), int)
-        if batch_size < 1:
-            raise SettingsError(f"offline_sample_local_bs={batch_size} must be at least 1")
-        return cls(
-            labels=_read_labels(given.pop("labels", "balanced")),
-            seeds=_read_seeds(given.pop("seeds", None)),
-            captions=convert("captions", given.pop("captions", None), str | None),
-            npz=convert("npz", given.pop("npz", False), bool),
-            batch_size=batch_size,
-        )
-
-    def by_number(self, class_names: Sequence[str]) -> "SampleOptions":
-        """The same with the numbers of the classes that ``labels`` names.
-
-        Raises:
-            SettingsError: a name that no class has, with near matches.
-        """
-        if isinstance(self.labels, str):
-            return self
-        try:
-            numbers = tuple(number_of(label, class_names, "class in labels") for label in self.labels)
-        except ValueError as error:
-            raise SettingsError(f"labels={list(self.labels)}: {error}") from error
-        return replace(self, labels=numbers)
-
-    @property
-    def names_classes(self) -> bool:
-        """Whether ``labels`` holds names."""
-        return not isinstance(self.labels, str) and any(isinstance(label, str) for label in self.labels)
-
-    def facts(self) -> dict[str, Any]:
-        """What differs from the usual, for identities and results; empty for the defaults."""
-        found: dict[str, Any] = {}
-        if self.labels != "balanced":
-            found["labels"] = self.labels if isinstance(self.labels, str) else list(self.labels)
-        if self.seeds is not None:
-            first, last = self.seeds[0], self.seeds[-1]
-            # A range may have millions of numbers: as short as it is typed.
-            is_range = self.seeds == tuple(range(first, last + 1))
-            found["seeds"] = f"{first}-{last}" if is_range else list(self.seeds)
-        return found
-
-
-def _read_labels(value: Any) -> str | tuple[int | str, ...]:
-    if value in ("balanced", "data"):
-        return value
-    chosen = value if isinstance(value, list) else [value]
-    if chosen and all(type(label) is int or (isinstance(label, str) and label) for label in chosen):
-        return tuple(chosen)
-    raise SettingsError(
-        f"labels={value} is neither balanced, data nor a list of classes such as labels=[3,7] or labels=[cat,dog]"
-    )
-
-
-def _read_seeds(value: Any) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    if isinstance(value, str) and (match := re.fullmatch(r"(\d+)-(\d+)", value)):
-        first, last = int(match[1]), int(match[2])
-        if first <= last < first + _MOST_SEEDS:
-            return tuple(range(first, last + 1))
-    value = [value] if type(value) is int else value
-    if isinstance(value, list) and value and all(type(seed) is int and seed >= 0 for seed in value):
-        if len(set(value)) == len(value):
-            return tuple(value)
-        raise SettingsError(f"seeds={value} names a sample more than once: give each number once")
-    raise SettingsError(
-        f"seeds={value} is no list of sample numbers from 0 on: give seeds=[3,17,40] or seeds=0-63"
-    )
 
 
 def class_plan(options: SampleOptions, num_classes: int, source: Any, seed: int) -> Plan | None:
@@ -275,7 +175,7 @@ class _NpyRows:
         _check_rows(self._array.shape)
         if self._array.dtype.kind != "f":
             raise ValueError(f"caption features are floating-point numbers, these {self._array.dtype}")
-        self.fingerprint = files.file_digest(file)
+        self.fingerprint = file_digest(file)
 
     def __len__(self) -> int:
         return len(self._array)
@@ -294,7 +194,7 @@ class _SafetensorRows:
             )
         self._slice = self._file.get_slice("tokens" if "tokens" in names else names[0])
         _check_rows(tuple(self._slice.get_shape()))
-        self.fingerprint = files.file_digest(file)
+        self.fingerprint = file_digest(file)
 
     def __len__(self) -> int:
         return self._slice.get_shape()[0]

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zigflow.nn import as_denoiser
+
 from .checkpoint import Checkpoint, CheckpointError
 from .tensors import full
 
@@ -20,16 +22,13 @@ log = logging.getLogger(__name__)
 
 
 def scan_facts(model: nn.Module) -> dict[str, str] | None:
-    """``{"name", "sha256"}`` of what a model's layers walk; None for a model without scans.
-
-    A model with scans has ``scan_name`` and ``scan_walks()``, which gives for each layer, in their order, the integers
-    and index tensors that it walks by, None where it takes the raster.
-    """
-    walks = getattr(model, "scan_walks", None)
+    """``{"name", "sha256"}`` of what a model's layers walk, its ``scan_walks()``; None for a model without scans."""
+    asked = as_denoiser(model)
+    walks = asked.scan_walks()
     if walks is None:
         return None
     digest = hashlib.sha256()
-    for parts in walks():
+    for parts in walks:
         digest.update(b"\n")
         for part in parts:
             if isinstance(part, Tensor):
@@ -37,7 +36,7 @@ def scan_facts(model: nn.Module) -> dict[str, str] | None:
                 digest.update(f" {array.shape} ".encode() + array.tobytes())
             else:
                 digest.update(f" {part}".encode())
-    return {"name": str(getattr(model, "scan_name", "")), "sha256": digest.hexdigest()[:32]}
+    return {"name": asked.scan_name, "sha256": digest.hexdigest()[:32]}
 
 
 def check_scan(model: nn.Module, checkpoint: Checkpoint) -> None:

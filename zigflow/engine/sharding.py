@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from zigflow.nn.compilation import compile_in_place
+from zigflow.nn import as_denoiser
 
 from .runtime import Runtime
 
@@ -39,24 +39,13 @@ def prepare_blocks(model: nn.Module, policy: str, compiled: bool) -> None:
     """Checkpoint policy first, then compilation in place, so that no parameter is renamed.
 
     Raises:
-        ValueError: the model knows no checkpoint policies, or has no blocks to compile.
+        ValueError: the model has no blocks that keep a policy, or none to compile.
     """
-    name = type(model).__name__
+    asked = as_denoiser(model)
     if policy != "none":
-        if not hasattr(model, "set_checkpoint_policy"):
-            raise ValueError(
-                f"checkpoint_policy={policy} needs set_checkpoint_policy(), which {name} has not"
-            )
-        model.set_checkpoint_policy(policy)
-    if not compiled:
-        return
-    if hasattr(model, "compile_blocks"):
-        model.compile_blocks()
-        return
-    blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList):
-        raise ValueError(f"compile=true needs a model with blocks or compile_blocks(); {name} has neither")
-    compile_in_place(blocks)
+        asked.set_checkpoint_policy(policy)
+    if compiled:
+        asked.compile_blocks()
 
 
 def place(model: nn.Module, runtime: Runtime, *, sharded: bool) -> Placed:
@@ -80,7 +69,7 @@ def place(model: nn.Module, runtime: Runtime, *, sharded: bool) -> Placed:
 
 
 def shard(model: nn.Module, processes: int) -> None:
-    """Shard every unit of the model (``shard_units()``, or its ``blocks``), then what is left of it.
+    """Shard every unit of the model, its ``shard_units()``, then what is left of it.
 
     Weights are gathered unit by unit, so a process holds one whole unit beside its shards.
     """
@@ -88,8 +77,7 @@ def shard(model: nn.Module, processes: int) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (processes,))
-    units = model.shard_units() if hasattr(model, "shard_units") else getattr(model, "blocks", ())
-    for unit in units:
+    for unit in as_denoiser(model).shard_units():
         fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

@@ -15,24 +15,20 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
 from zigflow.data.class_names import are_numbers, shown
-from zigflow.nn import PatchEmbed, interpolate_positions
+from zigflow.nn import PatchEmbed, as_denoiser, interpolate_positions
 from zigflow.registry import unknown_name
 
 from .tensors import assign, clean_name, named_floating
 
-__all__ = ["PATCH_RULES", "Adapted", "Start", "grid_of", "start_model"]
+__all__ = ["PATCH_RULES", "Adapted", "Start", "start_model"]
 
 log = logging.getLogger(__name__)
 
 PATCH_RULES = ("spread", "as_published")
-_TABLES = ("pos_embed", "additional_embed")
-_FRAMES = "temporal_pos_embedding"
-_OUTPUT_LAYERS = ("final_layer.linear", "decoder_pred", "proj_out_2")
 
 Grid = tuple[int, int, int]
 
@@ -78,15 +74,6 @@ class Start:
     report: Adapted
     averages: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     images: int = 0
-
-
-def grid_of(model: Mapping[str, Any]) -> Grid | None:
-    """(T, h, w) of a model's node, as far as it says."""
-    size, patch = model.get("img_dim"), model.get("patch_size")
-    sides = (size, size) if isinstance(size, int) else tuple(size or ())
-    if len(sides) != 2 or not isinstance(patch, int):
-        return None
-    return max(model.get("video_frames") or 0, 1), sides[0] // patch, sides[1] // patch
 
 
 def start_model(
@@ -138,13 +125,10 @@ class _Rules:
         names: tuple[Sequence[str], Sequence[str]],
         patches: str,
     ):
-        grid = tuple(getattr(model, "grid", ()))
-        self.grid: Grid | None = (1, *grid) if len(grid) == 2 else grid or None
+        self.sizes = as_denoiser(model).resizing()
         self.built = built
         self.same_classes, self.patches = same_classes, patches
         self.names = None if any(are_numbers(n) for n in names) else (list(names[0]), list(names[1]))
-        self.patch_size = getattr(model, "patch_size", None)
-        self.mode = getattr(model, "position_mode", "bicubic")
         modules = {clean_name(name): module for name, module in model.named_modules()}
         self.patch_inputs = {f"{n}.proj.weight" for n, m in modules.items() if isinstance(m, PatchEmbed)}
         self.classes = {f"{n}.weight" for n, m in modules.items() if isinstance(m, nn.Embedding)}
@@ -173,11 +157,10 @@ class _Rules:
 
     def _adapted(self, name: str, value: Tensor, initial: Tensor) -> tuple[Tensor, str | None]:
         """A parameter for the model, and how it came about where it is not the value itself."""
-        leaf = name.rpartition(".")[2]
         if value.ndim == initial.ndim == 3 and value.shape[-1] == initial.shape[-1]:
-            if leaf in _TABLES and self.grid is not None:
-                return self._table(name, value, initial)
-            if leaf == _FRAMES and value.shape != initial.shape:
+            if self.sizes.grid is not None and self.sizes.is_positions(name):
+                return self._table(name, value, initial, self.sizes.grid)
+            if self.sizes.is_frames(name) and value.shape != initial.shape:
                 before, now = value.shape[1], initial.shape[1]
                 table = interpolate_positions(value, (before, 1, 1), (now, 1, 1))
                 return table, f"{before} -> {now} frames, linear"
@@ -187,7 +170,7 @@ class _Rules:
             return value, None
         if name in self.patch_inputs and value.shape[:2] == initial.shape[:2]:
             return self._patch_input(value, initial.shape[-1])
-        if name.rpartition(".")[0] in _OUTPUT_LAYERS and value.shape[1:] == initial.shape[1:]:
+        if self.sizes.is_output(name) and value.shape[1:] == initial.shape[1:]:
             found = self._patch_output(value, initial)
             if found is not None:
                 return found
@@ -198,11 +181,9 @@ class _Rules:
             "which the one becomes the other: only positions, patch layers and class tables may differ"
         )
 
-    def _table(self, name: str, value: Tensor, initial: Tensor) -> tuple[Tensor, str | None]:
-        now = self.grid
-        assert now is not None
-        extras = initial.shape[1] - math.prod(now)
-        before = self.built or self._proportional(value.shape[1] - extras)
+    def _table(self, name: str, value: Tensor, initial: Tensor, now: Grid) -> tuple[Tensor, str | None]:
+        extras, mode = initial.shape[1] - math.prod(now), self.sizes.mode
+        before = self.built or _proportional(now, value.shape[1] - extras)
         if before is None or extras < 0 or value.shape[1] - math.prod(before) != extras:
             raise ValueError(
                 f"{name} has {value.shape[1]} positions there and {initial.shape[1]} in the model, {extras} of them "
@@ -210,15 +191,9 @@ class _Rules:
             )
         if before == now:
             return value, None
-        table = interpolate_positions(value, before, now, self.mode, extras)
+        table = interpolate_positions(value, before, now, mode, extras)
         shown = [" x ".join(map(str, g if g[0] > 1 or now[0] > 1 else g[1:])) for g in (before, now)]
-        return table, f"{shown[0]} -> {shown[1]}, {self.mode}"
-
-    def _proportional(self, tokens: int) -> Grid | None:
-        frames, height, width = self.grid or (1, 1, 1)
-        factor = math.sqrt(max(tokens, 0) / (frames * height * width))
-        found = (frames, round(height * factor), round(width * factor))
-        return found if math.prod(found) == tokens else None
+        return table, f"{shown[0]} -> {shown[1]}, {mode}"
 
     def _patch_input(self, value: Tensor, now: int) -> tuple[Tensor, str]:
         """(D, C, p, p)."""
@@ -232,7 +207,7 @@ class _Rules:
 
     def _patch_output(self, value: Tensor, initial: Tensor) -> tuple[Tensor, str] | None:
         """(p p C, ...), the channel the fastest."""
-        now = self.patch_size
+        now = self.sizes.patch_size
         if not isinstance(now, int) or initial.shape[0] % now**2:
             return None
         channels = initial.shape[0] // now**2
@@ -270,6 +245,14 @@ class _Rules:
         new, gone = ([n for n in one if n not in other] for one, other in ((now, before), (before, now)))
         told = [f"{what}: {shown(some)}" for what, some in (("new", new), ("left out", gone)) if some]
         return result, "; ".join([f"{len(now) - len(new)} of {len(now)} classes by their names", *told])
+
+
+def _proportional(now: Grid, tokens: int) -> Grid | None:
+    """The grid of so many tokens with the proportions of ``now``, where there is one."""
+    frames, height, width = now
+    factor = math.sqrt(max(tokens, 0) / math.prod(now))
+    found = (frames, round(height * factor), round(width * factor))
+    return found if math.prod(found) == tokens else None
 
 
 def _resized(pixels: Tensor, size: int) -> Tensor:

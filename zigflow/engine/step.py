@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from zigflow.data.batch import condition, flipped
 from zigflow.errors import OtherRankError, ZigflowError
+from zigflow.nn import as_denoiser
 
 from .ema import EmaProfiles
 from .options import TrainingData, TrainOptions
@@ -103,6 +104,7 @@ class OptimizerStep:
         self.placed, self.process, self.codec, self.data = placed, process, codec, data
         self.optimizer, self.ema, self.scaler = optimizer, ema, scaler
         self.counters, self.options, self.runtime = counters, options, runtime
+        self._has_text = as_denoiser(placed.model).has_text
         self._forward = _Forward(placed.model, placed.wrapped)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self._skipped: tuple[str, ...] = ()
@@ -175,7 +177,7 @@ class OptimizerStep:
         x1 = self.codec.encode(flipped(batch, draws) if self.options.random_flip else batch)
         t_B = self.process.sample_time(draws.uniform("train.time"))
         x0 = draws.normal("train.noise", tuple(x1.shape[1:])).to(x1)
-        y = condition(batch, self.placed.model, draws)
+        y = condition(batch, self._has_text, draws)
         # The codec stays outside: autoencoders overflow in float16.
         with autocast(self.options.mixed_precision, self.runtime.device):
             return self.process.loss(self._forward, x1, x0, t_B, y), t_B

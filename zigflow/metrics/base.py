@@ -170,8 +170,10 @@ class Metric(ABC):
         """
         self._require_reference()
 
-    def update(self, images: Tensor, labels: Tensor | None, ids: Tensor) -> None:
-        """Count a batch.
+    def update(
+        self, images: Tensor | np.ndarray, labels: Tensor | np.ndarray | None, ids: Tensor | np.ndarray
+    ) -> None:
+        """Count a batch, of tensors or numpy arrays.
 
         Args:
             images: uint8 (B, C, H, W), 0..255.

@@ -46,9 +46,9 @@ class DigitThresholds:
             UnknownNameError: a threshold that does not exist.
             ValueError: a threshold that is no finite number.
         """
-        if isinstance(value, cls):
+        if isinstance(value, DigitThresholds):
             return value
-        given = dict(value or {})
+        given: dict[str, float] = dict(value or {})
         known = [field.name for field in fields(cls)]
         for name, number in given.items():
             if name not in known:
@@ -157,15 +157,22 @@ class DigitJudge(Metric):
         """The classifier, fitted on the training half at the first look."""
         self._require_reference()
         if self._net is None:
-            images, labels = self._train
+            images, labels = self._half("train")
             self._net = fit_judge_net(images, labels, self.seed, self.fit_steps, self.fit_batch)
         return self._net
 
     def _has_reference(self) -> bool:
         return self._train is not None
 
+    def _half(self, name: str) -> tuple[Tensor, Tensor]:
+        """The real images (N, C, H, W) of "train" or "heldout" and their labels (N,)."""
+        half = self._train if name == "train" else self._heldout
+        if half is None:
+            raise RuntimeError(f"{self.name}: call set_reference(train=..., heldout=...) first")
+        return half
+
     def _take(self, images: Tensor, labels: Tensor | None, ids: Tensor) -> None:
-        train_images, train_labels = self._train
+        train_images, train_labels = self._half("train")
         if labels is None:
             raise ValueError("digit judge: samples need labels, the classes that were asked for")
         if images.shape[1:] != train_images.shape[1:]:
@@ -200,7 +207,7 @@ class DigitJudge(Metric):
 
     def _subset(self, name: str, number: int, counts: list[int]) -> np.ndarray:
         """Indices into a real half, ``counts[c]`` of class c."""
-        labels = (self._train if name == "train" else self._heldout)[1].numpy()
+        labels = self._half(name)[1].numpy()
         chosen = []
         for label, count in enumerate(counts):
             members = np.flatnonzero(labels == label)
@@ -218,7 +225,7 @@ class DigitJudge(Metric):
         """Indices of training images as a generator that only copies would draw them, ``counts[c]`` of class c."""
         chosen = []
         for label, count in enumerate(counts):
-            members = torch.nonzero(self._train[1] == label)[:, 0]
+            members = torch.nonzero(self._half("train")[1] == label)[:, 0]
             draws = KeyedDraws(self.seed, torch.arange(count), step=number)
             chosen.append(members[draws.integers(f"judge copies {label}", len(members))])
         return torch.cat(chosen)
@@ -230,8 +237,8 @@ class DigitJudge(Metric):
             raise ValueError("digit judge: samples need labels, the classes that were asked for")
         if count <= self.k:
             raise ValueError(f"digit judge: {count} samples are too few for k = {self.k} neighbors")
-        for name, pair in (("train", self._train), ("heldout", self._heldout)):
-            real = (pair or (None, labels))[1].bincount()
+        for name in ("train", "heldout"):
+            real = self._half(name)[1].bincount()
             asked = labels.bincount(minlength=len(real))
             if len(asked) > len(real):
                 raise ValueError(
@@ -257,7 +264,7 @@ class DigitJudge(Metric):
         images, labels = self._samples()
         if len(images) <= self.k:
             raise ValueError(f"digit judge: {len(images)} samples are too few for k = {self.k} neighbors")
-        counts = labels.bincount(minlength=int(self._train[1].max()) + 1).tolist()
+        counts = labels.bincount(minlength=int(self._half("train")[1].max()) + 1).tolist()
         subsets = [
             {name: torch.from_numpy(self._subset(name, i, counts)) for name in ("train", "heldout")}
             | {"copies": self._copies(i, counts)}
@@ -275,7 +282,7 @@ class DigitJudge(Metric):
         return results
 
     def _classes(self, net: JudgeNet, images: Tensor, labels: Tensor) -> dict[str, float]:
-        heldout_images, heldout_labels = self._heldout
+        heldout_images, heldout_labels = self._half("heldout")
         right = (net.probabilities(images).argmax(1) == labels).double()
         results = {
             "n": len(images),
@@ -291,7 +298,8 @@ class DigitJudge(Metric):
     def _distances(self, net: JudgeNet, images: Tensor, subsets: list[dict[str, Tensor]]) -> dict[str, float]:
         pixels = {"samples": _pixels(images)}
         features = {"samples": net.features(images)}
-        for name, (real_images, _) in (("train", self._train), ("heldout", self._heldout)):
+        for name in ("train", "heldout"):
+            real_images, _ = self._half(name)
             pixels[name] = _pixels(real_images)
             features[name] = net.features(real_images)
         heldout_nearest = nearest_distances(pixels["heldout"], pixels["train"])

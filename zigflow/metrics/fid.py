@@ -86,8 +86,7 @@ class Fid(FrechetMetric):
         """
         if self._stats is None:
             return super().compute()
-        self._require_samples()
-        return {self.name: frechet_distance(*self._fake.moments(), *self._stats)}
+        return {self.name: frechet_distance(*self._samples().moments(), *self._stats)}
 
     def protocol(self) -> dict[str, Any]:
         """Network, weights, sizes, versions."""

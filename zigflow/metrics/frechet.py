@@ -309,8 +309,19 @@ class FrechetMetric(StreamingMetric):
 
     def compute(self) -> dict[str, float]:
         """``{name: squared distance}``."""
+        samples, real = self._samples(), self._real
+        if real is None:
+            raise RuntimeError(f"{self.name}: no real image has been given; call set_reference first")
+        return {self.name: samples.distance(real)}
+
+    def _samples(self) -> FrechetStatistics:
+        """Of the images counted; a RuntimeError without any."""
         self._require_samples()
-        return {self.name: self._fake.distance(self._real)}
+        if self._fake is None:
+            raise RuntimeError(
+                f"{self.name}: no sample has been given; call update(images, labels, ids) first"
+            )
+        return self._fake
 
     def protocol(self) -> dict[str, Any]:
         """Sizes of both sets, the feature network, the dimension."""

@@ -6,6 +6,7 @@ Legend: N images, C channels, H height, W width, F features, K classes.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ class JudgeNet(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """(N, F) float32: the members' penultimate layers side by side."""
         return self._in_batches(
-            images, lambda x: torch.cat([member.features(x) for member in self.members], 1)
+            images, lambda x: torch.cat([member.features(x) for member in self.each_member()], 1)
         )
 
     @torch.no_grad()
@@ -105,6 +106,9 @@ class JudgeNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.features(images)
+
+    def each_member(self) -> list[_Member]:
+        return cast("list[_Member]", list(self.members))
 
     def _in_batches(self, images: Tensor, function) -> Tensor:
         with torch.autocast("cpu", enabled=False):
@@ -132,8 +136,9 @@ def fit_judge_net(images: Tensor, labels: Tensor, seed: int, steps: int = 750, b
     ):
         # Clones: tensors made in inference mode cannot enter a graph.
         x, y = _scaled(images.cpu().clone()), labels.cpu().clone()
-        net = JudgeNet(tuple(images.shape[1:]), int(y.max()) + 1)
-        for number, member in enumerate(net.members):
+        _, channels, height, width = images.shape
+        net = JudgeNet((channels, height, width), int(y.max()) + 1)
+        for number, member in enumerate(net.each_member()):
             member.initialize(seed, number)
             _fit_member(member, x, y, seed, number, steps, batch)
     return net.eval().requires_grad_(False)

@@ -150,9 +150,8 @@ def save_loss_curve(
 
     path = Path(path)
     steps, seen, losses = _check_history(history)
-    if half_life is None:
-        half_life = max((steps[-1] - steps[0]) / 80, 1e-9)
-    if not half_life > 0:
+    span = max((steps[-1] - steps[0]) / 80, 1e-9) if half_life is None else half_life
+    if not span > 0:
         raise ValueError(f"half_life must be positive, got {half_life}")
 
     # No pyplot: its global state would belong to whoever imported it first.
@@ -161,7 +160,7 @@ def save_loss_curve(
     axes = figure.add_subplot()
     marker = "o" if len(steps) == 1 else None
     axes.plot(steps, losses, color="#9db7d5", linewidth=0.8, marker=marker, label="loss")
-    smooth = _smooth_log(steps, losses, half_life)
+    smooth = _smooth_log(steps, losses, span)
     axes.plot(steps, smooth, color="#12406f", linewidth=1.8, marker=marker, label="smoothed in the logarithm")
     axes.set_yscale("log")
     axes.set_xlabel("optimizer step")

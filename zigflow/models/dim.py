@@ -29,8 +29,7 @@ Legend: B batch, C channels, H W image, h w patch grid, N = h * w patches, L all
 """
 
 import math
-from collections import OrderedDict
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +50,15 @@ from zigflow.nn import (
 )
 from zigflow.nn.backbone import Backbone
 from zigflow.nn.checkpointing import CheckpointedBlock
-from zigflow.nn.skip_tuning import check_skip_tuning, skip_weights
-from zigflow.registry import register_variant, unknown_name
+from zigflow.nn.orders import GridOrders
+from zigflow.nn.skip_tuning import SkipTuning, check_skip_tuning
+from zigflow.registry import unknown_name
 
-PAD_LAYOUTS = {"lateral": "rows", "rho_pad": "cycle"}
+from .variants import register_variant
+
+PAD_LAYOUTS: dict[str, Literal["rows", "cycle"]] = {"lateral": "rows", "rho_pad": "cycle"}
 _SPLIT_SKIP_ABOVE = 512
 _TIME_FREQUENCIES = 256
-_PLANS_KEPT = 8
 
 
 def padded_layout(height: int, width: int, num_pads: int, pad_layout: str, num_split: int) -> TokenLayout:
@@ -80,14 +81,14 @@ def padded_layout(height: int, width: int, num_pads: int, pad_layout: str, num_s
 
 
 class Plan(NamedTuple):
-    """The gathers over one grid as tensors; see ``scans.ComposedWalk``.
+    """The gathers over one grid; see ``scans.ComposedWalk``.
 
     ``moves[i]`` is (order, inverse) before block i, None where the tokens stay.
     """
 
-    enter: Tensor
-    moves: tuple[tuple[Tensor | None, Tensor | None], ...]
-    leave: Tensor
+    enter: Any
+    moves: tuple[tuple[Any, Any], ...]
+    leave: Any
 
 
 class DiMBlock(CheckpointedBlock):
@@ -114,23 +115,25 @@ class DiMBlock(CheckpointedBlock):
         skip_weight_B: Tensor | None = None,
     ) -> Tensor:
         """(B, L, D) in the order of the block before -> (B, L, D) in this block's order."""
-        if self.skip_linear is not None:
-            x_BLD = self._join(x_BLD, skip_BLD, skip_weight_B)
-        if order_L is not None:
+        if self.skip_linear is not None and skip_BLD is not None:
+            x_BLD = self._join(self.skip_linear, x_BLD, skip_BLD, skip_weight_B)
+        if order_L is not None and inverse_L is not None:
             x_BLD = permute(x_BLD, order_L, inverse_L)
         shift, scale, gate = (self.scale_shift_table + modulation_B3D).unbind(1)
         normed, _, _ = read_stream(self.norm1["norm"], None, x_BLD, shift, scale, dtype=shift.dtype)
         return gated_add(x_BLD, self.attn1(normed), 1 + gate)
 
-    def _join(self, x_BLD: Tensor, skip_BLD: Tensor, skip_weight_B: Tensor | None) -> Tensor:
+    def _join(
+        self, linear: nn.Module, x_BLD: Tensor, skip_BLD: Tensor, skip_weight_B: Tensor | None
+    ) -> Tensor:
         """One linear layer on both, or the sum of one on each; the result replaces the stream, in its dtype."""
         if skip_weight_B is not None:
             skip_BLD = skip_BLD * skip_weight_B[:, None, None]
         dtype = self.scale_shift_table.dtype
-        if isinstance(self.skip_linear, nn.ModuleList):
-            own, kept = self.skip_linear
+        if isinstance(linear, nn.ModuleList):
+            own, kept = linear
             return (own(x_BLD.to(dtype)) + kept(skip_BLD.to(dtype))).to(x_BLD.dtype)
-        return self.skip_linear(torch.cat([x_BLD, skip_BLD], dim=-1).to(dtype)).to(x_BLD.dtype)
+        return linear(torch.cat([x_BLD, skip_BLD], dim=-1).to(dtype)).to(x_BLD.dtype)
 
 
 class _TimestepEmbedder(nn.Module):
@@ -184,6 +187,9 @@ class PadsAndSmoothers(nn.Module):
         self.last_smoother = nn.Conv2d(dim, dim, 3, **taps)
         self.num_split = num_split
 
+    def extra_repr(self) -> str:
+        return f"pads={self.pad_token.shape[-1]}, split={self.num_split}"
+
     def tokens(self, batch: int) -> list[Tensor]:
         """The split tokens and the pads, each (B, n, D)."""
         split = [self.pad_token_dec_split] if self.num_split else []
@@ -196,7 +202,7 @@ class PadsAndSmoothers(nn.Module):
         return convolution(x_BDhw).flatten(2).transpose(1, 2)
 
 
-class DiM(Backbone):
+class DiM(SkipTuning, Backbone):
     """The DiM backbone; the defaults are those of the published model for 256 x 256 images of ImageNet, size H.
 
     Args:
@@ -231,7 +237,10 @@ class DiM(Backbone):
 
     # Flow times lie in [0, 1]; the sinusoids are made for 0..1000.
     time_scale = 1000.0
+    position_tables = ("additional_embed",)
     position_mode = "bilinear"
+    output_layers = ("proj_out_2",)
+    free_keywords = ("pad_layout", "official_skip_tuning", "skip_tune_param")
 
     def __init__(
         self,
@@ -269,10 +278,7 @@ class DiM(Backbone):
         self.describe(
             in_channels=in_channels, img_dim=img_dim, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
             num_classes=-1 if unconditional or num_classes == 0 else num_classes, class_dropout_prob=class_dropout_prob,
-            has_text=False, d_context=0, n_context_token=0,
         )  # fmt: skip
-        if depth < 1:
-            raise ValueError(f"depth is at least 1, got {depth}")
         if num_pads < 1 or num_split < 0:
             raise ValueError(f"num_pads is at least 1 and num_split at least 0, got {num_pads}, {num_split}")
         if num_paths is not None and num_paths < 1:
@@ -283,15 +289,15 @@ class DiM(Backbone):
                 f"{smoother_dilation}"
             )
         check_skip_tuning(official_skip_tuning)
-        factory = {"device": device, "dtype": dtype}
-        self.guided_channels = in_channels
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.null_label = num_classes
         self.pad_layout, self.num_pads, self.num_split = pad_layout, num_pads, num_split
         self.scan, self.scan_seed, self.num_paths = scan, scan_seed, num_paths
-        self.plain_blocks = plain_blocks
+        self.plain_blocks, self.skip = plain_blocks, skip
         self.joining = (depth - plain_blocks) // 2 if skip else 0
-        self.official_skip_tuning, self.skip_tune_param = official_skip_tuning, tuple(skip_tune_param)
+        last, first = skip_tune_param
+        self.official_skip_tuning, self.skip_tune_param = official_skip_tuning, (last, first)
         self.residual_in_fp32 = residual_in_fp32
         split_skip = embed_dim > _SPLIT_SKIP_ABOVE if split_skip is None else split_skip
 
@@ -320,8 +326,7 @@ class DiM(Backbone):
         if conv:
             self.final_layer = nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1, **factory)
         self.set_checkpoint_policy("block" if use_checkpoint else "none")
-        self._plans: OrderedDict[tuple, Plan] = OrderedDict()
-        self._register_plan(device)
+        self.orders: GridOrders[Plan] = GridOrders(self._plan, self.grid, device)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -334,16 +339,18 @@ class DiM(Backbone):
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         for layer in self.adaln_single.emb["timestep_embedder"].children():
-            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.normal_(cast(nn.Linear, layer).weight, std=0.02)
         for table in self.a4m_adapter.parameters(recurse=False):
             nn.init.normal_(table, std=0.02)
-        for block in self.transformer_blocks:
+        for module in self.transformer_blocks:
+            block = cast(DiMBlock, module)
             nn.init.normal_(block.scale_shift_table, std=self.embed_dim**-0.5)
             weight = block.attn1.out_proj.weight
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-            weight /= math.sqrt(self.depth)
+            weight.div_(math.sqrt(self.depth))
 
     def named_blocks(self) -> dict[str, nn.Module]:
+        """Every block by its name in the state dict, in the order in which they run."""
         return {f"transformer_blocks.{i}": block for i, block in enumerate(self.transformer_blocks)}
 
     def walk(self, grid: tuple[int, int]) -> tuple[ScanSchedule, ComposedWalk]:
@@ -351,53 +358,17 @@ class DiM(Backbone):
         layout = padded_layout(*grid, self.num_pads, self.pad_layout, self.num_split)
         scan = get_scan(self.scan)
         options = {"seed": self.scan_seed} if "seed" in scan.options else {}
-        paths = scan(*layout.body_shape, **options)[: self.num_paths]
+        paths = scan(*(layout.body_shape or grid), **options)[: self.num_paths]
         schedule = mirrored_schedule(layout, paths, self.depth, self.plain_blocks)
         return schedule, composed_walk(layout, schedule)
 
-    def _register_plan(self, device) -> None:
-        """Keep the built grid's gathers as buffers, so that they follow the model from device to device."""
-        walk = self.walk(self.grid)[1]
-        device = torch.empty(0, device=device).device
-
-        def keep(name: str, array) -> str:
-            self.register_buffer(name, torch.from_numpy(array.copy()).to(device), persistent=False)
-            return name
-
-        keep("enter", walk.enter)
-        keep("leave", walk.leave)
-        known: dict = {}
-        for path in walk.moves:
-            if path not in known:
-                names = (keep(f"move_{len(known)}", path.order), keep(f"back_{len(known)}", path.inverse))
-                known[path] = (None, None) if path.is_identity else names
-        self._moves = tuple(known[path] for path in walk.moves)
-
-    def _plan(self, grid: tuple[int, int], device: torch.device) -> Plan:
-        """The gathers over a grid: the buffers for the built one, a small cache for others."""
-        if grid == self.grid:
-            moves = tuple(
-                (name and getattr(self, name), back and getattr(self, back)) for name, back in self._moves
-            )
-            return Plan(self.enter, ((None, None), *moves), self.leave)
-        key = (grid, device)
-        if key not in self._plans:
-            walk = self.walk(grid)[1]
-
-            def place(array) -> Tensor:
-                return torch.from_numpy(array.copy()).to(device)
-
-            # Kept for training, too, which a tensor made in inference mode cannot serve.
-            with torch.inference_mode(False):
-                made = {
-                    path: (None, None) if path.is_identity else (place(path.order), place(path.inverse))
-                    for path in dict.fromkeys(walk.moves)
-                }
-                moves = tuple(made[path] for path in walk.moves)
-                self._plans[key] = Plan(place(walk.enter), ((None, None), *moves), place(walk.leave))
-            while len(self._plans) > _PLANS_KEPT:
-                self._plans.popitem(last=False)
-        return self._plans[key]
+    def _plan(self, grid: tuple[int, ...]) -> tuple[Any, ...]:
+        """The plan of a grid (h, w), as arrays."""
+        height, width = grid
+        walk = self.walk((height, width))[1]
+        distinct = dict.fromkeys(walk.moves)
+        moves = {path: (None, None) if path.is_identity else (path.order, path.inverse) for path in distinct}
+        return Plan(walk.enter, ((None, None), *(moves[path] for path in walk.moves)), walk.leave)
 
     @property
     def scan_name(self) -> str:
@@ -406,7 +377,7 @@ class DiM(Backbone):
 
     def scan_walks(self) -> list[tuple[Tensor | None, ...]]:
         """The gathers over the built grid: on entering, before each block, on leaving; None where tokens stay."""
-        plan = self._plan(self.grid, self.enter.device)
+        plan = self.orders.at(self.grid, self.additional_embed.device)
         return [(plan.enter,), *plan.moves, (plan.leave,)]
 
     def scan_state(self) -> dict[str, Tensor]:
@@ -421,14 +392,10 @@ class DiM(Backbone):
             return torch.full((batch,), self.null_label, dtype=torch.int64, device=device)
         return read_labels(y, batch, self.num_classes, self.class_dropout_prob, self.training, device)
 
-    def _skip_weights(self, t_B: Tensor) -> list[Tensor | None]:
-        """For each joining block, first to last, (B,) weights of the kept output, or None."""
-        return skip_weights(t_B, self.official_skip_tuning, self.skip_tune_param, self.joining)
-
     def _embed(self, x: Tensor, t: Tensor, y) -> tuple[Tensor, Tensor, Tensor, tuple[int, int], Plan]:
         """Tokens (B, L, D) as block 0 reads them, what modulates the blocks and the output, the grid, its gathers."""
         batch, grid = x.shape[0], self.check_input(x, t)
-        plan = self._plan(grid, x.device)
+        plan = self.orders.at(grid, x.device)
         labels = self._labels(y, batch, x.device)
         dtype = self.additional_embed.dtype
         time = self.time_embed(sinusoidal_embedding(t, self.embed_dim).to(dtype))
@@ -459,12 +426,12 @@ class DiM(Backbone):
         if self.residual_in_fp32:
             hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         features, kept = {}, []
-        weights = [None] * (self.depth - self.joining) + self._skip_weights(t)
+        weights = [None] * (self.depth - self.joining) + self.skip_weights(t, self.joining)
         for i, (block, move, weight) in enumerate(
             zip(self.transformer_blocks, plan.moves, weights, strict=True)
         ):
             skip = None if block.skip_linear is None else kept.pop()
-            if skip is hidden:
+            if skip is not None and skip is hidden:
                 # The first joining block joins its own input, which torch.compile would make a graph of its own for.
                 skip = skip.view_as(skip)
             hidden = block(hidden, modulation, *move, skip, weight)

@@ -22,11 +22,10 @@ Legend: B batch, C channels, H W image, h w token grid, L tokens with the extra 
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +36,7 @@ from zigflow.nn import (
     LayerNorm,
     PatchEmbed,
     RMSNorm,
+    drop_path_ramp,
     drop_path_scales,
     interpolate_positions,
     modulate,
@@ -48,10 +48,13 @@ from zigflow.nn import (
 )
 from zigflow.nn.backbone import Backbone
 from zigflow.nn.checkpointing import CheckpointedBlock
-from zigflow.nn.skip_tuning import skip_weights
-from zigflow.registry import register_variant
+from zigflow.nn.orders import GridOrders
+from zigflow.nn.skip_tuning import SkipTuning
 
-_GRIDS_KEPT = 8
+from .variants import register_variant
+
+# A block's order of all tokens and its inverse; None where it takes the raster.
+Walk = tuple[Tensor | None, Tensor | None]
 
 
 class DiSBlock(CheckpointedBlock):
@@ -73,7 +76,7 @@ class DiSBlock(CheckpointedBlock):
         inverse_L: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One layer. Returns the mixer's output and the residual stream before the norm, tokens in raster order."""
-        if self.skip_linear is not None:
+        if self.skip_linear is not None and skip_BLD is not None:
             hidden_BLD = self.skip_linear(torch.cat([hidden_BLD, skip_BLD], dim=-1))
         if drop_scale_B is not None:
             hidden_BLD = hidden_BLD * drop_scale_B[:, None, None]
@@ -103,7 +106,7 @@ class FinalLayer(nn.Module):
         return self.linear(x)
 
 
-class DiS(Backbone):
+class DiS(SkipTuning, Backbone):
     """The DiS backbone; the defaults are those of the published class, but for ``class_dropout_prob``.
 
     Args:
@@ -129,10 +132,7 @@ class DiS(Backbone):
 
     # Flow times lie in [0, 1]; the sinusoid of the time token is made for 0..1000.
     time_scale = 1000.0
-    # Of sampling alone, see zigflow.nn.skip_tuning.
-    official_skip_tuning: str | None = None
-    skip_tune_param = (0.82, 1.0)
-    scan_orders: Tensor | None
+    free_keywords = ("official_backward_dt_init",)
 
     def __init__(
         self,
@@ -162,19 +162,19 @@ class DiS(Backbone):
         super().__init__()
         self.describe(
             in_channels=in_channels, img_dim=img_dim, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
-            num_classes=num_classes, class_dropout_prob=class_dropout_prob, has_text=False, d_context=0,
-            n_context_token=0,
+            num_classes=num_classes, class_dropout_prob=class_dropout_prob, least_depth=0,
         )  # fmt: skip
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate lies in [0, 1), got {drop_path_rate}")
-        factory = {"device": device, "dtype": dtype}
+        self.num_blocks = 2 * (depth // 2) + 1
+        self.drop_path_rates = drop_path_ramp(drop_path_rate, depth, self.num_blocks)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         if guided_channels is not None and not 1 <= guided_channels <= self.out_channels:
             raise ValueError(
                 f"guided_channels is 1..{self.out_channels} (output channels), or None for the prediction, "
                 f"got {guided_channels}"
             )
-        self.guided_channels = in_channels if guided_channels is None else guided_channels
+        if guided_channels is not None:
+            self.guided_channels = guided_channels
         self.residual_in_fp32 = residual_in_fp32
         self.skip = skip
         self.extras = 1 + int(num_classes > 0)
@@ -209,14 +209,9 @@ class DiS(Backbone):
             embed_dim, patch_size * patch_size * self.out_channels, num_classes > 0, **factory
         )
 
-        blocks = 2 * (depth // 2) + 1
-        ramp = np.linspace(0, drop_path_rate, depth, dtype=np.float32).tolist()
-        self.drop_path_rates = (*(0.0, *ramp)[:blocks], drop_path_rate)
         self.scan_spec = None if scan in (None, "from_model") else parse_scan_type("v2").with_scan(scan)
         self.scan_seed = scan_seed
-        self._other_grids: OrderedDict[tuple, Tensor | None] = OrderedDict()
-        # As a buffer the orders follow the model from device to device.
-        self.register_buffer("scan_orders", self._orders(self.grid, device), persistent=False)
+        self.orders: GridOrders[tuple[Walk, ...]] = GridOrders(self._walks, self.grid, device)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -241,50 +236,34 @@ class DiS(Backbone):
         named += [(f"out_blocks.{i}", block) for i, block in enumerate(self.out_blocks)]
         return dict(named)
 
-    def _orders(self, grid: tuple[int, int], device) -> Tensor | None:
-        """(blocks, 2, L): each block's order of all tokens and its inverse; None where all of them are the raster."""
+    def _walks(self, grid: tuple[int, ...]) -> tuple[tuple[Any, Any], ...]:
+        """Each block's walk over a grid (h, w), as arrays; the raster where all of them take it."""
+        raster = ((None, None),) * self.num_blocks
         if self.scan_spec is None:
-            return None
-        blocks = 2 * (self.depth // 2) + 1
-        steps, layers = self.scan_spec.schedule(blocks, 1, *grid, seed=self.scan_seed).distinct()
-        layout = TokenLayout.prefix(grid[0] * grid[1], self.extras)
+            return raster
+        steps, layers = self.scan_spec.schedule(self.num_blocks, 1, *grid, seed=self.scan_seed).distinct()
+        layout = TokenLayout.prefix(math.prod(grid), self.extras)
         paths = [layout.lift(step.path) for step in steps]
         if all(path.is_identity for path in paths):
-            return None
-        both = np.stack([np.stack([paths[i].order, paths[i].inverse]) for i in layers])
-        return torch.from_numpy(both).to(torch.empty(0, device=device).device)
-
-    def _walks(
-        self, grid: tuple[int, int], device: torch.device
-    ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """One (order, inverse) per block: the buffer for the built grid, a small cache for others."""
-        orders = self.scan_orders
-        if grid != self.grid:
-            if (grid, device) not in self._other_grids:
-                # Kept for training, too, which a tensor made in inference mode cannot serve.
-                with torch.inference_mode(False):
-                    self._other_grids[grid, device] = self._orders(grid, device)
-                while len(self._other_grids) > _GRIDS_KEPT:
-                    self._other_grids.popitem(last=False)
-            orders = self._other_grids[grid, device]
-        if orders is None:
-            return [(None, None)] * (2 * (self.depth // 2) + 1)
-        return [(both[0], both[1]) for both in orders.unbind()]
+            return raster
+        walks = [(path.order, path.inverse) for path in paths]
+        return tuple(walks[i] for i in layers)
 
     @property
     def scan_name(self) -> str:
         """What the configuration calls the scan."""
         return "from_model" if self.scan_spec is None else self.scan_spec.scan
 
-    def scan_walks(self) -> list[tuple[Tensor | None, Tensor | None]]:
+    def scan_walks(self) -> tuple[Walk, ...]:
         """Each block's order of all tokens of the built grid and its inverse; None where it takes the raster."""
-        return self._walks(self.grid, self.pos_embed.device)
+        return self.orders.at(self.grid, self.pos_embed.device)
 
     def scan_state(self) -> dict[str, Tensor]:
         """The orders that a checkpoint must carry: those of random scans, by block; else nothing."""
-        if self.scan_spec is None or not self.scan_spec.is_seeded or self.scan_orders is None:
+        if self.scan_spec is None or not self.scan_spec.is_seeded:
             return {}
-        return {f"blocks.{i}.order": both[0].contiguous() for i, both in enumerate(self.scan_orders)}
+        walks = enumerate(self.scan_walks())
+        return {f"blocks.{i}.order": order for i, (order, _) in walks if order is not None}
 
     def _tokens(self, x: Tensor, t: Tensor, y) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """All tokens (B, L, D) with positions, time + class (B, D) for the head, and the grid (h, w)."""
@@ -321,8 +300,8 @@ class DiS(Backbone):
         stream = torch.promote_types(hidden.dtype, torch.float32) if self.residual_in_fp32 else hidden.dtype
         residual = torch.zeros_like(hidden, dtype=stream)
         features, kept = {}, []
-        walks = self._walks(grid, hidden.device)
-        weights = skip_weights(t, self.official_skip_tuning, self.skip_tune_param, len(self.out_blocks))
+        walks = self.orders.at(grid, hidden.device)
+        weights = self.skip_weights(t, len(self.out_blocks))
         for i, (name, block) in enumerate(self.named_blocks().items()):
             joined = kept.pop() if self.skip and name.startswith("out_") else None
             if joined is not None and (weight := weights.pop(0)) is not None:

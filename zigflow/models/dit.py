@@ -21,6 +21,8 @@ Differences from the published code:
 Legend: B batch, C channels, H W image, h w token grid, L = h * w tokens, D width, S context tokens, p patch size.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +46,8 @@ from zigflow.nn import (
 )
 from zigflow.nn.backbone import Backbone
 from zigflow.nn.checkpointing import CheckpointedBlock
-from zigflow.registry import register_variant
+
+from .variants import register_variant
 
 
 def _plain_norm(dim: int) -> LayerNorm:
@@ -82,7 +85,7 @@ class DiTBlock(CheckpointedBlock):
         shift, scale, gate = chunks[:3]
         normed, _, _ = read_stream(self.norm1, None, x_BLD, shift, scale, dtype=x_BLD.dtype)
         x_BLD = gated_add(x_BLD, self.attn(normed, rotations), gate)
-        if self.cross_attn is not None:
+        if self.cross_attn is not None and self.cross_norm is not None:
             shift, scale, gate = chunks[6:]
             normed, _, _ = read_stream(self.cross_norm, None, x_BLD, shift, scale, dtype=x_BLD.dtype)
             x_BLD = gated_add(x_BLD, self.cross_attn(normed, context_BSD, mask_BS), gate)
@@ -157,8 +160,6 @@ class DiT(Backbone):
             num_classes=num_classes, class_dropout_prob=class_dropout_prob, has_text=has_text, d_context=d_context,
             n_context_token=n_context_token,
         )  # fmt: skip
-        if depth < 1:
-            raise ValueError(f"depth is at least 1, got {depth}")
         if has_text and class_dropout_prob > 0 and n_context_token <= 0:
             raise ValueError(
                 f"class_dropout_prob > 0 with text needs n_context_token > 0, the tokens of the null text, got "
@@ -166,8 +167,9 @@ class DiT(Backbone):
             )
         if drop_sigma and not learn_sigma:
             raise ValueError("drop_sigma=True leaves out the channels of learn_sigma=True, which is off")
-        factory = {"device": device, "dtype": dtype}
-        self.guided_channels = in_channels if guided_channels is None else guided_channels
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if guided_channels is not None:
+            self.guided_channels = guided_channels
         self.head_channels = 2 * in_channels if learn_sigma else in_channels
         self.out_channels = in_channels if drop_sigma else self.head_channels
         if guided_channels is not None and not 1 <= guided_channels <= self.out_channels:
@@ -181,7 +183,6 @@ class DiT(Backbone):
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim, **factory), requires_grad=False)
         self.x_embedder = PatchEmbed(in_channels, embed_dim, patch_size, **factory)
         self.t_embedder = TimestepEmbedder(embed_dim, **factory)
-        self.null_text = None
         if has_text and class_dropout_prob > 0:
             self.null_text = nn.Parameter(torch.zeros(n_context_token, d_context, **factory))
         elif not has_text and num_classes > 0:
@@ -212,14 +213,10 @@ class DiT(Backbone):
             nn.init.normal_(self.null_text, std=0.02)
         if self.num_classes > 0:
             self.y_embedder.reset_parameters()
-        for layer in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.adaLN_modulation[1].bias)
-
-    def named_blocks(self) -> dict[str, nn.Module]:
-        return {f"blocks.{i}": block for i, block in enumerate(self.blocks)}
+        modulated = (*(cast(DiTBlock, block) for block in self.blocks), self.final_layer)
+        for layer in (*(module.adaLN_modulation[1] for module in modulated), self.final_layer.linear):
+            nn.init.zeros_(cast(nn.Linear, layer).weight)
+            nn.init.zeros_(cast(nn.Linear, layer).bias)
 
     def _embed(self, x: Tensor, t: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens (B, L, D) with positions, and the grid (h, w)."""

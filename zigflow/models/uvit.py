@@ -19,6 +19,8 @@ Differences from the published code:
 Legend: B batch, C channels, H W image, h w token grid, L tokens with the extra ones, D width, S context tokens.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,8 +38,9 @@ from zigflow.nn import (
 )
 from zigflow.nn.backbone import Backbone
 from zigflow.nn.checkpointing import CheckpointedBlock
-from zigflow.nn.skip_tuning import skip_weights
-from zigflow.registry import register_variant
+from zigflow.nn.skip_tuning import SkipTuning
+
+from .variants import register_variant
 
 
 class UViTBlock(CheckpointedBlock):
@@ -61,13 +64,13 @@ class UViTBlock(CheckpointedBlock):
         mask_BL: Tensor | None = None,
     ) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        if self.skip_linear is not None:
+        if self.skip_linear is not None and skip_BLD is not None:
             x_BLD = self.skip_linear(torch.cat([x_BLD, skip_BLD], dim=-1))
         x_BLD = x_BLD + self.attn(self.norm1(x_BLD).to(x_BLD.dtype), rotations, mask_BL)
         return x_BLD + self.mlp(self.norm2(x_BLD).to(x_BLD.dtype))
 
 
-class UViT(Backbone):
+class UViT(SkipTuning, Backbone):
     """The U-ViT backbone.
 
     Args:
@@ -89,9 +92,7 @@ class UViT(Backbone):
 
     # Flow times lie in [0, 1]; the sinusoid of the time token is made for 0..1000.
     time_scale = 1000.0
-    # Of sampling alone, see zigflow.nn.skip_tuning.
-    official_skip_tuning: str | None = None
-    skip_tune_param = (0.82, 1.0)
+    output_layers = ("decoder_pred",)
 
     def __init__(
         self,
@@ -121,20 +122,19 @@ class UViT(Backbone):
         self.describe(
             in_channels=in_channels, img_dim=img_dim, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
             num_classes=num_classes, class_dropout_prob=class_dropout_prob, has_text=has_text, d_context=d_context,
-            n_context_token=n_context_token,
+            n_context_token=n_context_token, least_depth=0,
         )  # fmt: skip
         if has_text and n_context_token <= 0:
             raise ValueError(
                 f"has_text=True needs n_context_token > 0, the number of text tokens, got {n_context_token}"
             )
-        factory = {"device": device, "dtype": dtype}
-        self.out_channels = self.guided_channels = in_channels
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.out_channels = in_channels
         self.rope = rope
         self.extras = 1 + (n_context_token if has_text else int(num_classes > 0))
 
         tokens = self.extras + self.grid[0] * self.grid[1]
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim, **factory))
-        self.null_text = None
         if has_text and class_dropout_prob > 0:
             self.null_text = nn.Parameter(torch.zeros(n_context_token, d_context, **factory))
         self.patch_embed = PatchEmbed(in_channels, embed_dim, patch_size, **factory)
@@ -231,7 +231,7 @@ class UViT(Backbone):
         if self.rope:
             rotations = axial_rotations(self.grid, grid, self.head_dim, self.extras, device=x.device)
         features, kept = {}, []
-        weights = skip_weights(t, self.official_skip_tuning, self.skip_tune_param, len(self.out_blocks))
+        weights = self.skip_weights(t, len(self.out_blocks))
         for name, block in self.named_blocks().items():
             joined = kept.pop() if self.skip and name.startswith("out_") else None
             if joined is not None and (weight := weights.pop(0)) is not None:

@@ -13,7 +13,8 @@ from .conditioning import (
     read_labels,
     read_text,
 )
-from .drop_path import drop_path_scales
+from .denoiser import Denoiser, as_denoiser, check_denoiser
+from .drop_path import drop_path_ramp, drop_path_scales
 from .mlp import Mlp
 from .modulation import modulate, read_stream
 from .norm import LayerNorm, RMSNorm
@@ -24,6 +25,7 @@ from .time_embedding import TimestepEmbedder, sinusoidal_embedding
 __all__ = [
     "Condition",
     "CrossAttention",
+    "Denoiser",
     "LabelEmbedder",
     "LayerNorm",
     "Mlp",
@@ -31,10 +33,13 @@ __all__ = [
     "RMSNorm",
     "SelfAttention",
     "TimestepEmbedder",
+    "as_denoiser",
     "axial_rotations",
+    "check_denoiser",
     "check_divisible",
     "check_labels",
     "check_mask",
+    "drop_path_ramp",
     "drop_path_scales",
     "dropped_conditions",
     "gated_add",

@@ -27,6 +27,9 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, inner, bias=False, device=device, dtype=dtype)
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim, device=device, dtype=dtype))
 
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}"
+
     def forward(self, x_BLD: Tensor, context_BSD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         """(B, L, D), (B, S, D') -> (B, L, D); ``mask_BS`` is True where a context token may be read."""
         q = self.to_q(x_BLD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -59,6 +62,9 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(dim // heads, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
         self.k_norm = RMSNorm(dim // heads, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}"
 
     def forward(
         self, x_BLD: Tensor, rotations_2LK: Tensor | None = None, mask_BL: Tensor | None = None

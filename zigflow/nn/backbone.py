@@ -1,14 +1,16 @@
-"""What the models of images with classes or text share: how they are described, checked, compiled and sharded."""
+"""What the model families share: how they are described, checked, compiled, sharded and resized."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zigflow.registry import unknown_name
 
-from .checkpointing import CHECKPOINT_POLICIES
-from .compilation import compile_in_place
 from .conditioning import NO_NULL, null_condition
+from .denoiser import DenoiserDefaults
 from .patch import check_divisible
+from .resizing import FREE_KEYWORDS, Resizing
 
 
 def check_sizes(**sizes: int) -> None:
@@ -18,15 +20,22 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} is at least 1, got {value}")
 
 
-class Backbone(nn.Module):
-    """Base of a model that predicts from (B, C, H, W), a time per sample, and a class or a text.
+class Backbone(DenoiserDefaults, nn.Module):
+    """Base of a model that predicts from (B, C, H, W) or (B, T, C, H, W), a time per sample, and a class or a text.
 
-    A model calls :meth:`describe` first in its constructor, builds its parts, and lists its blocks in
-    ``named_blocks``. A learned null text is its parameter ``null_text`` (S, d_context).
+    A model calls :meth:`describe` first in its constructor and builds its parts. Its blocks are the list ``blocks``, or
+    what ``named_blocks`` gives; a learned null text is its parameter ``null_text`` (S, d_context). The rest of what the
+    engine asks (``zigflow.nn.Denoiser``) is answered here.
     """
 
-    video_frames = 0
-    guided_channels: int
+    # For weights of another size, see zigflow.nn.resizing.
+    position_tables: tuple[str, ...] = ("pos_embed",)
+    position_mode = "bicubic"
+    frame_tables: tuple[str, ...] = ()
+    output_layers: tuple[str, ...] = ("final_layer.linear",)
+    free_keywords: tuple[str, ...] = ()
+
+    null_text: nn.Parameter | None
 
     def describe(
         self,
@@ -38,11 +47,13 @@ class Backbone(nn.Module):
         depth: int,
         num_classes: int,
         class_dropout_prob: float,
-        has_text: bool,
-        d_context: int,
-        n_context_token: int,
+        has_text: bool = False,
+        d_context: int = 0,
+        n_context_token: int = 0,
+        video_frames: int = 0,
+        least_depth: int = 1,
     ) -> None:
-        """Check what all models ask of these keywords and keep them; ``grid`` is (h, w) in tokens.
+        """Check what all models ask of these keywords and keep them; ``grid`` is (h, w) in tokens, of one frame.
 
         With text there are no classes: ``num_classes`` becomes -1.
 
@@ -50,8 +61,8 @@ class Backbone(nn.Module):
             ValueError: values that exclude each other, named with what is allowed.
         """
         check_sizes(in_channels=in_channels, embed_dim=embed_dim)
-        if depth < 0:
-            raise ValueError(f"depth is at least 0, got {depth}")
+        if depth < least_depth:
+            raise ValueError(f"depth is at least {least_depth}, got {depth}")
         if not 0 <= class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob lies in [0, 1), got {class_dropout_prob}")
         if has_text and d_context <= 0:
@@ -63,6 +74,7 @@ class Backbone(nn.Module):
             )
         self.in_channels = in_channels
         self.img_dim = (img_dim, img_dim) if isinstance(img_dim, int) else (int(img_dim[0]), int(img_dim[1]))
+        self.video_frames = max(video_frames, 0)
         self.patch_size = patch_size
         self.embed_dim = embed_dim
         self.depth = depth
@@ -70,31 +82,45 @@ class Backbone(nn.Module):
         self.class_dropout_prob = class_dropout_prob
         self.num_classes = -1 if has_text else num_classes
         self.has_text, self.d_context, self.n_context_token = has_text, d_context, n_context_token
+        self.guided_channels = in_channels
+        self.null_text = None
 
-    def named_blocks(self) -> dict[str, nn.Module]:
-        """Every block by its name in the state dict, in the order in which they run."""
-        raise NotImplementedError(f"{type(self).__name__} lists its blocks in named_blocks()")
+    @property
+    def token_grid(self) -> tuple[int, int, int]:
+        return (max(self.video_frames, 1), *self.grid)
 
-    def set_checkpoint_policy(self, policy: str) -> None:
-        """none, block or selective; may change at any time, also on resume.
+    def extra_repr(self) -> str:
+        reads = [
+            f"sample_shape={self.sample_shape}",
+            f"patch_size={self.patch_size}",
+            f"tokens={self.token_grid}",
+        ]
+        if self.has_text:
+            reads.append(f"text=({self.n_context_token}, {self.d_context})")
+        elif self.num_classes > 0:
+            reads.append(f"num_classes={self.num_classes}")
+        if self.class_dropout_prob:
+            reads.append(f"class_dropout_prob={self.class_dropout_prob}")
+        if self.scan_name:
+            reads.append(f"scan={self.scan_name}")
+        return ", ".join(reads)
 
-        Raises:
-            UnknownNameError: another policy.
-        """
-        if policy not in CHECKPOINT_POLICIES:
-            raise unknown_name("checkpoint policy", policy, list(CHECKPOINT_POLICIES))
-        for block in self.named_blocks().values():
-            block.checkpoint_policy = policy  # type: ignore[assignment]
+    def resizing(self) -> Resizing:
+        return Resizing(
+            grid=self.token_grid,
+            patch_size=self.patch_size,
+            positions=self.position_tables,
+            mode=self.position_mode,
+            frames=self.frame_tables,
+            outputs=self.output_layers,
+            keywords=(*FREE_KEYWORDS, *self.free_keywords),
+        )
 
-    def shard_units(self) -> list[nn.Module]:
-        """What may be sharded apart."""
-        return list(self.named_blocks().values())
+    @property
+    def has_null(self) -> bool:
+        return self.class_dropout_prob > 0
 
-    def compile_blocks(self, **options) -> None:
-        """Compile each block in place; keys of the state dict stay as they are."""
-        compile_in_place(self.named_blocks().values(), **options)
-
-    def null_condition(self, y):
+    def null_condition(self, y: Any) -> Any:
         """The condition that stands for "none" in guidance, built like ``y``: the null class, or the null text.
 
         Args:
@@ -104,15 +130,15 @@ class Backbone(nn.Module):
         Raises:
             ValueError: the model was built without a null row, or a ``Condition`` lacks the part that it reads.
         """
-        if self.class_dropout_prob <= 0:
+        if not self.has_null:
             raise ValueError(NO_NULL)
-        return null_condition(y, self.num_classes, getattr(self, "null_text", None))
+        return null_condition(y, self.num_classes, self.null_text)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y, cfg_scale: float = 1.5) -> Tensor:
         """The guided call on a doubled batch, as DiT and DiS publish it.
 
         Args:
-            x: (2 B, C, H, W), of which the first B rows are read, for both halves.
+            x: (2 B, C, H, W), or of videos (2 B, T, C, H, W); the first B rows are read, for both halves.
             t: (2 B,). y: the condition of B rows, then their null condition.
             cfg_scale: w in uncond + w (cond - uncond), on the first ``guided_channels`` channels.
 
@@ -121,23 +147,29 @@ class Backbone(nn.Module):
         """
         half = x[: len(x) // 2]
         out = self(torch.cat([half, half]), t, y)
-        cond, uncond = out[:, : self.guided_channels].chunk(2)
+        channels = self.in_channels if self.guided_channels is None else self.guided_channels
+        cond, uncond = out.narrow(-3, 0, channels).chunk(2)
         guided = uncond + cfg_scale * (cond - uncond)
-        return torch.cat([torch.cat([guided, guided]), out[:, self.guided_channels :]], dim=1)
+        rest = out.narrow(-3, channels, out.shape[-3] - channels)
+        return torch.cat([torch.cat([guided, guided]), rest], dim=-3)
 
     def check_input(self, x: Tensor, t: Tensor) -> tuple[int, int]:
-        """The token grid (h, w) of an input x (B, C, H, W) at times t (B,).
+        """The token grid (h, w) of an input x (B, C, H, W), of a video's frame (B, T, C, H, W), at times t (B,).
 
         Raises:
             ValueError: another shape than the model reads, or no sample.
         """
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"this model reads (B, C, H, W) with C={self.in_channels}, got {tuple(x.shape)}")
+        wanted = "(B, T, C, H, W)" if self.video_frames else "(B, C, H, W)"
+        if x.dim() != (5 if self.video_frames else 4) or x.shape[-3] != self.in_channels:
+            more = f" (video_frames={self.video_frames})" if x.dim() in (4, 5) else ""
+            raise ValueError(
+                f"this model reads {wanted} with C={self.in_channels}{more}, got {tuple(x.shape)}"
+            )
         if x.shape[0] == 0:
             raise ValueError(f"a batch of 0 samples (x has shape {tuple(x.shape)}); give at least one")
         if t.shape != x.shape[:1]:
             raise ValueError(f"t must hold one time per sample, shape ({x.shape[0]},), got {tuple(t.shape)}")
-        return check_divisible(x.shape[2], x.shape[3], self.patch_size)
+        return check_divisible(x.shape[-2], x.shape[-1], self.patch_size)
 
     def with_features(self, out: Tensor, features: dict[str, Tensor], wanted: tuple[str, ...]):
         """``out``, and with ``wanted`` names the features beside it.

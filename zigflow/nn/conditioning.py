@@ -41,6 +41,9 @@ class LabelEmbedder(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
+    def extra_repr(self) -> str:
+        return f"{self.num_classes} classes, dropout_prob={self.dropout_prob}"
+
     def forward(self, labels_B: Tensor, dropped_B: Tensor | None = None) -> Tensor:
         """(B,) -> (B, D); rows where ``dropped_B`` is True get the null class."""
         if dropped_B is not None:

@@ -2,10 +2,23 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zigflow.keyed import current_draws
+
+
+def drop_path_ramp(rate: float, depth: int, blocks: int) -> tuple[float, ...]:
+    """Rates of ``blocks`` inputs and of what the last block gives: 0, then evenly from 0 to ``rate`` over the depth.
+
+    Raises:
+        ValueError: a rate outside [0, 1).
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path_rate lies in [0, 1), got {rate}")
+    ramp = np.linspace(0, rate, depth, dtype=np.float32).tolist()
+    return (*(0.0, *ramp)[:blocks], rate)
 
 
 def drop_path_scales(rates: Sequence[float], batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dis_mamba  # noqa: F401 (registers both operators)
 from dis_kernels.dispatch import use_backend
 
+from .denoiser import as_denoiser
 from .norm import RMSNorm
 
 __all__ = ["TRAINING_FACTOR", "FlopCount", "count_flops", "one_sample", "scan_flops"]
@@ -81,24 +82,18 @@ def _formulas() -> dict[Any, Any]:
 
 
 def one_sample(model: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(x, t, y) of one sample on the meta device, by the attributes that every model family has.
-
-    ``in_channels`` and ``img_dim`` (h, w); ``video_frames`` T > 0: x is (1, T, C, h, w), else (1, C, h, w);
-    ``has_text`` with ``n_context_token`` and ``d_context``: y is (1, S, D); ``num_classes`` > 0: y is (1,) int64.
+    """(x, t, y) of one sample on the meta device: x (1, *sample_shape), y a text (1, S, D), a label (1,) or None.
 
     Raises:
         ValueError: the model does not say what it reads.
     """
-    try:
-        frames = (model.video_frames,) if getattr(model, "video_frames", 0) else ()
-        x = torch.empty(1, *frames, model.in_channels, *model.img_dim, device="meta")
-        y = None
-        if getattr(model, "has_text", False):
-            y = torch.empty(1, model.n_context_token, model.d_context, device="meta")
-        elif getattr(model, "num_classes", -1) > 0:
-            y = torch.zeros(1, dtype=torch.int64, device="meta")
-    except AttributeError as error:
-        raise ValueError(f"the operations of {type(model).__name__} cannot be counted: {error}") from error
+    reads = as_denoiser(model)
+    x = torch.empty(1, *reads.sample_shape, device="meta")
+    y = None
+    if reads.has_text:
+        y = torch.empty(1, reads.n_context_token, reads.d_context, device="meta")
+    elif reads.num_classes > 0:
+        y = torch.zeros(1, dtype=torch.int64, device="meta")
     return x, torch.zeros(1, device="meta"), y
 
 

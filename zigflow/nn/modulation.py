@@ -1,5 +1,7 @@
 """Modulation by a condition, alone and joined with the norm before it. Legend: B batch, L tokens, D width."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook  # hooks on all modules; no public way to ask
@@ -14,6 +16,32 @@ def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     return x_BLD * (1 + scale_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
 
 
+@overload
+def read_stream(
+    norm: nn.Module,
+    hidden_BLD: Tensor | None,
+    residual_BLD: Tensor,
+    shift_BD: Tensor | None = None,
+    scale_BD: Tensor | None = None,
+    order_L: Tensor | None = None,
+    inverse_L: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+    keep_normed: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def read_stream(
+    norm: nn.Module,
+    hidden_BLD: Tensor | None,
+    residual_BLD: Tensor,
+    shift_BD: Tensor | None = None,
+    scale_BD: Tensor | None = None,
+    order_L: Tensor | None = None,
+    inverse_L: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+    keep_normed: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]: ...
 def read_stream(
     norm: nn.Module,
     hidden_BLD: Tensor | None,

@@ -5,8 +5,6 @@ the bound of the first joining block to that of the last one. The published code
 which the weights are 1 within 2e-4.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -43,16 +41,35 @@ def skip_weights(
     return list(1 - (1 - b.unsqueeze(1)) * noise_B)
 
 
-def set_skip_tuning(model: Any, mode: str | None, bounds: tuple[float, float]) -> None:
-    """Weigh the long skips of ``model`` from now on.
+class SkipTuning:
+    """Part of a model with long skips: how sampling weighs what they bring.
 
-    Raises:
-        UnknownNameError: an unknown mode.
-        ValueError: the model has no long skips to weigh.
+    Attributes:
+        official_skip_tuning: None, "as_published" or "as_intended".
+        skip_tune_param: b of the last and of the first joining block.
+        skip: whether the model was built with its long skips.
     """
-    check_skip_tuning(mode)
-    if not hasattr(model, "official_skip_tuning") or getattr(model, "skip", True) is False:
-        raise ValueError(
-            f"{type(model).__name__} has no long skip connections to tune: drop skip tuning, or use dim, uvit or dis"
-        )
-    model.official_skip_tuning, model.skip_tune_param = mode, tuple(bounds)
+
+    official_skip_tuning: str | None = None
+    skip_tune_param: tuple[float, float] = (0.82, 1.0)
+    skip: bool = True
+
+    def set_skip_tuning(self, mode: str | None, bounds: tuple[float, float]) -> None:
+        """Weigh the long skips from now on.
+
+        Raises:
+            UnknownNameError: an unknown mode.
+            ValueError: the model was built without long skips.
+        """
+        check_skip_tuning(mode)
+        if not self.skip:
+            raise ValueError(
+                f"{type(self).__name__} was built with skip=False and has no long skip connections to tune: drop skip "
+                "tuning"
+            )
+        low, high = bounds
+        self.official_skip_tuning, self.skip_tune_param = mode, (low, high)
+
+    def skip_weights(self, t_B: Tensor, joining: int) -> list[Tensor | None]:
+        """For each of ``joining`` blocks, first to last, the weights (B,) of what it joins at net times t, or None."""
+        return skip_weights(t_B, self.official_skip_tuning, self.skip_tune_param, joining)

@@ -45,6 +45,9 @@ class TimestepEmbedder(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
 
+    def extra_repr(self) -> str:
+        return f"frequencies={self.frequency_size}, scale={self.scale}"
+
     def forward(self, t_B: Tensor) -> Tensor:
         """(B,) times -> (B, D)."""
         t_B = t_B.to(torch.promote_types(t_B.dtype, torch.float32))

@@ -189,7 +189,7 @@ def process_of(family: str) -> str:
         ValueError: there are several, and only its user knows which one a file belongs to.
     """
     known = _family(family).processes
-    if len(known) > 1:
+    if len(known) != 1:
         choices = " or ".join(f"process={name}" for name in known)
         raise ValueError(
             f"official {family} files were trained under {choices} and do not say which: give it"

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from zigflow.nn import as_denoiser
 from zigflow.registry import Registry, unknown_name
 
 from .chain import Chain
@@ -120,11 +121,11 @@ class Diffusion:
         net = self.net_scale * (1 - t) - self.net_offset
         whole = net.round()
         near = (net - whole).abs() <= 4 * torch.finfo(net.dtype).eps * self.net_scale
-        return torch.where(near, whole, net) / getattr(model, "time_factor", 1.0)
+        return torch.where(near, whole, net) / as_denoiser(model).time_factor
 
     def process_time(self, net_time: Tensor, model: Any) -> Tensor:
         """The inverse of :meth:`time_map`."""
-        return 1 - (net_time * getattr(model, "time_factor", 1.0) + self.net_offset) / self.net_scale
+        return 1 - (net_time * as_denoiser(model).time_factor + self.net_offset) / self.net_scale
 
     def interpolate(self, x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """x_t of the shape of x1, in the working dtype.

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from zigflow.nn import as_denoiser
 from zigflow.registry import Registry, unknown_name
 
 from .diffusion_forms import DIFFUSION_FORMS
@@ -135,11 +136,11 @@ class Flow:
 
     def time_map(self, t: Tensor, model: Any) -> Tensor:
         """t times ``model.time_scale`` (1 where the model has none)."""
-        return t * getattr(model, "time_scale", 1.0)
+        return t * as_denoiser(model).time_scale
 
     def process_time(self, net_time: Tensor, model: Any) -> Tensor:
         """The inverse of :meth:`time_map`."""
-        return net_time / getattr(model, "time_scale", 1.0)
+        return net_time / as_denoiser(model).time_scale
 
     def interpolate(self, x1: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x_t, d x_t / dt), each of the shape of x1 in the working dtype.

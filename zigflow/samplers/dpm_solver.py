@@ -332,6 +332,7 @@ def _register(method: str) -> None:
     def make(
         *,
         num_steps: str = "50",
+        eta: float = 0.0,
         variant: str = "fast",
         order: int = 3,
         grid: str = "time_uniform",
@@ -342,6 +343,8 @@ def _register(method: str) -> None:
         atol: float = 0.0078,
         rtol: float = 0.05,
     ) -> DpmSolver:
+        if eta:
+            raise ValueError(f"eta={eta} is for ddim, not {method}: drop it")
         return DpmSolver(
             method, variant, num_steps, order, grid, correction, lower_order_final,
             atol=atol, rtol=rtol, last_step=last_step, lambda_floor=lambda_floor,

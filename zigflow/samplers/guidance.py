@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zigflow.nn import as_denoiser
 from zigflow.processes.process import channel_axis
 
 from .conditions import concatenate
@@ -18,14 +19,18 @@ class ModelFunction:
 
     @property
     def time_scale(self) -> float:
-        return getattr(self.model, "time_scale", 1.0)
+        return as_denoiser(self.model).time_scale
 
     @property
     def time_factor(self) -> float:
-        return getattr(self.model, "time_factor", 1.0)
+        return as_denoiser(self.model).time_factor
 
     def null_condition(self, y: Any) -> Any:
         return self.model.null_condition(y)
+
+    def always_doubled(self) -> "ModelFunction":
+        """The same without calls that are left out for a whole batch, where a sample's bits would follow the others."""
+        return self
 
 
 class Guided(ModelFunction):
@@ -70,7 +75,7 @@ class Guided(ModelFunction):
         self.channels = channels
         self.skip_outside = skip_outside
         self.process = process
-        if self.active and not callable(getattr(model, "null_condition", None)):
+        if self.active and not as_denoiser(model).has_null:
             raise ValueError(
                 f"guidance with scale {scale} asks {type(model).__name__} for an output without condition, but it has "
                 "no null_condition; train it with class_dropout_prob > 0, or sample with cfg_scale=1"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from zigflow.processes.process import channel_axis, over_batch, predict, working_dtype
-from zigflow.registry import unknown_name
+from zigflow.registry import Registry
 
 from .guidance import ModelFunction
 
@@ -77,8 +77,8 @@ def match_as_published(process: Any, t: Tensor, factor: int) -> tuple[Tensor, Te
     steps = getattr(process, "steps", None)
     if steps != 1000 or getattr(process, "net_offset", None) != 0:
         raise ValueError(
-            f"matching='as_published' is made of the 1000 steps of process=sd_discrete, not of {process!r}; use "
-            "matching='exact'"
+            f"matching=as_published is made of the 1000 steps of process=sd_discrete, not of {process!r}; use "
+            "matching=exact"
         )
     first = torch.ones(1, dtype=torch.float64)
     signal = torch.cat([first, process.alphas_bar])
@@ -96,10 +96,11 @@ def match_as_published(process: Any, t: Tensor, factor: int) -> tuple[Tensor, Te
     return 1 - tau.to(t), ((signal + noise / factor**2)[step(s)] ** -0.5).to(t)
 
 
-MATCHINGS: dict[str, Callable[[Any, Tensor, int], tuple[Tensor, Tensor]]] = {
-    "exact": match_exactly,
-    "as_published": match_as_published,
-}
+MATCHINGS: Registry[Callable[[Any, Tensor, int], tuple[Tensor, Tensor]]] = Registry("matching of times")
+"""What ``upsample.matching`` names: ``matching(process, t, factor)``, see :func:`match_exactly`."""
+
+MATCHINGS.register("exact", match_exactly)
+MATCHINGS.register("as_published", match_as_published)
 
 
 class Upsampled(ModelFunction):
@@ -148,8 +149,8 @@ class Upsampled(ModelFunction):
             raise ValueError(
                 f"upsampling's theta is {theta}; give a positive number, 1 replaces the block means"
             )
-        if matching not in MATCHINGS:
-            raise unknown_name("time matching", matching, list(MATCHINGS))
+        # Refused here, before anything is sampled, where the process does not suit.
+        MATCHINGS.get(matching)(process, torch.tensor([0.5], dtype=torch.float64), int(factor))
         self.model = model
         self.process = process
         self.factor = int(factor)
@@ -160,7 +161,7 @@ class Upsampled(ModelFunction):
 
     def always_doubled(self) -> "Upsampled":
         """The same with both calls at all times, so that a sample's bits do not depend on its neighbors' times."""
-        inner = getattr(self.model, "always_doubled", lambda: self.model)()
+        inner = self.model.always_doubled() if isinstance(self.model, ModelFunction) else self.model
         return Upsampled(inner, self.process, self.factor, self.eta, self.theta, self.matching, False)
 
     def __call__(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
@@ -185,7 +186,7 @@ class Upsampled(ModelFunction):
 
     def _guided(self, value: Tensor, x: Tensor, t: Tensor, y: Any) -> Tensor:
         process, m = self.process, self.factor
-        tau, scale = MATCHINGS[self.matching](process, t, m)
+        tau, scale = MATCHINGS.get(self.matching)(process, t, m)
         small = over_batch(scale.to(value.dtype), x) * pool(x.to(value.dtype), m)
         at_small = predict(process, self.model, small, tau, y)
         if process.prediction in ("noise", "score"):

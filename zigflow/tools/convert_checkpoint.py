@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from zigflow import plugins
+from zigflow.shapes import data_form
 
 
 def main(argv: list[str]) -> int:
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     from zigflow.preflight import scaled_codec
     from zigflow.stored_config import open_stored
 
-    experiment = any(o.startswith("+experiment=") for o in args.overrides)
+    experiment = any(o.lstrip("+").startswith("experiment=") for o in args.overrides)
     named = experiment or any(o.startswith("model=") for o in args.overrides)
     try:
         # An experiment brings its data, and with them the codec.
@@ -58,10 +59,9 @@ def main(argv: list[str]) -> int:
         kwargs = official_arguments(family, {k: v for k, v in given.items() if k not in seed})
         names = {"name": config["model"]["name"] if named else args.file.stem, "_target_": target_of(family)}
         config["model"] = {**names, **kwargs, **seed}
-        frames = config["model"].get("video_frames", 0)
-        config["data"] |= {"video_frames": frames, "num_classes": config["model"].get("num_classes", -1)}
+        config["data"] |= data_form(config["model"])
         config["codec"] = scaled_codec(config["codec"])
-        plugins.Settings.from_mapping(config)
+        plugins.checked(config, trains=False)
     except Exception as error:
         line = plugins.explain(error, "default")
         if line is None:

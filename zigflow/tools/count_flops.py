@@ -5,6 +5,7 @@ import argparse
 from zigflow import plugins
 from zigflow.nn.flops import TRAINING_FACTOR, count_flops
 from zigflow.settings import SettingsError
+from zigflow.shapes import frames_of
 
 
 def main(argv: list[str]) -> int:
@@ -28,12 +29,11 @@ def main(argv: list[str]) -> int:
             f"model={settings.model.get('name')} is one of videos and takes its number of frames from the data, "
             f"data={settings.data.name} has none: give data.video_frames=16 (and data.num_classes), or data=ucf101"
         )
-    # After the configuration is known to be right: this imports torch's world.
     import torch
 
     from zigflow.build import build_model
+    from zigflow.nn import as_denoiser
 
-    plugins.load_plugins()
     with torch.device("meta"):
         # Shapes alone: no model is too large to be counted.
         model = build_model(settings)
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         print(f"{operator}: {100 * flops / count.forward:.1f} %")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}, trained: {trained:,}")
-    frames = getattr(model, "video_frames", 0)
+    frames = frames_of(as_denoiser(model).sample_shape)
     sample = f"sample of {frames} frames" if frames else "sample"
     print(f"forward:  {count.forward:,} FLOPs per {sample} ({count.macs / 1e9:.4g} GMACs)")
     print(

@@ -13,11 +13,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-_VARIABLES = (
-    "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "RUN_ID", "SLURM_JOB_ID",
-    "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
-    "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ZIGFLOW_BACKEND", "ZIGFLOW_CACHE", "ZIGFLOW_CXXFLAGS", "CXX",
-)  # fmt: skip
+from zigflow.environment import VARIABLES
+
 _CPU_FLAGS = {
     "avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "asimd", "bf16", "sve"
 }  # fmt: skip
@@ -266,7 +263,7 @@ def _launch(problems: list[str]) -> dict[str, Any]:
     except launch.LaunchError as error:
         state = str(error)
         problems.append(state)
-    told = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    told = {v.name: "***" if v.secret else os.environ[v.name] for v in VARIABLES if v.name in os.environ}
     return {
         "a run started here": state,
         "variables": told,

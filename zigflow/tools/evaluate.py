@@ -38,7 +38,6 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     samples = Path(given["samples"])
     output = given.get("output")
-    plugins.load_plugins()
     written, metrics = evaluate(settings, samples, None if output is None else Path(output))
     for name, value in metrics.items():
         print(f"{name:40s} {value}")

@@ -87,9 +87,9 @@ def _scans() -> dict[str, str]:
 
 
 def _models() -> dict[str, str]:
-    from zigflow.models import list_models
+    from zigflow.models import list_variants
 
-    variants = dict.fromkeys(list_models(), "a variant: zigflow.models.build_model")
+    variants = dict.fromkeys(list_variants(), "a variant: zigflow.models.build_variant")
     return {name: text or f"model={name}" for name, text in choices("model").items()} | variants
 
 

@@ -161,7 +161,7 @@ def _write(
 
 
 def _run_digits(args: argparse.Namespace) -> None:
-    from zigflow.datasets.digits import write_digits
+    from zigflow.datasets.digits import write_digits  # pyright: ignore[reportMissingImports]
 
     if args.seed:
         raise ValueError("the digits have one split, --seed does not apply")
@@ -172,7 +172,7 @@ def _run_digits(args: argparse.Namespace) -> None:
 def _run_folder(args: argparse.Namespace) -> None:
     from PIL import Image
 
-    from zigflow.datasets.image_folder import list_images
+    from zigflow.datasets.image_folder import list_images  # pyright: ignore[reportMissingImports]
 
     background = WHITE if args.background is None else background_color(args.background)
     if args.background is not None and not args.resize:
@@ -225,7 +225,7 @@ def _run_idx(args: argparse.Namespace) -> None:
 
 
 def _run_latent_features(args: argparse.Namespace) -> None:
-    from zigflow.datasets.latent_features import LatentFeaturesSource
+    from zigflow.datasets.latent_features import LatentFeaturesSource  # pyright: ignore[reportMissingImports]
 
     source = LatentFeaturesSource(args.input, args.num_classes)
     args.count = len(source)
@@ -242,7 +242,7 @@ def _run_latent_features(args: argparse.Namespace) -> None:
 
 
 def _run_coco_features(args: argparse.Namespace) -> None:
-    from zigflow.datasets.coco_features import EMPTY, SPLITS, CocoFeaturesSource
+    from zigflow.datasets.coco_features import EMPTY, SPLITS, CocoFeaturesSource  # pyright: ignore[reportMissingImports]
 
     if args.split_fraction is not None:
         raise ValueError("the COCO features come in two parts, train and val: leave out --split-fraction")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import Any, cast
 
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -24,9 +25,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--origins", action="store_true", help="one key per line, with the file that sets it")
     args = parser.parse_intermixed_args(argv)
     name = {"train": "default", "sample": "sample"}[args.command]
-    overrides = [*args.overrides, *([] if _sets(args.overrides, "run_dir") else ["run_dir=outputs/shown"])]
+    unnamed = [] if _sets(args.overrides, "run_dir") else ["run_dir=outputs/shown"]
     try:
-        cfg = plugins.compose_config(overrides, name)
+        cfg, made_from = plugins.composed([*args.overrides, *unnamed], name)
         if args.command == "train":
             plugins.validated(cfg)
     except Exception as error:
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
         print(OmegaConf.to_yaml(cfg, resolve=True))
         return 0
     values = flat(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-    found = origins(args.overrides, name)
+    found = origins([override for override in made_from if override not in unnamed], name)
     width = min(60, max(len(f"{k}={json.dumps(v)}") for k, v in values.items()))
     for key, value in values.items():
         print(f"{f'{key}={json.dumps(value)}'.ljust(width)}  # {found.get(key, 'composed')}")
@@ -56,11 +57,13 @@ def origins(overrides: list[str], config_name: str) -> dict[str, str]:
         groups = loader.list_groups("")
         repository = loader.repository  # type: ignore[attr-defined]  # of the loader that Hydra itself makes
         for default in listed:
-            result = None if default.config_path is None else repository.load_config(default.config_path)
-            if result is None or default.config_path.startswith("hydra/"):
+            path = default.config_path
+            result = None if path is None else repository.load_config(path)
+            if path is None or result is None or path.startswith("hydra/"):
                 continue
-            where = _place(default.config_path, result.provider)
-            for key, value in flat(OmegaConf.to_container(result.config)).items():
+            where = _place(path, result.provider)
+            keys = cast("dict[str, Any]", OmegaConf.to_container(result.config))
+            for key, value in flat(keys).items():
                 taken = f": {value}" if isinstance(value, str) and "${" in value else ""
                 found[f"{default.package}.{key}" if default.package else key] = where + taken
     for override in OverridesParser.create().parse_overrides(overrides):
