@@ -47,7 +47,6 @@ from zigflow.metrics.results import write_results
 from zigflow.nn import as_denoiser
 from zigflow.official import OFFICIAL_SUFFIXES, family_of, load_official, process_of, read_official
 from zigflow.preflight import check_decoding, scaled_codec
-from zigflow.samplers.chain import chain_of
 from zigflow.settings import Settings, SettingsError
 from zigflow.shapes import frames_of
 from zigflow.sources import build_source, check_shape, class_names
@@ -330,9 +329,8 @@ def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: 
                 "the variational bound (likelihood=true sample_mode=diffusion) is that of 8-bit images, and this model "
                 "works on latents or scaled pixels: set sample_mode=ODE"
             )
-        extra["estimate"] = (
-            f"variational bound over {len(chain_of(common['process'], common['sampler'].spacing))} steps"
-        )
+        estimate = getattr(common["sampler"], "estimate", None)
+        extra["estimate"] = "bound" if estimate is None else estimate(common["process"])
     elif not encodes:
         extra["dequantization"] = "none" if level is None else "uniform over 256 levels"
         extra["trace"] = "one Hutchinson probe"
