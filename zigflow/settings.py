@@ -25,8 +25,13 @@ WANDB_KEY = (
 class TrainSettings:
     """Group ``train``: the flow process, keys of the official layout."""
 
-    path_type: str = key("Linear", "how data and noise are mixed along the time of a flow process")
-    prediction: str = key("velocity", "what the network of a flow process predicts")
+    path_type: str = key(
+        "Linear", "path of a flow between noise and data: Linear | GVP | VP | another registered one"
+    )
+    prediction: str = key(
+        "velocity",
+        "what the network predicts under a flow: velocity | score | noise | data | another registered one",
+    )
     loss_weight: str | None = key(
         None,
         "weight of a flow's loss over time: null (none) | velocity | likelihood",
@@ -269,7 +274,7 @@ class Settings:
     dist: Mapping[str, Any] | None = key(None, "empty group of the official layout")
     ckpt: str | None = key(
         None,
-        "start from, or sample from, these weights: a run directory, one checkpoint in it, or an official .pt file",
+        "weights to start from or to sample: a run directory, one checkpoint in it, or an official .pt file",
     )
     ckpt_patches: str = key(
         "spread",
@@ -326,6 +331,10 @@ class Settings:
     run_dir: str = key(
         REQUIRED, "folder of the run; default outputs/JOB/ID, of a sweep hydra.sweep.dir/NUMBER_OVERRIDES"
     )
+    plugins: tuple[str, ...] = key(
+        (),
+        "files of your own, [my_scans.py, ...]: loaded, and recorded in the checkpoint, which loads them again",
+    )
     resume: str = key(
         "auto",
         "auto: the same command with the same run_dir continues it | never: refuse a directory in use",
@@ -348,6 +357,16 @@ class Settings:
             raise SettingsError(f"cfg_interval={list(self.cfg_interval)} is not 0 <= low < high <= 1")
         self._check_combinations()
 
+    @property
+    def asks_likelihood(self) -> bool:
+        """Whether a command measures the likelihood of data, however that is spelt."""
+        return self.likelihood or self.ode.likelihood
+
+    @property
+    def measures_data(self) -> bool:
+        """Whether a command works on given data, their likelihood or their noise, instead of sampling."""
+        return self.asks_likelihood or self.ode.reverse
+
     def _check_combinations(self) -> None:
         model = self.model
         for group in ("model", "process", "codec"):
@@ -358,11 +377,11 @@ class Settings:
                 f"cfg_scale={self.cfg_scale} needs a model with a null class: model.class_dropout_prob is "
                 f"{model.get('class_dropout_prob', 0)}; train with model.class_dropout_prob=0.1, or set cfg_scale=1"
             )
-        likelihood = self.likelihood or self.ode.likelihood
-        self.upsample.check(measures=likelihood or self.ode.reverse)
+        likelihood = self.asks_likelihood
+        self.upsample.check(measures=self.measures_data)
         if likelihood and self.ode.reverse:
             raise SettingsError("likelihood=true and ode.reverse=true exclude each other: choose one")
-        if (likelihood or self.ode.reverse) and self.cfg_scale != 1:
+        if self.measures_data and self.cfg_scale != 1:
             raise SettingsError(
                 f"cfg_scale={self.cfg_scale} with likelihood=true or ode.reverse=true: guidance has no density of its "
                 "own, set cfg_scale=1"

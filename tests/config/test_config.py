@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from scans import list_scans
 from zigflow import build, chosen, plugins
 from zigflow.data.tar import ShardError
+from zigflow.overrides import check_keywords
 from zigflow.paths import config_dir
 from zigflow.plugins import compose_config
 from zigflow.settings import Settings, SettingsError
@@ -102,7 +103,10 @@ def choice_overrides(group, choice):
     video = ["data.video_frames=16"] if choice.startswith("3d_") else []
     if group == "data" and "is_video: true" in (config_dir() / group / f"{choice}.yaml").read_text():
         video = ["model=3d_sweep2_b2"]
-    return [f"{group}={choice}", *video]
+    file = (config_dir() / group / f"{choice}.yaml").read_text()
+    # A variance is read by the processes of diffusion alone.
+    process = ["process=gaussian"] if group == "model" and "\nlearn_sigma: true" in file else []
+    return [f"{group}={choice}", *video, *process]
 
 
 @pytest.mark.parametrize("group, choice", [c for c in CHOICES if c[1] != "from_checkpoint"])
@@ -111,7 +115,12 @@ def test_every_choice_composes_and_validates(group, choice):
     if "for: sample" in text:
         plain(choice_overrides(group, choice), "sample")
         return
-    plugins.checked(plain(choice_overrides(group, choice)))
+    values = plain(choice_overrides(group, choice))
+    plugins.checked(values)
+    training_schema().validate(values)
+    for node in ("model", "process", "codec", "metrics"):
+        if values[node].get("_target_"):
+            check_keywords(node, values[node]["_target_"], values[node])
 
 
 @pytest.mark.parametrize("group, choice", CHOICES)

@@ -29,6 +29,17 @@ def test_the_page_is_up_to_date(name):
     assert written == docs_keys.pages()[name], "out of date: run python -m zigflow.tools docs-keys"
 
 
+def test_the_comments_of_the_yaml_files_are_the_declarations():
+    made = docs_keys.commented_files()
+    assert sum(text.count(" # ") for text in made.values()) > 60
+    stale = [str(path) for path, text in made.items() if path.read_text(encoding="utf-8") != text]
+    assert not stale, f"{stale} are out of date: run python -m zigflow.tools docs-keys"
+    about = {"optim.lr": "the rate"}
+    assert docs_keys._commented("lr: 1e-4 # old", "optim.", about) == "lr: 1e-4 # the rate"
+    assert docs_keys._commented("lr: 1e-4", "optim.", about) == "lr: 1e-4"
+    assert docs_keys._commented("# lr: 1e-4 # old", "optim.", about) == "# lr: 1e-4 # old"
+
+
 def test_a_page_that_is_out_of_date_is_found(tmp_path, capsys):
     assert main(["docs-keys", "--output", str(tmp_path)]) == 0
     assert main(["docs-keys", "--output", str(tmp_path), "--check"]) == 0

@@ -1,4 +1,4 @@
-"""``docs-keys``: the reference pages of keys and of environment variables, made from their declarations."""
+"""``docs-keys``: the pages of keys and of environment variables, and the comments of YAML files, from declarations."""
 
 import argparse
 import inspect
@@ -33,6 +33,10 @@ _NODES = {
 }
 # Arguments of models that no YAML file can give.
 NO_KEYS = ("device", "dtype")
+_COMMENTED = (
+    "default.yaml", "sample.yaml", "optim/adamw.yaml",
+    *(f"{group}/default.yaml" for group in ("train", "ode", "sde", "diffusion", "upsample", "loop", "wandb")),
+)  # fmt: skip
 _MADE = "<!-- Made by `python -m zigflow.tools docs-keys`. -->"
 
 
@@ -40,21 +44,23 @@ def main(argv: list[str]) -> int:
     """Write the pages; with --check only say whether they are up to date."""
     parser = argparse.ArgumentParser(
         prog="python -m zigflow.tools docs-keys",
-        description="Write docs/keys.md and docs/environment.md from the declarations in the code.",
+        description="Write docs/keys.md, docs/environment.md and the comments of config/ from the declarations.",
     )
-    parser.add_argument("--output", default="docs", help="the folder of the pages; default: docs")
+    parser.add_argument("--output", help="a folder for the pages alone; default: docs, and the comments, too")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 when a page is out of date")
     args = parser.parse_args(argv)
+    written = {Path(args.output or "docs") / name: text for name, text in pages().items()}
+    if args.output is None:
+        written |= commented_files()
     stale = []
-    for name, text in pages().items():
-        path = Path(args.output) / name
-        if args.check:
-            if not path.is_file() or path.read_text(encoding="utf-8") != text:
-                stale.append(str(path))
+    for path, text in written.items():
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue
-        path.write_text(text, encoding="utf-8")
-        print(path)
-    if stale:
+        stale.append(str(path))
+        if not args.check:
+            path.write_text(text, encoding="utf-8")
+            print(path)
+    if args.check and stale:
         raise ValueError(f"{' and '.join(stale)} out of date: run python -m zigflow.tools docs-keys")
     return 0
 
@@ -62,6 +68,23 @@ def main(argv: list[str]) -> int:
 def pages() -> dict[str, str]:
     """File name -> text of the pages."""
     return {"keys.md": "\n".join(_keys_page()), "environment.md": "\n".join(_environment_page())}
+
+
+def commented_files() -> dict[Path, str]:
+    """The files of ``config/`` that state defaults, with the declared meaning as the comment of a key that has one."""
+    about = {key.path: key.about.text for key in keys_of("sample") if key.group is None}
+    made = {}
+    for name in _COMMENTED:
+        path = paths.config_dir() / name
+        group = "" if path.parent == paths.config_dir() else f"{path.parent.name}."
+        made[path] = "\n".join(_commented(line, group, about) for line in path.read_text("utf-8").split("\n"))
+    return made
+
+
+def _commented(line: str, group: str, about: Mapping[str, str]) -> str:
+    """One line of a file with its comment replaced; a key without a comment stays without."""
+    match = re.fullmatch(r"((\w+):.*?) # .*", line)
+    return f"{match[1]} # {about[group + match[2]]}" if match and group + match[2] in about else line
 
 
 def _keys_page() -> Iterator[str]:

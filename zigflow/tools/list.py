@@ -9,10 +9,10 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 
-from zigflow import paths, plugins
+from zigflow import paths, plugin_files, plugins
 
 KINDS = (
-    "scans", "models", "data", "processes", "samplers", "metrics", "codecs", "optimizers", "trackers", "mixers",
+    "scans", "models", "mixers", "data", "processes", "samplers", "metrics", "codecs", "optimizers", "trackers",
     "backends", "experiments", "debug", "accelerate", "config", "plugins",
 )  # fmt: skip
 
@@ -42,13 +42,13 @@ def names(kind: str) -> dict[str, str]:
     special = {
         "scans": _scans,
         "models": _models,
+        "mixers": _mixers,
         "processes": _processes,
         "samplers": _samplers,
         "metrics": _metrics,
         "codecs": _codecs,
         "optimizers": _optimizers,
         "trackers": _trackers,
-        "mixers": _mixers,
         "backends": _backends,
         "config": _config,
         "plugins": _plugins,
@@ -191,4 +191,7 @@ def _plugins() -> dict[str, str]:
             found[f"{group}/{entry.name}"] = f"{entry.value} {version}" + (
                 " failed to load" if broken else ""
             )
-    return found
+    found |= {
+        f"file/{file.path}": f"{file.module} SHA-256 {file.sha256[:8]}" for file in plugin_files.loaded()
+    }
+    return found | {f"file/{name}": f"{why} failed to load" for name, why in plugin_files.broken.items()}
