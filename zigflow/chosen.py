@@ -131,7 +131,8 @@ def _cannot_measure(sampler: Any, process: Process) -> str | None:
     if hasattr(sampler, "log_likelihood"):
         return None
     if hasattr(sampler, "bound"):
-        return sampler.unfit_to_bound(process)
+        unfit = getattr(sampler, "unfit_to_bound", None)
+        return None if unfit is None else unfit(process)
     return f"{type(sampler).__name__} has neither a likelihood nor a bound"
 
 

@@ -38,7 +38,6 @@ from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
 from zigflow.metrics.report import table
 from zigflow.metrics.results import write_results
 from zigflow.nn import as_denoiser
-from zigflow.samplers.chain import chain_of
 from zigflow.settings import Settings, SettingsError
 from zigflow.shapes import frames_of
 from zigflow.sources import build_source, check_shape, class_names
@@ -264,8 +263,8 @@ def _measure_data(
                 "the variational bound (likelihood=true sample_mode=diffusion) is that of 8-bit images, and this model "
                 "works on latents or scaled pixels: set sample_mode=ODE"
             )
-        steps = len(chain_of(pipeline.process, pipeline.sampler.spacing))
-        facts["estimate"] = f"variational bound over {steps} steps"
+        estimate = getattr(pipeline.sampler, "estimate", None)
+        facts["estimate"] = "bound" if estimate is None else estimate(pipeline.process)
     elif not encodes:
         facts["dequantization"] = "none" if level is None else "uniform over 256 levels"
         facts["trace"] = "one Hutchinson probe"

@@ -139,6 +139,7 @@ def test_options_may_stand_between_the_overrides(capsys):
 
 
 def test_list_has_everything_registered(capsys):
+    from dis_mamba import list_mixers
     from scans import list_scans
     from zigflow.engine.optim import OPTIMIZERS
     from zigflow.models import list_variants
@@ -154,6 +155,8 @@ def test_list_has_everything_registered(capsys):
         for name in names
     }
     assert list(found["optimizers"]) == OPTIMIZERS.names()
+    assert list(found["trackers"]) == ["tensorboard", "wandb"] and list(found["mixers"]) == list_mixers()
+    assert "v" in found["processes"]["train.prediction"].split(", ")
     folders = {
         "data": "data", "models": "model", "metrics": "metrics", "codecs": "codec", "experiments": "experiment",
         "processes": "process", "debug": "debug", "accelerate": "accelerate",

@@ -109,6 +109,10 @@ class ChainSampler:
             return f"{self.method} has no variational bound; use ddpm"
         return _no_bound(process)
 
+    def estimate(self, process: ChainProcess) -> str:
+        """What :meth:`bound` estimates, as results record it."""
+        return f"variational bound over {len(chain_of(process, self.spacing))} steps"
+
     def time_range(self, process: ChainProcess, backwards: bool = False) -> TimeRange:
         """The chain's first and last time; its last step goes to the data by its construction."""
         times = chain_of(process, self.spacing).times.tolist()

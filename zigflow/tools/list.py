@@ -45,6 +45,8 @@ def names(kind: str) -> dict[str, str]:
         "mixers": _mixers,
         "processes": _processes,
         "samplers": _samplers,
+        "metrics": _metrics,
+        "codecs": _codecs,
         "optimizers": _optimizers,
         "trackers": _trackers,
         "backends": _backends,
@@ -53,7 +55,7 @@ def names(kind: str) -> dict[str, str]:
     }
     if kind in special:
         return special[kind]()
-    return choices({"metrics": "metrics", "codecs": "codec", "experiments": "experiment"}.get(kind, kind))
+    return choices({"experiments": "experiment"}.get(kind, kind))
 
 
 def choices(group: str) -> dict[str, str]:
@@ -95,30 +97,21 @@ def _models() -> dict[str, str]:
     return {name: text or f"model={name}" for name, text in choices("model").items()} | variants
 
 
-def _mixers() -> dict[str, str]:
-    from dis_mamba import list_mixers
+def _known(key: str) -> list[str]:
+    """What can be typed for a key that names something."""
+    from zigflow.names import named_keys
 
-    return {name: f"model.mixer={name}" for name in list_mixers()}
-
-
-def _trackers() -> dict[str, str]:
-    from zigflow.engine import track_tensorboard, track_wandb  # noqa: F401  # they register themselves
-    from zigflow.engine.trackers import TRACKERS
-
-    return {name: f"loop.trackers=[{name}]" for name in TRACKERS.names()}
+    known = named_keys()[key]
+    return [str(name) for name in (known() if callable(known) else known)]
 
 
 def _processes() -> dict[str, str]:
-    from zigflow.processes import BETAS, DIFFUSION_FORMS, INTERPOLANTS, PREDICTIONS, SCHEDULES, TIME_LAWS
+    from zigflow.processes import BETAS, SCHEDULES, TIME_LAWS
 
-    return choices("process") | {
-        "train.path_type": ", ".join(INTERPOLANTS.names()),
-        "train.prediction": ", ".join(PREDICTIONS),
-        "process.betas": ", ".join(BETAS.names()),
-        "process.schedule": ", ".join(SCHEDULES.names()),
-        "process.time_law": ", ".join(TIME_LAWS.names()),
-        "sde.diffusion_form": ", ".join(DIFFUSION_FORMS.names()),
-    }
+    keys = ("train.path_type", "train.prediction", "sde.diffusion_form")
+    own = {"process.betas": BETAS, "process.schedule": SCHEDULES, "process.time_law": TIME_LAWS}
+    found = {key: ", ".join(_known(key)) for key in keys}
+    return choices("process") | found | {key: ", ".join(known) for key, known in own.items()}
 
 
 def _samplers() -> dict[str, str]:
@@ -134,6 +127,28 @@ def _samplers() -> dict[str, str]:
     }
 
 
+def _metrics() -> dict[str, str]:
+    from zigflow.metrics.base import METRICS
+
+    return {name: f"metrics={name}" for name in METRICS} | choices("metrics")
+
+
+def _codecs() -> dict[str, str]:
+    from zigflow.codec import CODECS
+
+    return {name: f"codec={name}" for name in CODECS} | choices("codec")
+
+
+def _trackers() -> dict[str, str]:
+    return {str(name): f"loop.trackers=[{name}]" for name in _known("loop.trackers")}
+
+
+def _mixers() -> dict[str, str]:
+    from dis_mamba import list_mixers
+
+    return {name: f"model.mixer={name}" for name in list_mixers()}
+
+
 def _optimizers() -> dict[str, str]:
     from zigflow.engine.optim import OPTIMIZERS
 
@@ -143,10 +158,12 @@ def _optimizers() -> dict[str, str]:
 def _backends() -> dict[str, str]:
     import dis_causal_conv1d
     import dis_mamba
+    from dis_kernels.tokenwise import tokenwise_backends
 
     found = {
         "selective_scan": dis_mamba.available_backends(),
         "causal_conv1d": dis_causal_conv1d.available_backends(),
+        "tokenwise": tokenwise_backends(),
     }
     return {
         f"{op}/{name}": "can run" if reason is None else f"cannot run: {reason}"
