@@ -51,10 +51,9 @@ class _Job:
         try:
             hydra_folders.one_folder(cfg)
             if trains:
-                from zigflow.build import train_from_config
-                from zigflow.evaluation_job import watch
+                from zigflow.train_job import train_from_config
 
-                folder = train_from_config(cfg, watch)
+                folder = train_from_config(cfg)
             else:
                 from zigflow.sample_job import sample_from_config
 

@@ -357,6 +357,16 @@ class Settings:
             raise SettingsError(f"cfg_interval={list(self.cfg_interval)} is not 0 <= low < high <= 1")
         self._check_combinations()
 
+    @property
+    def asks_likelihood(self) -> bool:
+        """Whether a command measures the likelihood of data, however that is spelt."""
+        return self.likelihood or self.ode.likelihood
+
+    @property
+    def measures_data(self) -> bool:
+        """Whether a command works on given data, their likelihood or their noise, instead of sampling."""
+        return self.asks_likelihood or self.ode.reverse
+
     def _check_combinations(self) -> None:
         model = self.model
         for group in ("model", "process", "codec"):
@@ -367,11 +377,11 @@ class Settings:
                 f"cfg_scale={self.cfg_scale} needs a model with a null class: model.class_dropout_prob is "
                 f"{model.get('class_dropout_prob', 0)}; train with model.class_dropout_prob=0.1, or set cfg_scale=1"
             )
-        likelihood = self.likelihood or self.ode.likelihood
-        self.upsample.check(measures=likelihood or self.ode.reverse)
+        likelihood = self.asks_likelihood
+        self.upsample.check(measures=self.measures_data)
         if likelihood and self.ode.reverse:
             raise SettingsError("likelihood=true and ode.reverse=true exclude each other: choose one")
-        if (likelihood or self.ode.reverse) and self.cfg_scale != 1:
+        if self.measures_data and self.cfg_scale != 1:
             raise SettingsError(
                 f"cfg_scale={self.cfg_scale} with likelihood=true or ode.reverse=true: guidance has no density of its "
                 "own, set cfg_scale=1"

@@ -11,12 +11,12 @@ import yaml
 
 from tests.helpers.own_package import own_package  # noqa: F401
 from zigflow import names, plugins
-from zigflow.build import train_from_config
 from zigflow.evaluation_job import watch
 from zigflow.preflight import check_training
 from zigflow.registry import Registry
 from zigflow.sample_job import sample_from_config
 from zigflow.settings import SettingsError
+from zigflow.train_job import train_from_config
 
 TINY = [
     "data=synthetic", "data.image_size=4", "data.train_steps=2", "data.batch_size=4", "model.embed_dim=8",

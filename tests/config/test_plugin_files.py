@@ -22,12 +22,12 @@ from scans import UnknownScanError, get_scan, list_scans
 from tests.helpers.own_files import SCAN, own_files  # noqa: F401
 from tests.packaging.runs import PACKAGE
 from zigflow import cli, plugin_files, plugins, typed_plugins
-from zigflow.build import train_from_config
 from zigflow.engine.checkpoint import CheckpointError
 from zigflow.metrics.base import METRICS
 from zigflow.sample_job import sample_from_config
 from zigflow.settings import SettingsError
 from zigflow.tools.__main__ import main as tool
+from zigflow.train_job import train_from_config
 
 TINY = [
     "data=synthetic", "data.image_size=4", "data.train_steps=1", "data.batch_size=4", "model.embed_dim=8",

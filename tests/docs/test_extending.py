@@ -13,12 +13,13 @@ from scans import list_scans
 from tests.docs.commands import commands_of
 from tests.helpers.own_files import own_files  # noqa: F401
 from zigflow import plugins
-from zigflow.build import build_model, train_from_config
+from zigflow.build import build_model
 from zigflow.nn import Denoiser
 from zigflow.nn.denoiser import MEMBERS
 from zigflow.sample_job import sample_from_config
 from zigflow.settings import Settings, SettingsError
 from zigflow.tools.__main__ import main as tool
+from zigflow.train_job import train_from_config
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "docs" / "extending.md"

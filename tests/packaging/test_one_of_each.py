@@ -80,8 +80,8 @@ def check_run(name, run_dir, folder):
 
 @pytest.mark.parametrize("name", list(RUNS)[:1])
 def test_a_run_uses_them(added, name, tmp_path, caplog):
-    from zigflow.build import train_from_config
     from zigflow.sample_job import sample_from_config
+    from zigflow.train_job import train_from_config
 
     case = RUNS[name]
     for steps in (2, 3):

@@ -260,7 +260,7 @@ class Judge:
 
 def sample_size(run: Any) -> tuple[int, int] | None:
     """(height, width) of a sampling run's images, frames of a video side by side; None where a codec decides it."""
-    if not getattr(run.codec, "is_identity", False):
+    if not getattr(run.pipeline.codec, "is_identity", False):
         return None
     frames = run.shape[0] if len(run.shape) == 4 else 1
     return run.shape[-2], frames * run.shape[-1]
