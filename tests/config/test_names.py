@@ -11,7 +11,6 @@ import yaml
 
 from tests.helpers.own_package import own_package  # noqa: F401
 from zigflow import names, plugins
-from zigflow.evaluation_job import watch
 from zigflow.preflight import check_training
 from zigflow.registry import Registry
 from zigflow.sample_job import sample_from_config
@@ -106,8 +105,7 @@ def test_a_run_uses_what_a_package_registers(own_package, tmp_path):  # noqa: F8
         plugins.compose_config(
             [*TINY, "train.path_type=Square", "train.prediction=half_v", "process.time_law=late", "codec=halves",
              "loop.trackers=[lines]", "model.mixer=last_token", "optim.name=own_sgd", f"run_dir={tmp_path / 'run'}"]
-        ),
-        watch,
+        )
     )  # fmt: skip
     lines = (run / "lines.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines] == ["1", "2"] and "train/loss" in lines[0]
