@@ -152,10 +152,6 @@ class KeyedDraws:
         other._set(self.seed, ids, step)
         return other
 
-    def at_step(self, step: int) -> "KeyedDraws":
-        """The same samples at another step."""
-        return self._like(self.ids, step)
-
     def select(self, index: Any) -> "KeyedDraws":
         """A subset of the rows: ``index`` is whatever indexes a (B,) tensor and keeps it one-dimensional."""
         ids = self.ids[index]

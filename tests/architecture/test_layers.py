@@ -257,3 +257,39 @@ def test_no_print_and_no_bare_pickle(module):
             )
             if name == "torch.load":
                 assert "weights_only=True" in ast.unparse(node), f"{module}:{node.lineno}"
+
+
+# Their keywords are what a data file or a group of the configuration names one by one.
+CONFIGURED = {
+    "zigflow.datasets.shards.ShardSource",
+    "zigflow.data.streaming.StreamSource",
+    "zigflow.samplers.dpm_solver.DpmSolver",
+}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_constructors_outside_models_take_at_most_ten_values(module):
+    if module.startswith(("zigflow.models", "model_zigma", "dis_mamba")):
+        return
+    for node in ast.walk(_tree(module)):
+        if not isinstance(node, ast.ClassDef) or f"{module}.{node.name}" in CONFIGURED:
+            continue
+        for own in node.body:
+            if isinstance(own, ast.FunctionDef) and own.name == "__init__":
+                values = len(own.args.posonlyargs + own.args.args + own.args.kwonlyargs) - 1
+                assert values <= 10, (
+                    f"{module}.{node.name} takes {values} values: group them in a frozen dataclass"
+                )
+
+
+def test_nothing_enters_or_leaves_a_context_by_hand():
+    for module in MODULES:
+        for node in ast.walk(_tree(module)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                by_hand = node.func.attr in ("__enter__", "__exit__") and ast.unparse(
+                    node.func.value
+                ) not in (
+                    "self",
+                    "super()",
+                )
+                assert not by_hand, f"{module}:{node.lineno}: use with, or an ExitStack"

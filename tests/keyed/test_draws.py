@@ -72,7 +72,6 @@ def test_every_part_of_the_key_counts(kind):
         same = (rows == base[: len(rows)]).all(dim=1)
         # id 0 has no predecessor above.
         assert same.sum() <= (1 if name == "id" else 0), name
-    assert torch.equal(draw(KeyedDraws(3, IDS).at_step(9), (8,)), draw(KeyedDraws(3, IDS), (8,), step=9))
 
 
 def test_purposes_and_kinds_are_independent():
@@ -143,7 +142,7 @@ def test_bad_numbers():
     draws = KeyedDraws(0, torch.arange(2))
     for step in (-1, 2**32):
         with pytest.raises(ValueError, match="step"):
-            draws.at_step(step)
+            KeyedDraws(0, torch.arange(2), step)
         with pytest.raises(ValueError, match="step"):
             draws.uniform("p", step=step)
     for high in (0, 2**31 + 1):
@@ -154,7 +153,7 @@ def test_bad_numbers():
     with pytest.raises(TypeError, match="seed"):
         KeyedDraws(1.5, torch.arange(2))
     with pytest.raises(TypeError, match="step"):
-        draws.at_step(1.5)
+        KeyedDraws(0, torch.arange(2), 1.5)
 
 
 def test_select_keeps_rows():

@@ -148,26 +148,6 @@ class DataOrder:
             "shard_sizes": hashlib.sha256(self.sizes.astype("<i8").tobytes()).hexdigest()[:16],
         }
 
-    def state(self, g: int) -> dict[str, Any]:
-        """The data position for a checkpoint: (seed, epoch, g) with the identity of the order."""
-        return {"seed": self.seed, "epoch": g // self.num_samples, "g": g, "order": self.identity()}
-
-    def resume(self, state: dict[str, Any]) -> int:
-        """The position g of a stored state.
-
-        Raises:
-            ValueError: the state belongs to another order; every difference is named.
-        """
-        ours, stored = self.identity(), state.get("order", {})
-        names = sorted(set(ours) | set(stored))
-        changed = [f"{k} {stored.get(k)} -> {ours.get(k)}" for k in names if stored.get(k) != ours.get(k)]
-        if changed:
-            raise ValueError(
-                f"the data order of the checkpoint is not this one ({'; '.join(changed)}): "
-                "restore the data settings or start a new run"
-            )
-        return int(state["g"])
-
 
 def shards_that_mix(shard_sizes: Sequence[int] | np.ndarray) -> int:
     """How many shards mix by default: all of them, or as many as hold 4,194,304 samples on average, at least 64."""

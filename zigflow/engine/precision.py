@@ -23,9 +23,9 @@ class TooManyOverflowsError(ZigflowError, RuntimeError):
     """fp16 gradients overflowed so often in a row that lowering the scale does not help."""
 
 
-def autocast(mixed_precision: str, device: torch.device) -> AbstractContextManager:
-    """The context in which the model runs: ``no`` is a plain one."""
-    if mixed_precision == "no":
+def autocast(mixed_precision: str | None, device: torch.device) -> AbstractContextManager:
+    """The context in which the model runs: ``no``, or None, is a plain one."""
+    if mixed_precision in (None, "no"):
         return nullcontext()
     return torch.autocast(device.type, dtype=_DTYPES[mixed_precision])
 

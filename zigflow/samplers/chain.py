@@ -4,14 +4,13 @@ Ho et al. 2020; Song, Meng & Ermon 2021 (DDIM); Nichol & Dhariwal 2021 (learned 
 from the published code: keyed noise per sample, no noise drawn where none is used (the last step, eta 0).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zigflow.keyed import KeyedDraws, current_draws
+from zigflow.keyed import KeyedDraws
 from zigflow.processes import Process
 from zigflow.processes.chain import BoundedProcess, Chain, ChainProcess
 from zigflow.processes.process import (
@@ -22,10 +21,9 @@ from zigflow.processes.process import (
 )
 from zigflow.registry import unknown_name
 
-from .conditions import pad_batch
+from .conditions import NoiseFunction, noise_source, pad_batch
 from .solver import DIFFUSION_SAMPLERS, Callback, FiniteWatch, TimeRange, full_time
 
-NoiseFunction = Callable[[int, Tensor], Tensor]
 """``noise(step, x) -> standard normals of the shape of x`` for steps 0, 1, ... in the order they are made."""
 
 CHAIN_METHODS = ("ddpm", "ddim")
@@ -314,14 +312,6 @@ def chain_of(process: Process, spacing: str | int | None) -> Chain:
             "process (process=gaussian, vp or sd_discrete)"
         )
     return process.chain(spacing)
-
-
-def noise_source(draws: KeyedDraws | None) -> NoiseFunction:
-    """Noise of a step from keyed draws, the ambient ones, or torch's generator."""
-    draws = current_draws() if draws is None else draws
-    if draws is None:
-        return lambda step, x: torch.randn_like(x)
-    return lambda step, x: draws.normal("sample.sde", tuple(x.shape[1:]), step=step)
 
 
 def _register(method: str) -> None:

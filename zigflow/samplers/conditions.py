@@ -1,4 +1,4 @@
-"""Row operations on whatever conditions a model: tensors, or containers of tensors."""
+"""What every sampler does with a batch: rows of whatever conditions a model, padding, noise of its steps."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zigflow.keyed import KeyedDraws
+from zigflow.keyed import KeyedDraws, current_draws
+
+NoiseFunction = Callable[[int, Tensor], Tensor]
+"""``noise(step, x)``: fresh noise of the shape of x for a step."""
 
 
 def map_tensors(function: Callable[..., Tensor], *values: Any) -> Any:
@@ -62,3 +65,11 @@ def pad_batch(
     index = padding_index(x.shape[0], size, x.device)
     y = map_tensors(lambda part: part[index.to(part.device)], y)
     return x[index], y, None if draws is None else draws.select(index.to(draws.ids.device))
+
+
+def noise_source(draws: KeyedDraws | None) -> NoiseFunction:
+    """Noise of a step from keyed draws, the ambient ones, or torch's generator."""
+    draws = current_draws() if draws is None else draws
+    if draws is None:
+        return lambda step, x: torch.randn_like(x)
+    return lambda step, x: draws.normal("sample.sde", tuple(x.shape[1:]), step=step)

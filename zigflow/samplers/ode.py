@@ -12,7 +12,7 @@ from zigflow.keyed import KeyedDraws
 from zigflow.processes import Process, predict
 from zigflow.processes.process import ModelFunction, working_dtype
 
-from .conditions import map_tensors, padding_index
+from .conditions import map_tensors, pad_batch
 from .doubts import Doubts, adams_doubt, ode_doubts
 from .guidance import Guided
 from .likelihood import Likelihood, Probe, augmented_drift, prior_log_density, probe_source
@@ -195,7 +195,7 @@ class OdeSampler:
         with torch.inference_mode(False), torch.no_grad():
             x = x1.clone().to(working_dtype(x1))
             rows, shape = x.shape[0], x.shape[1:]
-            x, y, draws = self._pad(x, y, draws)
+            x, y, draws = pad_batch(x, y, draws, self.batch_size)
             y = map_tensors(lambda part: part.clone() if part.is_inference() else part, y)
             source = probe_source(x, trace, num_probes, probe, draws)
             drift = augmented_drift(self._drift(process, self._per_sample(model), y), x.shape, source)
@@ -217,7 +217,7 @@ class OdeSampler:
         finish: bool = False,
     ) -> Tensor:
         rows = x.shape[0]
-        x, y, _ = self._pad(x.to(working_dtype(x)), y, None)
+        x, y, _ = pad_batch(x.to(working_dtype(x)), y, None, self.batch_size)
         model = self._per_sample(model)
         steps = 0
 
@@ -254,10 +254,3 @@ class OdeSampler:
             return process.velocity(predict(process, model, x, t, y), x, t)
 
         return drift
-
-    def _pad(self, x: Tensor, y: Any, draws: KeyedDraws | None) -> tuple[Tensor, Any, KeyedDraws | None]:
-        if self.batch_size is None:
-            return x, y, draws
-        index = padding_index(x.shape[0], self.batch_size, x.device)
-        y = map_tensors(lambda part: part[index.to(part.device)], y)
-        return x[index], y, None if draws is None else draws.select(index.to(draws.ids.device))

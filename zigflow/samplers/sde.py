@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zigflow.keyed import KeyedDraws, current_draws
+from zigflow.keyed import KeyedDraws
 from zigflow.processes import Process, SdeProcess, predict
 from zigflow.processes.diffusion_forms import DIFFUSION_FORMS
 from zigflow.processes.process import ModelFunction, working_dtype
 from zigflow.registry import Registry, unknown_name
 
-from .conditions import map_tensors, padding_index
+from .conditions import NoiseFunction, noise_source, pad_batch
 from .solver import Callback, Drift, FiniteWatch, TimeRange, full_time
 
-NoiseFunction = Callable[[int, Tensor], Tensor]
 """``noise(step, x) -> standard normals of the shape of x`` for steps 0, 1, ..."""
 
 LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
@@ -175,14 +174,10 @@ class SdeSampler:
         Raises:
             SamplingError: a state is not finite; the step and the samples are named.
         """
-        x = x0.to(working_dtype(x0))
-        rows = x.shape[0]
-        if self.batch_size is not None:
-            index = padding_index(rows, self.batch_size, x.device)
-            x, y = x[index], map_tensors(lambda part: part[index.to(part.device)], y)
-            draws = None if draws is None else draws.select(index.to(draws.ids.device))
+        rows = x0.shape[0]
+        x, y, draws = pad_batch(x0.to(working_dtype(x0)), y, draws, self.batch_size)
         self.num_function_evaluations = 0
-        noise = noise or _noise_source(draws)
+        noise = noise or noise_source(draws)
         times = self.times(process)
         watch = FiniteWatch(x)
         states = []
@@ -222,10 +217,3 @@ class SdeSampler:
         if self.last_step == "Tweedie":
             return process.data(output, x, t)
         return x + self.last_step_size * process.velocity(output, x, t)
-
-
-def _noise_source(draws: KeyedDraws | None) -> NoiseFunction:
-    draws = current_draws() if draws is None else draws
-    if draws is None:
-        return lambda step, x: torch.randn_like(x)
-    return lambda step, x: draws.normal("sample.sde", tuple(x.shape[1:]), step=step)
