@@ -355,7 +355,11 @@ class ZigMa(Backbone):
 
     def scan_walks(self) -> list[tuple[Tensor | int | None, ...]]:
         """How each layer walks the built grid: gathers, segments, branches; None where it takes the raster."""
-        walks = self._built_walks()
+        return self.scan_walks_at(self.token_grid)
+
+    def scan_walks_at(self, grid: tuple[int, int, int]) -> list[tuple[Tensor | int | None, ...]]:
+        """The same for the token grid (T, h, w) of another size."""
+        walks = self.orders.at(grid, self.x_embedder.proj.weight.device)
         return [(walk.order, walk.undo, walk.segments, walk.branches) for walk in walks]
 
     def scan_state(self) -> dict[str, Tensor]:

@@ -20,8 +20,10 @@ from zigflow.build import build_model, model_arguments
 from zigflow.engine.checkpoint import Checkpoint, open_checkpoint
 from zigflow.engine.run_dir import check_same_config, flat, with_later_keys
 from zigflow.engine.run_state import all_averages, check_scan_state, inference_weights, load_weights
+from zigflow.engine.scan_order import check_scan
 from zigflow.engine.start import Start, start_model
 from zigflow.nn import as_denoiser
+from zigflow.nn.resizing import FREE_KEYWORDS
 from zigflow.official import (
     OFFICIAL_SUFFIXES,
     OfficialFile,
@@ -239,6 +241,9 @@ def _how_to_start(model: torch.nn.Module, stored: Checkpoint, config: Mapping[st
     built = token_grid(stored.config["model"])
     if built is None or built == token_grid(config["model"]):
         check_scan_state(model, stored)
+    elif _walks_alike(config["model"], stored.config["model"], free):
+        # What the scan's name stands for is compared on the size that the weights know.
+        check_scan(model, stored, built)
     counters = stored.trainer["counters"]
     return {
         "built": built,
@@ -246,6 +251,12 @@ def _how_to_start(model: torch.nn.Module, stored: Checkpoint, config: Mapping[st
         "classes": (_class_names(stored.config), _class_names(config)),
         "images": int(counters["images_seen"]) + int(counters.get("ema_images", 0)),
     }
+
+
+def _walks_alike(node: Mapping[str, Any], stored: Mapping[str, Any], free: tuple[str, ...]) -> bool:
+    """Whether two models that differ in size alone should walk one grid in the same way."""
+    chosen = ("video_frames", *(key for key in free if key not in FREE_KEYWORDS))
+    return all(node.get(key) == stored.get(key) for key in chosen if key != "name")
 
 
 def _class_names(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """What every layer walks is part of a checkpoint and of the identity of samples: a scan's code may be edited."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from zigflow.engine.scan_order import scan_facts
 from zigflow.models.dim import DiM
 from zigflow.models.dis import DiS
 from zigflow.models.dit import DiT
+from zigflow.stored_config import _how_to_start
 
 SIZES = {"in_channels": 1, "img_dim": 8, "patch_size": 2, "embed_dim": 16, "depth": 3}
 FAMILIES = {
@@ -121,3 +123,25 @@ def test_a_half_filled_folder_refuses_an_edited_scan(tmp_path, caplog):
     (tmp_path / "sampling.json").unlink()
     with pytest.raises(SamplingFolderError, match="seed"):
         claim_folder(tmp_path, "sampling.json", after, started=True)
+
+
+@pytest.mark.parametrize("scan", ["zigzag", "hilbert", "random"])
+@pytest.mark.parametrize("family", [ZigMa, DiS, DiM])
+def test_a_larger_model_knows_how_the_small_one_walks(family, scan):
+    small, large = (family(**{**SIZES, "depth": 4, "img_dim": side}, scan=scan) for side in (8, 16))
+    assert scan_facts(large, small.token_grid) == scan_facts(small) != scan_facts(large)
+
+
+def test_an_edited_scan_is_refused_where_weights_start_a_model_of_another_size(edited):
+    edited(columns)
+    config = {side: {"model": {**SIZES, "img_dim": side}, "scan": {"name": "mine"}} for side in (8, 16)}
+    facts = {"scan": scan_facts(ZigMa(**SIZES, scan="mine")), "counters": {"images_seen": 0}}
+    stored = SimpleNamespace(path="old", config=config[8], trainer=facts)
+    large = ZigMa(**config[16]["model"], scan="mine")
+    assert _how_to_start(large, stored, config[16])["built"] == (1, 4, 4)
+    edited(last_two_swapped)
+    large = ZigMa(**config[16]["model"], scan="mine")
+    with pytest.raises(
+        CheckpointError, match="old was trained along another order: scan 'v2 with mine' walks .* restore it"
+    ):
+        _how_to_start(large, stored, config[16])

@@ -21,10 +21,14 @@ __all__ = ["check_scan", "scan_facts"]
 log = logging.getLogger(__name__)
 
 
-def scan_facts(model: nn.Module) -> dict[str, str] | None:
-    """``{"name", "sha256"}`` of what a model's layers walk, its ``scan_walks()``; None for a model without scans."""
+def scan_facts(model: nn.Module, grid: tuple[int, int, int] | None = None) -> dict[str, str] | None:
+    """``{"name", "sha256"}`` of what a model's layers walk, its ``scan_walks()``; None for a model without scans.
+
+    Args:
+        grid: another token grid (T, h, w) than that which the model was built for; None is then also "not known".
+    """
     asked = as_denoiser(model)
-    walks = asked.scan_walks()
+    walks = asked.scan_walks() if grid is None else asked.scan_walks_at(grid)
     if walks is None:
         return None
     digest = hashlib.sha256()
@@ -39,13 +43,16 @@ def scan_facts(model: nn.Module) -> dict[str, str] | None:
     return {"name": asked.scan_name, "sha256": digest.hexdigest()[:32]}
 
 
-def check_scan(model: nn.Module, checkpoint: Checkpoint) -> None:
+def check_scan(model: nn.Module, checkpoint: Checkpoint, grid: tuple[int, int, int] | None = None) -> None:
     """Refuse a model whose layers walk otherwise than those that a checkpoint was trained with.
+
+    Args:
+        grid: that of the checkpoint, where the model was built for another size.
 
     Raises:
         CheckpointError: they do; the scan is named.
     """
-    now, before = scan_facts(model), checkpoint.trainer.get("scan")
+    now, before = scan_facts(model, grid), checkpoint.trainer.get("scan")
     if now is None:
         return
     if before is None:

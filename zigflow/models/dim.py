@@ -384,7 +384,11 @@ class DiM(SkipTuning, Backbone):
 
     def scan_walks(self) -> list[tuple[Tensor | None, ...]]:
         """The gathers over the built grid: on entering, before each block, on leaving; None where tokens stay."""
-        plan = self.orders.at(self.grid, self.additional_embed.device)
+        return self.scan_walks_at((1, *self.grid))
+
+    def scan_walks_at(self, grid: tuple[int, int, int]) -> list[tuple[Tensor | None, ...]]:
+        """The same for the token grid (1, h, w) of another size."""
+        plan = self.orders.at(grid[1:], self.additional_embed.device)
         return [(plan.enter,), *plan.moves, (plan.leave,)]
 
     def scan_state(self) -> dict[str, Tensor]:

@@ -254,6 +254,10 @@ class DiS(SkipTuning, Backbone):
         """Each block's order of all tokens of the built grid and its inverse; None where it takes the raster."""
         return self.orders.at(self.grid, self.pos_embed.device)
 
+    def scan_walks_at(self, grid: tuple[int, int, int]) -> tuple[Walk, ...]:
+        """The same for the token grid (1, h, w) of another size."""
+        return self.orders.at(grid[1:], self.pos_embed.device)
+
     def scan_state(self) -> dict[str, Tensor]:
         """The orders that a checkpoint must carry: those of random scans, by block; else nothing."""
         if self.scan_spec is None or not self.scan_spec.is_seeded:

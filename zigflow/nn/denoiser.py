@@ -113,6 +113,10 @@ class Denoiser(Protocol):
         """
         ...
 
+    def scan_walks_at(self, grid: tuple[int, int, int]) -> Sequence[Sequence[Tensor | int | None]] | None:
+        """What ``scan_walks()`` of the same model, built for a token grid (T, h, w), would give; None: not known."""
+        ...
+
     def scan_state(self) -> Mapping[str, Tensor]:
         """The orders that a checkpoint must carry, those of random scans, by name."""
         ...
@@ -214,6 +218,9 @@ class DenoiserDefaults:
         return list(self.named_blocks().values())
 
     def scan_walks(self) -> Sequence[Sequence[Tensor | int | None]] | None:
+        return None
+
+    def scan_walks_at(self, grid: tuple[int, int, int]) -> Sequence[Sequence[Tensor | int | None]] | None:
         return None
 
     def scan_state(self) -> Mapping[str, Tensor]:
