@@ -258,13 +258,14 @@ def wanted(named: Sequence[str], runs: Iterable[Path | str | None]) -> list[str]
     return found
 
 
-def use(config: dict[str, Any]) -> list[dict[str, str]]:
+def use(config: dict[str, Any], ckpt: str | None = None) -> list[dict[str, str]]:
     """Load the files of a configuration and of the checkpoints that it continues from, starts from or samples.
 
     A file that has changed since is told of; whether its scans still walk the same orders is checked with the weights.
 
     Args:
         config: plain; its ``plugins`` become absolute.
+        ckpt: what is sampled, where the configuration does not say it.
 
     Returns:
         What a checkpoint records of each file.
@@ -273,7 +274,7 @@ def use(config: dict[str, Any]) -> list[dict[str, str]]:
         SettingsError: as :func:`load` and :func:`wanted`.
     """
     run_dir = config.get("run_dir")
-    runs = [None if config.get("resume") == "never" else run_dir, config.get("ckpt")]
+    runs = [None if config.get("resume") == "never" else run_dir, ckpt or config.get("ckpt")]
     files = load(wanted(config.get("plugins") or (), runs))
     config["plugins"] = [file.path for file in files]
     for run in (run for run in runs if run is not None):

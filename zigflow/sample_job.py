@@ -80,7 +80,7 @@ def sample_from_config(cfg: DictConfig) -> Path:
         )
     given["mixed_precision"] = chosen_precision(given["mixed_precision"])
     plugins.load_plugins()
-    plugin_files.use(given)
+    plugin_files.use(given, str(ckpt))
     trained = open_trained(given, str(ckpt), options.weights)
     settings = trained.settings
     runtime = build_runtime(settings)

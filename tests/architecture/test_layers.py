@@ -22,8 +22,6 @@ LAYERS = _layers()
 BELOW = {"dis_mamba": ("dis_kernels", "dis_causal_conv1d"), "dis_causal_conv1d": ("dis_kernels",)}
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
-# What the registry of solvers imports of those that are built on it.
-STANDING = {"zigflow.samplers.torchdiffeq_adapter"}
 OPTIONAL = {
     "triton", "mamba_ssm", "selective_scan_cuda", "causal_conv1d", "diffusers", "transformers", "wandb", "webdataset",
     "av", "torchmetrics", "torch_fidelity", "tensorboard", "gradio",
@@ -163,7 +161,6 @@ def _circle(imports: dict[str, set[str]]) -> list[str]:
 
 def test_files_do_not_import_each_other_in_circles():
     library = {module: {i for i in _imports(module) if i in MODULES} for module in MODULES}
-    library["zigflow.samplers.solver"] -= STANDING
     assert not (circle := _circle(library)), " -> ".join(circle)
 
 

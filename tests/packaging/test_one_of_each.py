@@ -17,7 +17,6 @@ from zigflow import plugins
 from zigflow.data.source import check_source
 from zigflow.engine.optim import OPTIMIZERS
 from zigflow.engine.trackers import TRACKERS
-from zigflow.evaluation_job import watch
 from zigflow.processes import INTERPOLANTS
 from zigflow.samplers import DIFFUSION_SAMPLERS, ODE_SOLVERS, SDE_STEPS
 from zigflow.tools.list import names
@@ -89,7 +88,7 @@ def test_a_run_uses_them(added, name, tmp_path, caplog):
         # As the command checks it.
         plugins.check_command_line(typed, "default")
         with caplog.at_level("INFO"):
-            train_from_config(plugins.compose_config(typed), watch)
+            train_from_config(plugins.compose_config(typed))
     assert case.log in caplog.text
     folder = sample_from_config(
         plugins.compose_config(["ckpt=run", *case.sample, *SAMPLED, "run_dir=log"], "sample")
