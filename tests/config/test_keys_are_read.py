@@ -15,10 +15,6 @@ PACKAGE = config_dir().parent / "zigflow"
 # Checked or kept, but steering nothing.
 NOT_STEERING = {
     "note": "free text, kept in the checkpoint",
-    **{
-        f"wandb.{key}": "read by the tracker from the run's configuration"
-        for key in ("entity", "mode", "name", "project")
-    },
     "dist": "the official layout's empty group",
     "data.is_video": "checked against data.video_frames",
 }
