@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from scans import list_scans
-from zigflow import build, chosen, plugins
+from zigflow import build, chosen, nodes, plugins, sources
 from zigflow.data.tar import ShardError
 from zigflow.overrides import check_keywords
 from zigflow.paths import config_dir
@@ -275,7 +275,7 @@ def test_mistakes_are_answered_in_one_line(overrides, parts):
 def test_what_only_the_object_knows_is_a_mistake_too(given, match):
     settings = Settings.from_mapping(plain(given))
     with pytest.raises(SettingsError, match=match):
-        build.build_source(settings)
+        sources.build_source(settings)
         build.build_model(settings)
 
 
@@ -403,4 +403,4 @@ def test_a_missing_folder_of_shards_is_told_with_its_key():
     with pytest.raises(
         SettingsError, match=r"data\.source \(.*ShardSource\): .*is no local folder.*make-shards"
     ):
-        build.make("data.source", {"_target_": "zigflow.datasets.shards.ShardSource", "root": "nowhere"})
+        nodes.make("data.source", {"_target_": "zigflow.datasets.shards.ShardSource", "root": "nowhere"})
