@@ -10,6 +10,7 @@ from zigflow import plugins
 from zigflow.overrides import compose_leniently
 from zigflow.settings import Settings, SettingsError
 from zigflow.stored_config import complete_from_checkpoint
+from zigflow.typed import unknown_key
 from zigflow.typed_arguments import as_meant
 
 
@@ -120,6 +121,12 @@ def test_near_matches_are_sought_in_every_group(override, hints):
     assert line.startswith(f"unknown key {override.lstrip('+').partition('=')[0]}: did you mean ")
     offered = re.findall(r"[\w.]+", line.partition("did you mean ")[2])
     assert set(hints) <= set(offered) and len(offered) <= 9
+
+
+def test_a_name_spelled_alike_hides_no_key_of_the_same_word():
+    known = ["seeds", "global_seed", "optim.eps", "optim.warmup_steps", "ode.num_steps"]
+    assert unknown_key("seed", known) == "unknown key seed: did you mean seeds or global_seed?"
+    assert unknown_key("optim.steps", known).endswith("did you mean optim.eps or optim.warmup_steps?")
 
 
 @pytest.mark.parametrize(
