@@ -20,7 +20,6 @@ from machine import Report, circumstances
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from zigflow.build import train_from_config
 from zigflow.data.global_batch import GlobalBatch
 from zigflow.data.loader import training_loader
 from zigflow.data.order import DataOrder
@@ -29,6 +28,7 @@ from zigflow.data.writer import ShardWriter, encode_npy
 from zigflow.datasets.shards import ShardSource  # pyright: ignore[reportMissingImports]
 from zigflow.engine.log import read_metrics
 from zigflow.plugins import compose_config
+from zigflow.train_job import train_from_config
 
 BATCH = 32
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from zigflow.data.files import publishing_folder
 from zigflow.data.shard_index import INDEX_NAME
 from zigflow.data.split import stratified_split
 from zigflow.data.writer import ShardWriter, encode_png, writing_order
 from zigflow.errors import needs
+from zigflow.files import publishing_folder
 from zigflow.registry import unknown_name
 
 from .shards import ShardSource

@@ -7,7 +7,8 @@ import inspect
 import logging
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -180,7 +181,8 @@ def unknown_scan(
     broken = "".join(
         f" Plug-in {name!r} could not be loaded: {why}." for name, why in _BROKEN_PLUGINS.items()
     )
-    return UnknownScanError(f"{problem}{hint} {kind}: {', '.join(allowed)}.{broken}")
+    own = " A scan of a file of your own needs plugins=[FILE.py] on the command line."
+    return UnknownScanError(f"{problem}{hint} {kind}: {', '.join(allowed)}.{broken}{own}")
 
 
 def check_grid(sizes: Iterable[int]) -> tuple[int, ...]:
@@ -221,6 +223,18 @@ def _build(entry: _Entry, name: str, grid: tuple[int, ...], options: tuple) -> t
     return tuple(paths)
 
 
+@contextmanager
+def undone_on_error() -> Iterator[None]:
+    """Take back what is registered inside where it raises."""
+    before = dict(_ENTRIES)
+    try:
+        yield
+    except BaseException:
+        _ENTRIES.clear()
+        _ENTRIES.update(before)
+        raise
+
+
 def _load_plugins() -> None:
     """Import every entry point of the group once; a broken one is reported and leaves nothing behind."""
     global _plugins_loaded
@@ -228,12 +242,10 @@ def _load_plugins() -> None:
         return
     _plugins_loaded = True
     for point in importlib.metadata.entry_points(group=PLUGIN_GROUP):
-        before = dict(_ENTRIES)
         try:
-            point.load()
+            with undone_on_error():
+                point.load()
         except Exception as error:
-            _ENTRIES.clear()
-            _ENTRIES.update(before)
             _BROKEN_PLUGINS[point.name] = f"{type(error).__name__}: {error}"
             logger.warning(
                 "scan plug-in %r (%s) could not be loaded and is left out: %s: %s",

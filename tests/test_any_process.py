@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from zigflow import plugins
-from zigflow.build import train_from_config
 from zigflow.paths import config_dir
 from zigflow.sample_job import sample_from_config
+from zigflow.train_job import train_from_config
 
 COMMON = [
     "data=synthetic", "data.image_size=4", "data.batch_size=4", "ckpt_every=1", "log_every=1", "loop.progress=false",

@@ -12,7 +12,6 @@ import torch
 from omegaconf import OmegaConf
 
 from zigflow import plugins
-from zigflow.build import _check_heldout, train_from_config
 from zigflow.codec import IdentityCodec
 from zigflow.data.class_names import by_name
 from zigflow.data.writer import encode_png
@@ -26,6 +25,7 @@ from zigflow.settings import Settings, SettingsError
 from zigflow.sources import as_continued, build_source, build_stream, class_names, settled, with_old_defaults
 from zigflow.stored_config import complete_from_checkpoint
 from zigflow.tools.evaluate import _classes_of
+from zigflow.train_job import _check_heldout, train_from_config
 
 from .data.test_facts import folder_of, shards_of
 

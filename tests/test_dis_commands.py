@@ -16,15 +16,14 @@ from scans import list_scans
 from tests.models.transformers import filled
 from tests.zigma_shards import save_autoencoder
 from zigflow import plugins
-from zigflow.build import train_from_config
 from zigflow.engine.sample_plan import SampleOptions
-from zigflow.evaluation_job import watch
 from zigflow.models import dis
 from zigflow.preflight import check_decoding, check_training
 from zigflow.sample_job import sample_from_config
 from zigflow.settings import Settings
 from zigflow.stored_config import complete_from_defaults
 from zigflow.tools.__main__ import main as tools
+from zigflow.train_job import train_from_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "migration_dis.md").read_text()
@@ -212,7 +211,7 @@ def pictures(folder):
 
 
 def trained(command, *more):
-    train_from_config(plugins.compose_config([*shrunk(command), *SHRUNK, *more, "run_dir=run"]), watch)
+    train_from_config(plugins.compose_config([*shrunk(command), *SHRUNK, *more, "run_dir=run"]))
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 2 and np.isfinite(losses).all()

@@ -15,11 +15,11 @@ from omegaconf import OmegaConf
 
 from tests.zigma_shards import save_autoencoder
 from zigflow import plugins
-from zigflow.build import train_from_config
 from zigflow.paths import config_dir
 from zigflow.preflight import check_training
 from zigflow.settings import Settings
 from zigflow.stored_config import complete_from_defaults
+from zigflow.train_job import train_from_config
 
 FILES = {path.stem: path.read_text() for path in sorted((config_dir() / "experiment").glob("*.yaml"))}
 EXPERIMENTS = [name for name, text in FILES.items() if "for: sample" not in text]

@@ -13,15 +13,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from zigflow import plugins
-from zigflow.build import train_from_config
 from zigflow.engine.lock import RunDirError, sole_writer
 from zigflow.engine.ranks import Ranks
-from zigflow.engine.sampling_run import SamplingFolderError
+from zigflow.engine.sampling_run import Pipeline, SamplingFolderError
 from zigflow.evaluation_job import time_facts
 from zigflow.processes import Gaussian, StableDiffusion, VariancePreserving
 from zigflow.sample_job import sample_from_config
 from zigflow.samplers import ChainSampler, DpmSolver, OdeSampler
 from zigflow.settings import SettingsError
+from zigflow.train_job import train_from_config
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["ode.sampling_method=euler", "ode.num_steps=3", "loop.progress=false", "offline_sample_local_bs=4"]
@@ -325,6 +325,6 @@ def test_killed_while_working_and_continued_equals_never_stopped(runs, tmp_path,
     ],
 )
 def test_results_say_where_time_ended(sampler, process, want):
-    found = json.loads(json.dumps(time_facts(sampler, process)))["time"]
+    found = json.loads(json.dumps(time_facts(Pipeline(None, process, sampler, None))))["time"]
     assert (found["start"], found["stop"]) == pytest.approx(want[:2], abs=1e-5)
     assert found["last_step"] == want[2]

@@ -16,9 +16,9 @@ from PIL import Image
 from tests.assertions import assert_close
 from tests.models.transformers import filled
 from zigflow import plugins
-from zigflow.build import train_from_config
 from zigflow.engine.checkpoint import open_checkpoint
 from zigflow.engine.evaluation import _reduce
+from zigflow.engine.runtime import Runtime
 from zigflow.engine.sampling_run import SamplingFolderError
 from zigflow.evaluation_job import _in_loop_evaluation, build_judge
 from zigflow.metrics.digit_judge import DigitJudge
@@ -28,6 +28,7 @@ from zigflow.preflight import check_training
 from zigflow.sample_job import sample_from_config
 from zigflow.settings import SettingsError
 from zigflow.settings_sampling import UpsampleSettings
+from zigflow.train_job import train_from_config
 from zigflow.typed import parse
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -96,7 +97,7 @@ def test_a_metric_of_one_size_judges_block_means(monkeypatch):
             metrics={"_target_": f"zigflow.metrics.{target}"}, data=data, upsample=UpsampleSettings(factor=2)
         )
         monkeypatch.setattr("zigflow.evaluation_job.make", lambda key, node: METRICS[node["_target_"]])
-        judge = build_judge(chosen, ranks=None, codec=None, device="cpu", preview=0)
+        judge = build_judge(chosen, runtime=Runtime(), codec=None, preview=0)
         assert judge._reduced == reduced
     images = torch.arange(32, dtype=torch.uint8).reshape(2, 1, 4, 4)
     assert _reduce(images, 2).tolist()[0] == [[[2, 4], [10, 12]]]
@@ -165,7 +166,7 @@ def test_skip_tuning_and_the_identity_of_a_folder(model, tmp_path):
 def test_training_does_not_go_on_with_the_skips_of_sampling():
     chosen = SimpleNamespace(upsample=UpsampleSettings(factor=2, skip_tuning="as_intended"))
     with pytest.raises(SettingsError, match=r"sample_acc\.py"):
-        _in_loop_evaluation(chosen, None, torch.device("cpu"))
+        _in_loop_evaluation(chosen, Runtime())
 
 
 @pytest.mark.slow

@@ -240,7 +240,7 @@ def autoencoder(tmp_path_factory):
 
 
 def train(run_dir, *overrides):
-    from zigflow.build import train_from_config
+    from zigflow.train_job import train_from_config
 
     train_from_config(plugins.compose_config([*overrides, f"run_dir={run_dir}", "loop.device=cpu"]))
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -38,7 +38,6 @@ def check_chosen(settings: Settings, trains: bool = True) -> None:
     samplers = {mode: make_sampler(settings) for mode, make_sampler in _SAMPLERS.items()}
     _check_sampler(settings, samplers[settings.sample_mode or "ODE"], process)
     _check_upsampling(settings, process)
-    _check_variance(settings, process)
     _check_codec(settings)
 
 
@@ -155,17 +154,6 @@ def _check_upsampling(settings: Settings, process: Process) -> None:
         raise SettingsError(
             f"upsample.skip_tuning={upsample.skip_tuning} weighs by the noise level 0..1000 that diffusion processes "
             f"feed the model, {type(process).__name__} feeds it otherwise: drop upsample.skip_tuning"
-        )
-
-
-def _check_variance(settings: Settings, process: Process) -> None:
-    model = settings.model
-    if getattr(process, "reads_variance", False):
-        return
-    if model.get("learn_sigma") and not model.get("drop_sigma"):
-        raise SettingsError(
-            f"model={model.get('name')} predicts a variance (model.learn_sigma=true), which the process "
-            f"{type(process).__name__} does not read: set model.learn_sigma=false, or choose another process="
         )
 
 

@@ -11,6 +11,7 @@ from zigflow import hydra_folders, hydra_run, paths, plugins
 from zigflow.command_help import help_text
 from zigflow.errors import OtherRankError
 from zigflow.typed_arguments import as_meant
+from zigflow.typed_plugins import with_plugin_files
 
 
 def train() -> int:
@@ -50,10 +51,9 @@ class _Job:
         try:
             hydra_folders.one_folder(cfg)
             if trains:
-                from zigflow.build import train_from_config
-                from zigflow.evaluation_job import watch
+                from zigflow.train_job import train_from_config
 
-                folder = train_from_config(cfg, watch)
+                folder = train_from_config(cfg)
             else:
                 from zigflow.sample_job import sample_from_config
 
@@ -114,7 +114,7 @@ def _run(config_name: str) -> int:
     trains = config_name == "default"
     named = None
     try:
-        sys.argv[1:] = as_meant(sys.argv[1:])
+        sys.argv[1:] = as_meant(with_plugin_files(sys.argv[1:]))
         named = _run_dir_of(sys.argv[1:]) if trains else None
         plugins.prepare()
         job = _Job(config_name, ended)

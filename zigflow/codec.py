@@ -3,7 +3,7 @@
 Legend: B batch, C channels, H height, W width, h and w of the latents; video has T frames after B.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,8 +13,9 @@ from zigflow.compvis import read_autoencoder
 from zigflow.errors import needs
 from zigflow.keyed import current_draws
 from zigflow.latents import LatentScale, LatentSize, is_checkpoint_file
+from zigflow.registry import Registry
 
-__all__ = ["AutoencoderKLCodec", "Codec", "IdentityCodec", "to_uint8"]
+__all__ = ["CODECS", "AutoencoderKLCodec", "Codec", "IdentityCodec", "to_uint8"]
 
 _LOG_VARIANCES = (-30.0, 20.0)
 
@@ -33,6 +34,10 @@ class Codec(Protocol):
     def decode(self, x_BChw: Tensor) -> Tensor:
         """Pixels (B,C,H,W) or (B,T,C,H,W), nominally in [-1, 1], unclamped."""
         ...
+
+
+CODECS: Registry[Callable[..., Codec]] = Registry("codec")
+"""What ``codec=NAME`` names beside the files of ``config/codec``: classes built with the keywords of the node."""
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
@@ -75,6 +80,7 @@ def _noise(like: Tensor) -> Tensor:
     )
 
 
+@CODECS.register("pixels")
 class IdentityCodec:
     """The network sees pixels, or stored latents as they are (or drawn from their moments), times ``scale``.
 
@@ -104,6 +110,7 @@ class IdentityCodec:
         return x_BChw if self.scale == 1.0 else x_BChw / self.scale
 
 
+@CODECS.register("sd_vae")
 class AutoencoderKLCodec:
     """Latents of a Stable-Diffusion autoencoder (Rombach et al., CVPR 2022), through diffusers.
 

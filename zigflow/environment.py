@@ -43,6 +43,11 @@ VARIABLES: tuple[Variable, ...] = (
         "zigflow",
     ),
     Variable(
+        "ZIGFLOW_PLUGINS",
+        "files of your own that every command loads, as plugins=[FILE.py] does; separated as the folders of PATH are",
+        "zigflow",
+    ),
+    Variable(
         "RUN_ID",
         "name of the run: its folder is outputs/JOB/RUN_ID; the same on every machine of a run",
         "run",

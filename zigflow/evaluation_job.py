@@ -4,36 +4,31 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from scans.plot import plot_scans
-from zigflow.build import Watched, build_codec
-from zigflow.chosen import build_process, build_sampler
+from zigflow import plugin_files
+from zigflow.build import build_codec, build_pipeline
 from zigflow.data.class_names import are_numbers
 from zigflow.engine.evaluation import Judge
 from zigflow.engine.in_loop import InLoopEvaluation
-from zigflow.engine.launch import launched_precision
+from zigflow.engine.launch import chosen_precision
 from zigflow.engine.peak import peak_flops
-from zigflow.engine.ranks import Ranks
 from zigflow.engine.run_state import versions
+from zigflow.engine.runtime import Runtime
 from zigflow.engine.sample_plan import SourceRows, text_plan
-from zigflow.engine.sampling_run import SamplingRun
-from zigflow.engine.step import StepRecord
-from zigflow.engine.track_tensorboard import TensorBoardTracker, import_writer
-from zigflow.engine.track_wandb import WandbTracker, import_wandb
-from zigflow.engine.trackers import Trackers
-from zigflow.engine.trainer import Trainer
+from zigflow.engine.sampling_run import Pipeline, Samples, SamplingRun
+from zigflow.engine.trackers import TRACKERS, Trackers
+from zigflow.engine.trainer import Hook, Monitoring, Trainer
 from zigflow.nn import as_denoiser
 from zigflow.nn.flops import count_flops
 from zigflow.nodes import make
 from zigflow.preflight import check_decoding
 from zigflow.real_sets import real_sets
-from zigflow.samplers import Guided, Upsampled
+from zigflow.registry import UnknownNameError
 from zigflow.settings import Settings, SettingsError
 from zigflow.sources import build_source
 
@@ -42,68 +37,44 @@ log = logging.getLogger(__name__)
 
 def build_sampling_run(
     settings: Settings,
-    model: torch.nn.Module,
+    pipeline: Pipeline,
+    samples: Samples,
     *,
-    codec: Any,
-    num_samples: int,
-    batch_size: int,
     folder: Path | None,
     identity: Mapping[str, Any],
-    device: torch.device,
-    ranks: Ranks,
-    ids: Sequence[int] | None = None,
-    label_of: Any = None,
+    runtime: Runtime,
 ) -> SamplingRun:
     """How a configuration samples, for sample_acc.py and for evaluation during training.
+
+    A model of classes takes them in turn, and a text model the texts of the data, where ``samples`` has no plan.
 
     Raises:
         SettingsError: the codec does not decode the model's latents, or there are no texts for a text model.
     """
-    asked = as_denoiser(model)
+    asked = as_denoiser(pipeline.model)
     *frames, channels, height, width = asked.sample_shape
-    if getattr(codec, "is_identity", False) and channels not in (1, 3):
+    if getattr(pipeline.codec, "is_identity", False) and channels not in (1, 3):
         raise SettingsError(
             f"the model makes latents of {channels} channels and codec={settings.codec['_target_']} does "
             "not decode them: sample with codec=sd_vae codec.path=FOLDER"
         )
-    process = build_process(settings)
     if settings.upsample.skip_tuning is not None:
         try:
             asked.set_skip_tuning(settings.upsample.skip_tuning, settings.upsample.skip_tuning_range)
         except ValueError as error:
             raise SettingsError(f"upsample.skip_tuning={settings.upsample.skip_tuning}: {error}") from error
+    if samples.label_of is None and asked.has_text:
+        samples = replace(samples, label_of=data_texts(settings, pipeline.model)[0])
     return SamplingRun(
-        model=model,
-        process=process,
-        sampler=build_sampler(settings),
-        codec=codec,
-        shape=(*frames, channels, *(settings.upsample.factor * side for side in (height, width))),
-        num_samples=num_samples,
-        batch_size=batch_size,
-        seed=settings.global_seed,
+        pipeline,
+        replace(samples, num_classes=max(asked.num_classes, 0)),
+        (*frames, channels, *(settings.upsample.factor * side for side in (height, width))),
         folder=folder,
-        num_classes=max(asked.num_classes, 0),
-        ids=ids,
-        label_of=data_texts(settings, model)[0] if label_of is None and asked.has_text else label_of,
-        guide=partial(_guided, settings, process),
         identity=identity,
-        device=device,
-        ranks=ranks,
+        runtime=runtime,
         mixed_precision=settings.mixed_precision or "no",
         progress=settings.loop.progress,
     )
-
-
-def _guided(settings: Settings, process: Any, model: torch.nn.Module) -> Any:
-    """The model function that samplers call: with guidance, and for larger images with that of the small one."""
-    channels = as_denoiser(model).guided_channels
-    guided = Guided(
-        model, settings.cfg_scale, interval=settings.cfg_interval, process=process, channels=channels
-    )
-    chosen = settings.upsample
-    if chosen.factor == 1:
-        return guided
-    return Upsampled(guided, process, chosen.factor, chosen.eta, chosen.theta, chosen.matching)
 
 
 def data_texts(settings: Settings, model: torch.nn.Module) -> tuple[Any, SourceRows]:
@@ -120,9 +91,8 @@ def data_texts(settings: Settings, model: torch.nn.Module) -> tuple[Any, SourceR
 def build_judge(
     settings: Settings,
     *,
-    ranks: Ranks,
+    runtime: Runtime,
     codec: Any,
-    device: torch.device | str,
     preview: int,
     say: bool = True,
 ) -> Judge:
@@ -144,8 +114,9 @@ def build_judge(
     # Such a metric knows the trained size alone.
     reduced = settings.upsample.factor if getattr(metric, "fixed_size", False) else 1
     return Judge(
-        metric, train, heldout, ranks=ranks, codec=codec, device=device, preview=preview, reduced=reduced
-    )
+        metric, train, heldout, ranks=runtime.ranks, codec=codec, device=runtime.device, preview=preview,
+        reduced=reduced,
+    )  # fmt: skip
 
 
 _OPTIONAL_CODEC_KEYS = ("shift", "latents_mean", "latents_std", "own_scale")
@@ -175,15 +146,18 @@ def sampling_facts(settings: Settings, weights: str, step: int | None) -> dict[s
     }
 
 
-def time_facts(sampler: Any, process: Any, backwards: bool = False) -> dict[str, Any]:
+def time_facts(pipeline: Pipeline, backwards: bool = False) -> dict[str, Any]:
     """Where time started and ended, and the last step, for results; ``backwards``: data were encoded or measured."""
+    sampler, process = pipeline.sampler, pipeline.process
     return {"time": asdict(sampler.time_range(process, True) if backwards else sampler.time_range(process))}
 
 
 def results_protocol(settings: Settings, facts: Mapping[str, Any]) -> dict[str, Any]:
     """How a number came about, for any of our results; the samples' number and hash are still to be added."""
+    files = plugin_files.digests(settings.plugins)
     return {
         **facts,
+        **({"plugin_files": files} if files else {}),
         "seed": settings.global_seed,
         "steps": (facts.get("sampler") or {}).get("num_steps"),
         "codec_scale": settings.codec.get("scale", 1.0),
@@ -194,25 +168,22 @@ def results_protocol(settings: Settings, facts: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def watch(settings: Settings, model: torch.nn.Module, accelerator: Accelerator) -> Watched:
-    """What looks on while a configuration trains."""
-    device, ranks = (
-        accelerator.device,
-        Ranks(accelerator.device if accelerator.device.type == "cuda" else "cpu"),
-    )
-    precision = settings.mixed_precision or launched_precision()
-    settings = replace(settings, mixed_precision=precision)
-    hooks: list[Any] = []
-    trackers = _trackers(settings, ranks.is_main)
-    if settings.use_wandb or settings.loop.tensorboard:
-        hooks.append(_ScanPicture(settings, model))
+def build_monitoring(
+    settings: Settings, model: torch.nn.Module, runtime: Runtime, hooks: Sequence[Hook] = ()
+) -> Monitoring:
+    """What accompanies a training run: trackers, evaluation, utilization; ``hooks`` come last."""
+    settings = replace(settings, mixed_precision=chosen_precision(settings.mixed_precision))
+    own: list[Hook] = []
+    trackers = _trackers(settings, runtime.ranks.is_main)
+    if _tracker_names(settings):
+        own.append(_ScanPicture(settings, model))
     if settings.data.sample_fid_every and _decodes(settings):
-        hooks.append(_in_loop_evaluation(settings, ranks, device))
-    return Watched(
+        own.append(_in_loop_evaluation(settings, runtime))
+    return Monitoring(
+        hooks=(*own, *hooks),
         trackers=trackers,
-        hooks=tuple(hooks),
         training_flops=_training_flops(model),
-        peak_flops=settings.loop.peak_flops or peak_flops(device, precision),
+        peak_flops=settings.loop.peak_flops or peak_flops(runtime.device, settings.mixed_precision or "no"),
     )
 
 
@@ -234,27 +205,26 @@ def _training_flops(model: torch.nn.Module) -> float | None:
         return None
 
 
-def _in_loop_evaluation(settings: Settings, ranks: Ranks, device: torch.device) -> InLoopEvaluation:
+def _in_loop_evaluation(settings: Settings, runtime: Runtime) -> InLoopEvaluation:
     if settings.upsample.skip_tuning is not None:
         raise SettingsError(
             f"upsample.skip_tuning={settings.upsample.skip_tuning} changes the model that is trained: give it to "
             "sample_acc.py, or set data.sample_fid_every=0"
         )
     data = settings.data
-    codec = build_codec(settings, device)
-    judge = build_judge(
-        settings, ranks=ranks, codec=codec, device=device, preview=data.sample_vis_n, say=False
-    )
+    codec = build_codec(settings, runtime.device)
+    judge = build_judge(settings, runtime=runtime, codec=codec, preview=data.sample_vis_n, say=False)
+    samples = Samples(data.sample_fid_bs, settings.global_seed, data.sample_fid_n)
 
     def make_run(model: torch.nn.Module, weights: str) -> SamplingRun:
         return build_sampling_run(
-            settings, model, codec=codec, num_samples=data.sample_fid_n, batch_size=data.sample_fid_bs,
-            folder=None, identity=sampling_facts(settings, weights, None), device=device, ranks=ranks,
+            settings, build_pipeline(settings, model, codec), samples, folder=None,
+            identity=sampling_facts(settings, weights, None), runtime=runtime,
         )  # fmt: skip
 
     def protocol(run: SamplingRun, weights: str, step: int) -> dict[str, Any]:
         kept = {k: run.identity[k] for k in ("weights_sha256", "scan") if k in run.identity}
-        facts = sampling_facts(settings, weights, step) | kept | time_facts(run.sampler, run.process)
+        facts = sampling_facts(settings, weights, step) | kept | time_facts(run.pipeline)
         facts["function_evaluations"] = run.function_evaluations
         return results_protocol(settings, facts)
 
@@ -274,26 +244,26 @@ class _Evaluation(InLoopEvaluation):
             ) from error
 
 
+def _tracker_names(settings: Settings) -> list[str]:
+    switched = [("wandb", settings.use_wandb), ("tensorboard", settings.loop.tensorboard)]
+    return list(dict.fromkeys([*(name for name, on in switched if on), *settings.loop.trackers]))
+
+
 def _trackers(settings: Settings, is_main: bool) -> Trackers:
     """The trackers that are switched on; packages that are missing are told of before the first step."""
     makers = {}
-    chosen = settings.wandb
     try:
-        if settings.use_wandb:
-            import_wandb()
-            makers["wandb"] = partial(
-                WandbTracker, entity=chosen.entity, project=chosen.project, mode=chosen.mode, name=chosen.name
-            )
-        if settings.loop.tensorboard:
-            import_writer()
-            makers["tensorboard"] = TensorBoardTracker
-    except ImportError as error:
+        for name in _tracker_names(settings):
+            kind = TRACKERS.get(name)
+            kind.check()
+            makers[name] = kind.make
+    except (ImportError, UnknownNameError) as error:
         raise SettingsError(str(error)) from error
     return Trackers(makers if is_main else {})
 
 
-class _ScanPicture:
-    """A hook: the scan orders of the model, drawn once for the trackers."""
+class _ScanPicture(Hook):
+    """The scan orders of the model, drawn once for the trackers."""
 
     def __init__(self, settings: Settings, model: torch.nn.Module):
         chosen = settings.scan.get("name", "from_model")
@@ -310,6 +280,3 @@ class _ScanPicture:
             log.info("the scan orders of %s are not drawn: %s", self._name, error)
         else:
             trainer.trackers.image("scans", file, 0)
-
-    def __call__(self, trainer: Trainer, record: StepRecord) -> None:
-        pass

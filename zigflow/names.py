@@ -21,8 +21,11 @@ NODES = ("process", "model", "codec", "metrics")
 
 def named_keys() -> dict[str, Known]:
     """The keys of the settings that name something, and what can be typed there."""
+    import zigflow.engine.track_tensorboard
+    import zigflow.engine.track_wandb  # noqa: F401
     from zigflow.engine.optim import OPTIMIZERS
     from zigflow.engine.start import PATCH_RULES
+    from zigflow.engine.trackers import TRACKERS
     from zigflow.nn.skip_tuning import SKIP_TUNING
     from zigflow.processes import DIFFUSION_FORMS, INTERPOLANTS, PREDICTIONS
     from zigflow.processes.flow import LOSS_WEIGHTS
@@ -47,6 +50,7 @@ def named_keys() -> dict[str, Known]:
         "upsample.matching": MATCHINGS,
         "upsample.skip_tuning": (None, *SKIP_TUNING),
         "ckpt_patches": PATCH_RULES,
+        "loop.trackers": TRACKERS,
     }
 
 
@@ -58,7 +62,9 @@ def check_names(settings: Settings) -> None:
     """
     for key, known in named_keys().items():
         if not key.startswith("optim."):
-            _check(key, attrgetter(key)(settings), known)
+            value = attrgetter(key)(settings)
+            for each in value if isinstance(value, tuple) else (value,):
+                _check(key, each, known)
     for group in NODES:
         node: Mapping[str, Any] = getattr(settings, group) or {}
         if not node.get("_target_"):

@@ -1,6 +1,8 @@
 """A node of the configuration becomes an object."""
 
+import importlib.util
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,10 +21,18 @@ def make(key: str, node: Mapping[str, Any]) -> Any:
         cause = error.__cause__ if error.__cause__ is not None else error
         mistakes = (ValueError, TypeError, KeyError, ImportError, FileNotFoundError, NotADirectoryError)
         if isinstance(cause, mistakes):
-            raise SettingsError(f"{key} ({node.get('_target_')}): {cause}") from error
+            raise SettingsError(f"{key} ({node.get('_target_')}): {cause}{_own_file(node)}") from error
         if isinstance(cause, ZigflowError):
             raise cause from error
         raise
+
+
+def _own_file(node: Mapping[str, Any]) -> str:
+    """How a class is found whose module is not installed; empty where the module is there."""
+    module = str(node.get("_target_")).partition(".")[0]
+    if not module.isidentifier() or module in sys.modules or importlib.util.find_spec(module) is not None:
+        return ""
+    return f" For a class in a file of your own give plugins=[{module}.py]."
 
 
 def target(key: str, node: Mapping[str, Any]) -> Any:
@@ -34,7 +44,7 @@ def target(key: str, node: Mapping[str, Any]) -> Any:
     try:
         return get_object(str(node["_target_"]))
     except Exception as error:
-        cause = " ".join(str(error).split())
+        cause = " ".join(str(error).split()) + _own_file(node)
         raise SettingsError(f"{key}._target_={node['_target_']} cannot be imported: {cause}") from error
 
 

@@ -30,7 +30,7 @@ def config_dir() -> Path:
 # Keys whose values are paths, by the last part of their names, wherever they stand.
 _NAMES = (
     "root", "path", "paths", "file", "files", "folder", "folders", "dir", "dirs", "cache", "ckpt", "captions",
-    "tar_base", "inception_weights", "reference_stats",
+    "tar_base", "inception_weights", "reference_stats", "plugins",
 )  # fmt: skip
 _ENDINGS = ("_root", "_path", "_paths", "_file", "_files", "_dir", "_dirs", "_folder", "_folders")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")

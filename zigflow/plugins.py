@@ -40,16 +40,17 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 import scans
-from zigflow import hydra_folders, paths
+from zigflow import hydra_folders, paths, plugin_files
 from zigflow.engine import launch, launcher_settings
 from zigflow.errors import ZigflowError
 from zigflow.hydra_folders import run_id
 from zigflow.overrides import check_added, compose_leniently, signs, with_signs
 from zigflow.preflight import check_training
-from zigflow.registry import UnknownNameError, near_names
+from zigflow.registry import Registry, UnknownNameError, near_names
 from zigflow.settings import WANDB_KEY, Settings, SettingsError
 from zigflow.typed import unknown_key
 from zigflow.typed_arguments import as_meant, check_grammar, check_hydra_folders, name_no_job
+from zigflow.typed_plugins import with_plugin_files
 from zigflow.wandb_key import refuse_key, types_key
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,34 @@ GROUP = "zigflow.plugins"
 FOLLOW_DATA = ("codec", "metrics")
 
 
-# The folder of --config-dir while the command line is checked; Hydra adds it by itself afterwards.
+# Folders of --config-dir; of the two commands only while the command line is checked, Hydra adds it afterwards.
 _typed_folders: list[Path] = []
+
+
+def add_config_dir(folder: str) -> None:
+    """Compose with the YAML of this folder, too.
+
+    Raises:
+        SettingsError: there is no such folder.
+    """
+    path = Path(paths.expanded("--config-dir", folder))
+    if not folder or not path.is_dir():
+        raise SettingsError(
+            f"--config-dir {folder or 'FOLDER'}: there is no such folder: give one with GROUP/NAME.yaml in it"
+        )
+    if path.absolute() not in _typed_folders:
+        _typed_folders.append(path.absolute())
+
+
+@contextlib.contextmanager
+def _looking_in(config_dir: str | None) -> Iterator[None]:
+    """Compose with the YAML of ``--config-dir`` inside."""
+    before = list(_typed_folders)
+    _typed_folders.extend([] if config_dir is None else [Path(config_dir).absolute()])
+    try:
+        yield
+    finally:
+        _typed_folders[:] = before
 
 
 class PluginConfigs(SearchPathPlugin):
@@ -159,8 +186,8 @@ def composed(
     Raises:
         SettingsError: a mistake, in one line; a HydraException for one that Hydra finds.
     """
+    typed = as_meant(with_plugin_files(list(overrides or [])))
     prepare()
-    typed = as_meant(list(overrides or []))
     check_grammar(typed)
     check_choices(typed)
     with _hydra():
@@ -211,15 +238,34 @@ def check_choices(arguments: list[str]) -> None:
         if not follows and not any(_NO_NAME.fullmatch(choice) for choice in choices.split(",")):
             continue
         known = group_choices(group)
+        if follows and not set(choices.split(",")) <= set(known):
+            known = _with_registered(group, known)
         for choice in choices.split(",") if known else ():
             if choice not in known:
                 raise SettingsError(_no_such_choice(group, choice, known))
 
 
+def _with_registered(group: str, known: list[str]) -> list[str]:
+    """The choices of a group, and what is registered for it without a file; plug-ins are loaded and torch imported."""
+    from zigflow.codec import CODECS
+    from zigflow.metrics.base import METRICS
+
+    load_plugins()
+    registry: Registry[Any] = {"codec": CODECS, "metrics": METRICS}[group]
+    for name in set(registry) - set(known):
+        found = registry.get(name)
+        node = {"_target_": f"{found.__module__}.{found.__qualname__}"}
+        ConfigStore.instance().store(group=group, name=name, node=node, provider="zigflow")
+    return sorted({*known, *registry})
+
+
 def _no_such_choice(group: str, choice: str, known: list[str]) -> str:
     close = near_names(choice, known, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    return f"{group}={choice} does not exist: {hint}known: {', '.join(sorted(known))}"
+    own = (
+        f"; of a file of your own: {group}=FILE.py:{choice}, or plugins=[FILE.py]" if group == "scan" else ""
+    )
+    return f"{group}={choice} does not exist: {hint}known: {', '.join(sorted(known))}{own}"
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -263,6 +309,7 @@ def checked(values: Mapping[str, Any], trains: bool = True) -> Settings:
     """
     settings = Settings.from_mapping(values)
     load_plugins()
+    plugin_files.load(settings.plugins)
     from zigflow.chosen import check_chosen
 
     check_chosen(settings, trains)
@@ -319,7 +366,8 @@ def check_command_line(arguments: list[str], config_name: str) -> CommandLine:
         os.environ["RUN_ID"] = run_id()
     elif not named:
         run_id()
-    check_choices(overrides)
+    with _looking_in(typed.config_dir):
+        check_choices(overrides)
     if any((typed.help, typed.hydra_help, typed.shell_completion, typed.experimental_rerun)):
         return CommandLine(arguments, typed)
     if typed.resolve and not typed.cfg:
@@ -402,12 +450,8 @@ def _composed_as_typed(typed: Any, overrides: list[str], config_name: str) -> tu
 def hydra_of(typed: Any) -> Iterator[GlobalHydra]:
     """Hydra with the folders that a parsed command line names by --config-path and --config-dir."""
     folder = None if typed.config_path is None else Path(__file__).parent / typed.config_path
-    _typed_folders[:] = [] if typed.config_dir is None else [Path(typed.config_dir).absolute()]
-    try:
-        with _hydra(folder) as hydra:
-            yield hydra
-    finally:
-        _typed_folders.clear()
+    with _looking_in(typed.config_dir), _hydra(folder) as hydra:
+        yield hydra
 
 
 def _jobs(overrides: list[str], foreign: bool = False) -> list[tuple[list[str], bool]]:

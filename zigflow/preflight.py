@@ -33,6 +33,7 @@ def check_training(settings: Settings) -> None:
     scaled_codec(settings.codec)
     _check_shapes(settings)
     _check_conditions(settings)
+    _check_variance(settings)
     check_roots(settings)
     check_objective(settings)
     check_agreement(
@@ -180,4 +181,15 @@ def _check_conditions(settings: Settings) -> None:
         raise SettingsError(
             f"data={data.name} has {data.num_classes} classes, model.num_classes is {classes}: "
             f"set model.num_classes={data.num_classes}"
+        )
+
+
+def _check_variance(settings: Settings) -> None:
+    model, process = settings.model, target("process", settings.process)
+    if getattr(process, "reads_variance", False):
+        return
+    if model.get("learn_sigma") and not model.get("drop_sigma"):
+        raise SettingsError(
+            f"model={model.get('name')} predicts a variance (model.learn_sigma=true), which the process "
+            f"{process.__name__} does not read: set model.learn_sigma=false, or choose another process="
         )

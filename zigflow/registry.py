@@ -3,11 +3,13 @@
 import difflib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from zigflow.errors import ZigflowError
 
 T = TypeVar("T")
+# What a decorator registers keeps its own type: a class stays a class.
+V = TypeVar("V")
 
 
 class UnknownNameError(ZigflowError, KeyError, ValueError):
@@ -51,7 +53,7 @@ class Registry(Generic[T]):
         self._origins: dict[str, str] = {}
         self._families: dict[str, Callable[[], Mapping[str, T]]] = {}
 
-    def register(self, name: str, entry: T | None = None) -> Callable[[T], T]:
+    def register(self, name: str, entry: T | None = None) -> Callable[[V], V]:
         """Register ``entry`` under ``name``, or act as a decorator when ``entry`` is omitted.
 
         Raises:
@@ -59,19 +61,21 @@ class Registry(Generic[T]):
         """
         caller = str(sys._getframe(1).f_globals.get("__name__"))
 
-        def add(value: T) -> T:
-            origin = _origin(value, caller)
-            known = self._origins.get(name)
-            if known is not None and known != origin:
-                raise ValueError(
-                    f"{self.kind} {name!r} is already registered by {known}; {origin} must choose another name"
-                )
-            self._entries[name], self._origins[name] = value, origin
+        def add(value: V) -> V:
+            self._add(name, cast(T, value), _origin(value, caller))
             return value
 
         if entry is not None:
-            add(entry)
+            self._add(name, entry, _origin(entry, caller))
         return add
+
+    def _add(self, name: str, value: T, origin: str) -> None:
+        known = self._origins.get(name)
+        if known is not None and known != origin:
+            raise ValueError(
+                f"{self.kind} {name!r} is already registered by {known}; {origin} must choose another name"
+            )
+        self._entries[name], self._origins[name] = value, origin
 
     def register_family(self, prefix: str, members: Callable[[], Mapping[str, T]]) -> None:
         """Register names that begin with ``prefix`` and are only known once another package is imported.

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,18 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from zigflow import plugins
-from zigflow.build import (
-    build_codec,
-    build_model,
-    model_arguments,
-)
-from zigflow.chosen import build_process, build_sampler
+from zigflow import plugin_files, plugins
+from zigflow.build import build_codec, build_pipeline, build_runtime
 from zigflow.data.class_names import renumbered
 from zigflow.data.contents import exact_fingerprint
-from zigflow.engine import checkpoint as checkpoints
 from zigflow.engine.evaluation import Judge, sample_size
-from zigflow.engine.launch import launched_precision, make_accelerator
+from zigflow.engine.launch import chosen_precision
 from zigflow.engine.lock import sole_writer
 from zigflow.engine.measure import MeasuringRun
 from zigflow.engine.npz import npz_name, write_npz
-from zigflow.engine.ranks import Ranks
-from zigflow.engine.run_state import load_weights
+from zigflow.engine.runtime import Runtime
 from zigflow.engine.sample_plan import SampleOptions, class_plan, open_captions, text_plan
-from zigflow.engine.sampling_run import SamplingRun
+from zigflow.engine.sampling_run import Pipeline, Samples, SamplingRun
 from zigflow.engine.tensors import save_tensors
 from zigflow.evaluation_job import (
     build_judge,
@@ -45,13 +38,11 @@ from zigflow.metrics.pictures import save_frame_grid, save_sample_grid
 from zigflow.metrics.report import table
 from zigflow.metrics.results import write_results
 from zigflow.nn import as_denoiser
-from zigflow.official import OFFICIAL_SUFFIXES, family_of, load_official, process_of, read_official
-from zigflow.preflight import check_decoding, scaled_codec
 from zigflow.samplers.chain import chain_of
 from zigflow.settings import Settings, SettingsError
 from zigflow.shapes import frames_of
 from zigflow.sources import build_source, check_shape, class_names
-from zigflow.stored_config import complete_from_checkpoint, complete_from_defaults, find_roots
+from zigflow.stored_config import Trained, open_trained
 
 log = logging.getLogger(__name__)
 
@@ -60,131 +51,66 @@ _DEBUG_BATCHES = 4
 _ANOTHER = "another folder, sample_dir=PATH"
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """A checkpoint brought to life for sampling."""
-
-    settings: Settings
-    model: torch.nn.Module
-    weights: str
-    step: int | None
-    folder: Path
-
-
-def _open_trained(given: dict[str, Any], ckpt: str, wanted: str | None) -> _Trained:
-    """The model of a checkpoint, ours or official, and the configuration completed by it."""
-    if Path(ckpt).suffix in OFFICIAL_SUFFIXES:
-        asked = given["model"]
-        family = family_of(asked) if asked.get("_target_") else "zigma"
-        try:
-            file = read_official(ckpt, family)
-        except ValueError as error:
-            raise SettingsError(f"ckpt: {error}") from error
-        process = _published_process(given, family)
-        settings = _settings(complete_from_defaults(given, ckpt, file.ctor_kwargs, process))
-        _check_before_building(settings)
-        arguments = {k: v for k, v in model_arguments(settings).items() if k != "_target_"}
-        seed = {k: arguments.pop(k) for k in ("scan_seed",) if k in arguments}
-        model = load_official(family, arguments, file.state_dict, **seed)
-        return _Trained(settings, model, "official", file.step, Path("samples") / Path(ckpt).stem)
-    stored = checkpoints.open_checkpoint(ckpt)
-    path = Path(stored.path)
-    root = path.parent.parent if path.parent.name == "checkpoints" else path
-    completed = complete_from_checkpoint(given, stored.config, ckpt)
-    find_roots(completed, stored.config, stored.trainer.get("roots"), root)
-    settings = _settings(completed)
-    _check_before_building(settings)
-    model = build_model(settings)
-    weights = load_weights(model, stored, wanted)
-    return _Trained(settings, model, weights, stored.step, root / "samples")
-
-
-def _settings(completed: dict[str, Any]) -> Settings:
-    return plugins.checked({**completed, "codec": scaled_codec(completed["codec"])}, trains=False)
-
-
-def _published_process(given: Mapping[str, Any], family: str) -> str:
-    """What an official file was trained under; a process that the command names goes before it."""
-    if (given["process"] or {}).get("_target_"):
-        return "flow"
-    try:
-        return process_of(family)
-    except ValueError as error:
-        raise SettingsError(f"process is missing: {error}") from error
-
-
-def _check_before_building(settings: Settings) -> None:
-    """Encoding stored latents and measuring their likelihood need no autoencoder, pictures do."""
-    if not (settings.likelihood or settings.ode.likelihood or settings.ode.reverse):
-        check_decoding(settings)
-
-
-def _sampling_facts(
-    trained: _Trained, ckpt: str, batch_size: int, extra: Mapping[str, Any]
-) -> tuple[str, dict[str, Any]]:
-    """The folder's name, which tells every other way of sampling apart, and what the samples follow from."""
-    settings = trained.settings
-    facts = {"ckpt": ckpt, **sampling_facts(settings, trained.weights, trained.step)}
+def _folder_name(facts: Mapping[str, Any], settings: Settings, batch_size: int) -> str:
+    """Tells every other way of sampling apart."""
     chosen = facts["sampler"]
     solver = chosen["sampling_method"].replace("/", "-")
-    step = "" if trained.step is None else f"_{trained.step}"
-    facts |= extra
-    rest = json.dumps(
-        [{k: v for k, v in facts.items() if k != "ckpt"}, batch_size], sort_keys=True, default=str
-    )
-    name = (
-        f"{trained.weights}{step}_{settings.sample_mode}_{solver}_{chosen['num_steps']}_w{settings.cfg_scale:g}"
+    step = "" if facts["step"] is None else f"_{facts['step']}"
+    rest = json.dumps([_identity(facts), batch_size], sort_keys=True, default=str)
+    return (
+        f"{facts['weights']}{step}_{settings.sample_mode}_{solver}_{chosen['num_steps']}_w{settings.cfg_scale:g}"
         f"_seed{settings.global_seed}_{hashlib.sha256(rest.encode()).hexdigest()[:6]}"
     )
-    return name, facts
+
+
+def _identity(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What samples follow from; a checkpoint may move."""
+    return {k: v for k, v in facts.items() if k != "ckpt"}
 
 
 def sample_from_config(cfg: DictConfig) -> Path:
     """Sample and judge as configured; returns the folder of samples."""
     given = plugins.plain(cfg)
-    ckpt, options = given.get("ckpt"), SampleOptions.take_from(given)
+    ckpt, options = given.pop("ckpt", None), SampleOptions.take_from(given)
     if ckpt is None:
         raise SettingsError("ckpt is missing: give ckpt=RUN_DIR, a checkpoint in it, or an official .pt file")
-    if Path(str(ckpt)).suffix in OFFICIAL_SUFFIXES and not Path(str(ckpt)).exists():
-        raise SettingsError(
-            f"ckpt={ckpt} does not exist: give ckpt=RUN_DIR, a checkpoint in it, or an official .pt file"
-        )
     if given["loop"].get("compile"):
         raise SettingsError(
             "loop.compile=true compiles training, and samples are computed uncompiled: drop it (a launcher's "
             "--dynamo_backend inductor asks for it too)"
         )
-    if given["mixed_precision"] is None and launched_precision() != "no":
-        given["mixed_precision"] = launched_precision()
+    given["mixed_precision"] = chosen_precision(given["mixed_precision"])
     plugins.load_plugins()
-    trained = _open_trained(given, str(ckpt), options.weights)
+    plugin_files.use(given)
+    trained = open_trained(given, str(ckpt), options.weights)
     settings = trained.settings
-    accelerator = make_accelerator(cpu=settings.loop.device == "cpu")
-    # After accelerate, which counts the threads of several CPU processes itself.
-    if settings.loop.threads is not None:
-        torch.set_num_threads(settings.loop.threads)
-    model = trained.model.to(accelerator.device).eval()
-    process, sampler = build_process(settings), build_sampler(settings)
-    ranks = Ranks(accelerator.device if accelerator.device.type == "cuda" else "cpu")
-    common = {
-        "model": model, "process": process, "sampler": sampler, "codec": build_codec(settings, accelerator.device),
-        "seed": settings.global_seed, "batch_size": options.batch_size, "device": accelerator.device,
-        "ranks": ranks, "progress": settings.loop.progress,
-    }  # fmt: skip
-    if settings.likelihood or settings.ode.likelihood or settings.ode.reverse:
-        return _measure_data(trained, str(ckpt), options, common)
+    runtime = build_runtime(settings)
+    pipeline = build_pipeline(settings, trained.model, build_codec(settings, runtime.device)).on(
+        runtime.device
+    )
+    facts = {"ckpt": str(ckpt), **sampling_facts(settings, trained.weights, trained.step)}
+    if settings.measures_data:
+        return _measure_data(trained, pipeline, facts, options, runtime)
+    return _sample(trained, pipeline, facts, options, runtime)
 
-    plan, plan_facts = _conditions(settings, model, options)
-    name, facts = _sampling_facts(trained, str(ckpt), options.batch_size, plan_facts)
-    folder = Path(settings.sample_dir) if settings.sample_dir else trained.folder / name
-    count = settings.num_fid_samples if options.seeds is None else len(options.seeds)
-    count = min(count, _DEBUG_BATCHES * options.batch_size) if settings.sample_debug else count
+
+def _sample(
+    trained: Trained, pipeline: Pipeline, facts: dict[str, Any], options: SampleOptions, runtime: Runtime
+) -> Path:
+    """Draw the samples, judge them, and write results, pictures and the one file of all samples."""
+    settings, ranks = trained.settings, runtime.ranks
+    plan, plan_facts = _conditions(settings, pipeline.model, options)
+    facts |= plan_facts
+    folder = _folder(trained, _folder_name(facts, settings, options.batch_size))
+    count = _count(
+        settings, options, settings.num_fid_samples if options.seeds is None else len(options.seeds)
+    )
+    ids = None if options.seeds is None else options.seeds[:count]
+    samples = Samples(options.batch_size, settings.global_seed, count, ids, label_of=plan)
     run = build_sampling_run(
-        settings, model, codec=common["codec"], num_samples=count, batch_size=options.batch_size, folder=folder,
-        identity={k: v for k, v in facts.items() if k != "ckpt"}, device=accelerator.device, ranks=ranks,
-        ids=None if options.seeds is None else options.seeds[:count], label_of=plan,
-    )  # fmt: skip
-    judge = _ready_judge(settings, run, ranks, common["codec"], accelerator.device)
+        settings, pipeline, samples, folder=folder, identity=_identity(facts), runtime=runtime
+    )
+    judge = _ready_judge(settings, run, runtime)
     with sole_writer(folder, ranks, _ANOTHER):
         run.open()
         try:
@@ -196,11 +122,11 @@ def sample_from_config(cfg: DictConfig) -> Path:
             ) from error
         if not ranks.is_main or judgement is None:
             return folder
-        grid = _pictures(run, folder, model, options)
+        grid = _pictures(run, folder, pipeline.model, options)
         facts |= {
             **{k: run.identity[k] for k in ("weights_sha256", "scan") if k in run.identity},
             "function_evaluations": run.function_evaluations,
-            **time_facts(sampler, process),
+            **time_facts(run.pipeline),
         }
         protocol = results_protocol(settings, facts) | judgement.protocol
         results = write_results(folder / "results.json", judgement.metrics, protocol)
@@ -276,15 +202,21 @@ def _tell_numbers(labels: tuple[int | str, ...], names: tuple[str, ...]) -> None
     )  # fmt: skip
 
 
-def _ready_judge(
-    settings: Settings, run: SamplingRun, ranks: Ranks, codec: Any, device: torch.device
-) -> Judge:
+def _folder(trained: Trained, name: str) -> Path:
+    return Path(trained.settings.sample_dir) if trained.settings.sample_dir else trained.folder / name
+
+
+def _count(settings: Settings, options: SampleOptions, asked: int) -> int:
+    return min(asked, _DEBUG_BATCHES * options.batch_size) if settings.sample_debug else asked
+
+
+def _ready_judge(settings: Settings, run: SamplingRun, runtime: Runtime) -> Judge:
     """What judges the samples, asked before anything is sampled whether it could.
 
     Raises:
         SettingsError: it could not, in one line; with ``sample_debug`` the samples are then counted only.
     """
-    given = {"ranks": ranks, "codec": codec, "device": device, "preview": 0}
+    given = {"runtime": runtime, "codec": run.pipeline.codec, "preview": 0}
     try:
         judge = build_judge(settings, **given)
         labels = run.class_labels()
@@ -307,9 +239,11 @@ def _counted(ids: Any) -> dict[str, Any]:
     return {"n": len(counted), "ids_sha256": counted.sha256()}
 
 
-def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: dict[str, Any]) -> Path:
+def _measure_data(
+    trained: Trained, pipeline: Pipeline, facts: dict[str, Any], options: SampleOptions, runtime: Runtime
+) -> Path:
     """Instead of sampling: bits per dimension of held-out data, or a bound, or the noise that they are encoded into."""
-    settings, codec, ranks = trained.settings, common["codec"], common["ranks"]
+    settings, codec, ranks = trained.settings, pipeline.codec, runtime.ranks
     encodes = settings.ode.reverse
     if options.facts() or options.captions is not None or options.npz:
         raise SettingsError(
@@ -322,32 +256,32 @@ def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: 
     check_shape(settings, trained.model, source, codec, "heldout" if settings.data.heldout else "source")
     # Grey levels of 8-bit images in [-1, 1] are 2/255 apart; latents have no levels.
     level = codec.scale * 2 / 255 if getattr(codec, "is_identity", False) and not settings.is_latent else None
-    extra: dict[str, Any] = {"precision": "no"}
-    bounds = not encodes and not hasattr(common["sampler"], "log_likelihood")
+    facts["precision"] = "no"
+    bounds = not encodes and not hasattr(pipeline.sampler, "log_likelihood")
     if bounds:
         if level != 2 / 255:
             raise SettingsError(
                 "the variational bound (likelihood=true sample_mode=diffusion) is that of 8-bit images, and this model "
                 "works on latents or scaled pixels: set sample_mode=ODE"
             )
-        extra["estimate"] = (
-            f"variational bound over {len(chain_of(common['process'], common['sampler'].spacing))} steps"
-        )
+        steps = len(chain_of(pipeline.process, pipeline.sampler.spacing))
+        facts["estimate"] = f"variational bound over {steps} steps"
     elif not encodes:
-        extra["dequantization"] = "none" if level is None else "uniform over 256 levels"
-        extra["trace"] = "one Hutchinson probe"
-    name, facts = _sampling_facts(trained, ckpt, options.batch_size, extra)
-    name = f"{'encoding' if encodes else 'likelihood'}_{name}"
-    folder = Path(settings.sample_dir) if settings.sample_dir else trained.folder / name
-    count = settings.num_fid_samples
+        facts["dequantization"] = "none" if level is None else "uniform over 256 levels"
+        facts["trace"] = "one Hutchinson probe"
+    name = f"{'encoding' if encodes else 'likelihood'}_{_folder_name(facts, settings, options.batch_size)}"
+    folder = _folder(trained, name)
+    count = _count(settings, options, settings.num_fid_samples)
     run = MeasuringRun(
-        **common,
+        pipeline,
+        Samples(options.batch_size, settings.global_seed, count),
         quantity="noise" if encodes else "bound" if bounds else "bits_per_dim",
         source=source,
-        num_samples=min(count, _DEBUG_BATCHES * options.batch_size) if settings.sample_debug else count,
         folder=folder,
         level=None if encodes or bounds else level,
-        identity={k: v for k, v in facts.items() if k != "ckpt"},
+        identity=_identity(facts),
+        runtime=runtime,
+        progress=settings.loop.progress,
     )
     with sole_writer(folder, ranks, _ANOTHER):
         run.run()
@@ -366,7 +300,7 @@ def _measure_data(trained: _Trained, ckpt: str, options: SampleOptions, common: 
         facts |= {k: run.identity[k] for k in ("weights_sha256", "scan", "data") if k in run.identity}
         facts["best_by"] = None if encodes else ["bits_per_dim", "min"]
         if not bounds:
-            facts |= time_facts(common["sampler"], common["process"], backwards=True)
+            facts |= time_facts(run.pipeline, backwards=True)
         results = write_results(
             folder / "results.json", metrics, results_protocol(settings, facts) | _counted(ids)
         )

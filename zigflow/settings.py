@@ -206,6 +206,11 @@ class LoopSettings:
     )
     threads: int | None = key(None, "CPU threads; null: torch's choice", least=1)
     device: str | None = key(None, "null: the GPU when there is one | cpu", choices=(None, "cpu"))
+    trackers: tuple[str, ...] = key(
+        (),
+        "registered trackers that get what is logged, beside use_wandb and loop.tensorboard",
+        used="training",
+    )
     tensorboard: bool = key(False, "write event files to the run directory's tensorboard/", used="training")
     peak_flops: float | None = key(
         None,
@@ -326,6 +331,10 @@ class Settings:
     run_dir: str = key(
         REQUIRED, "folder of the run; default outputs/JOB/ID, of a sweep hydra.sweep.dir/NUMBER_OVERRIDES"
     )
+    plugins: tuple[str, ...] = key(
+        (),
+        "files of your own, [my_scans.py, ...]: loaded, and recorded in the checkpoint, which loads them again",
+    )
     resume: str = key(
         "auto",
         "auto: the same command with the same run_dir continues it | never: refuse a directory in use",
@@ -348,6 +357,16 @@ class Settings:
             raise SettingsError(f"cfg_interval={list(self.cfg_interval)} is not 0 <= low < high <= 1")
         self._check_combinations()
 
+    @property
+    def asks_likelihood(self) -> bool:
+        """Whether a command measures the likelihood of data, however that is spelt."""
+        return self.likelihood or self.ode.likelihood
+
+    @property
+    def measures_data(self) -> bool:
+        """Whether a command works on given data, their likelihood or their noise, instead of sampling."""
+        return self.asks_likelihood or self.ode.reverse
+
     def _check_combinations(self) -> None:
         model = self.model
         for group in ("model", "process", "codec"):
@@ -358,11 +377,11 @@ class Settings:
                 f"cfg_scale={self.cfg_scale} needs a model with a null class: model.class_dropout_prob is "
                 f"{model.get('class_dropout_prob', 0)}; train with model.class_dropout_prob=0.1, or set cfg_scale=1"
             )
-        likelihood = self.likelihood or self.ode.likelihood
-        self.upsample.check(measures=likelihood or self.ode.reverse)
+        likelihood = self.asks_likelihood
+        self.upsample.check(measures=self.measures_data)
         if likelihood and self.ode.reverse:
             raise SettingsError("likelihood=true and ode.reverse=true exclude each other: choose one")
-        if (likelihood or self.ode.reverse) and self.cfg_scale != 1:
+        if self.measures_data and self.cfg_scale != 1:
             raise SettingsError(
                 f"cfg_scale={self.cfg_scale} with likelihood=true or ode.reverse=true: guidance has no density of its "
                 "own, set cfg_scale=1"

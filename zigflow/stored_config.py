@@ -1,18 +1,39 @@
-"""A sampling command's configuration, completed by what its checkpoint says, and where its data lies now."""
+"""What ``ckpt=`` brings: a checkpoint of ours or an official file, opened once for whoever needs it.
+
+Sampling takes the model and completes its configuration by what the checkpoint says; training starts from the weights;
+``convert-checkpoint`` writes an official file's anew.
+"""
 
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
-from zigflow import plugins
-from zigflow.engine.run_dir import flat, with_later_keys
+from zigflow import files, plugins
+from zigflow.build import build_model, model_arguments
+from zigflow.engine.checkpoint import Checkpoint, open_checkpoint
+from zigflow.engine.run_dir import check_same_config, flat, with_later_keys
+from zigflow.engine.run_state import all_averages, check_scan_state, inference_weights, load_weights
+from zigflow.engine.start import Start, start_model
+from zigflow.nn import as_denoiser
+from zigflow.official import (
+    OFFICIAL_SUFFIXES,
+    OfficialFile,
+    family_of,
+    load_official,
+    process_of,
+    read_official,
+)
 from zigflow.overrides import takes_keyword
-from zigflow.settings import SettingsError
-from zigflow.shapes import data_form
+from zigflow.preflight import check_decoding, scaled_codec
+from zigflow.settings import Settings, SettingsError
+from zigflow.shapes import data_form, token_grid
 from zigflow.sources import with_old_defaults
 from zigflow.typed import unknown_key
 
@@ -22,6 +43,221 @@ _SPLITS = ("source", "heldout")
 _FROM_STORED = ("model", "train", "process", "codec", "scan")
 # What may differ between training and sampling: numerical margins, and where a file lies on this machine.
 _MAY_CHANGE = ("train.sample_eps", "process.sample_eps", "codec.path", "codec.chunk", "codec.own_scale")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What was opened.
+
+    Attributes:
+        path: the checkpoint's directory, or the official file.
+        checkpoint: of ours, verified; None for an official file.
+        official: what an official file holds; None for a checkpoint of ours.
+        family: the code base that an official file comes from.
+    """
+
+    path: Path
+    checkpoint: Checkpoint | None = None
+    official: OfficialFile | None = None
+    family: str = ""
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps behind the weights; None where an official file does not say."""
+        return self.checkpoint.step if self.checkpoint is not None else self._file().step
+
+    @property
+    def run_dir(self) -> Path:
+        """The run of a checkpoint of ours; its directory itself where it lies in none."""
+        return self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path
+
+    @property
+    def ctor_kwargs(self) -> Mapping[str, Any] | None:
+        """Keywords of the published constructor, where an official file holds them."""
+        return None if self.official is None else self.official.ctor_kwargs
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state that sampling takes by default."""
+        return (
+            inference_weights(self.checkpoint)
+            if self.checkpoint is not None
+            else dict(self._file().state_dict)
+        )
+
+    def averages(self) -> dict[str, dict[str, Tensor]]:
+        """By EMA profile; an official file has none besides its weights."""
+        return {} if self.checkpoint is None else all_averages(self.checkpoint)
+
+    def official_model(
+        self, arguments: Mapping[str, Any], null_text: Tensor | None = None
+    ) -> torch.nn.Module:
+        """The model of an official file.
+
+        Args:
+            arguments: keywords of its published constructor. A random scan's orders are not in the file, so that its
+                ``scan_seed`` may be among them.
+            null_text: the encoded empty prompt (S, D).
+
+        Raises:
+            ValueError: the file's weights are not of such a model.
+        """
+        seed = {k: arguments[k] for k in ("scan_seed",) if k in arguments}
+        given = {k: v for k, v in arguments.items() if k not in seed}
+        return load_official(self.family, given, self._file().state_dict, null_text=null_text, **seed)
+
+    def _file(self) -> OfficialFile:
+        if self.official is None:
+            raise ValueError(f"{self.path} is a checkpoint of ours, not an official file")
+        return self.official
+
+
+def open_stored(path: str | Path, model: Mapping[str, Any], family: str | None = None) -> Stored:
+    """Open what ``ckpt=`` names.
+
+    Args:
+        path: a run directory, a checkpoint in it, RUN_DIR/best, or an official file.
+        model: the model's node, as far as it is known; says which code base an official file comes from.
+        family: says so in its place; ``path`` is then an official file, whatever its name ends in.
+
+    Raises:
+        SettingsError: there is no such official file.
+        FileNotFoundError: the same, where ``family`` was given.
+        ValueError: an official file that cannot be read.
+        CheckpointError: no checkpoint is there, or it is damaged.
+    """
+    if family is None and Path(path).suffix not in OFFICIAL_SUFFIXES:
+        found = open_checkpoint(path)
+        return Stored(Path(found.path), checkpoint=found)
+    if family is None and not Path(path).exists():
+        raise SettingsError(
+            f"ckpt={path} does not exist: give ckpt=RUN_DIR, a checkpoint in it, or an official .pt file"
+        )
+    chosen = family or (family_of(model) if model.get("_target_") else "zigma")
+    return Stored(Path(path), official=read_official(path, chosen), family=chosen)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model to sample from.
+
+    Attributes:
+        settings: the command's, completed.
+        weights: which of the checkpoint's the model has: "model", "ema_<profile>" or "official".
+        step: optimizer steps behind them, where known.
+        folder: where samples go by default.
+    """
+
+    settings: Settings
+    model: torch.nn.Module
+    weights: str
+    step: int | None
+    folder: Path
+
+
+def open_trained(given: dict[str, Any], ckpt: str, wanted: str | None) -> Trained:
+    """The model of a checkpoint, ours or official, and the configuration completed by it.
+
+    Args:
+        given: the sampling command's configuration.
+        wanted: "model", an EMA profile, or None for the first profile.
+
+    Raises:
+        SettingsError: the checkpoint cannot be opened, or the command contradicts it.
+    """
+    try:
+        stored = open_stored(ckpt, given["model"])
+    except SettingsError:
+        raise
+    except ValueError as error:
+        raise SettingsError(f"ckpt: {error}") from error
+    ours = stored.checkpoint
+    if ours is None:
+        process = _published_process(given, stored.family)
+        completed = complete_from_defaults(given, ckpt, stored.ctor_kwargs, process)
+    else:
+        completed = complete_from_checkpoint(given, ours.config, ckpt)
+        find_roots(completed, ours.config, ours.trainer.get("roots"), stored.run_dir)
+    settings = plugins.checked({**completed, "codec": scaled_codec(completed["codec"])}, trains=False)
+    if not settings.measures_data:
+        # Encoding stored latents and measuring their likelihood need no autoencoder, pictures do.
+        check_decoding(settings)
+    if ours is None:
+        model = stored.official_model({k: v for k, v in model_arguments(settings).items() if k != "_target_"})
+        return Trained(settings, model, "official", stored.step, Path("samples") / stored.path.stem)
+    model = build_model(settings)
+    weights = load_weights(model, ours, wanted)
+    return Trained(settings, model, weights, stored.step, stored.run_dir / "samples")
+
+
+def _published_process(given: Mapping[str, Any], family: str) -> str:
+    """What an official file was trained under; a process that the command names goes before it."""
+    if (given["process"] or {}).get("_target_"):
+        return "flow"
+    try:
+        return process_of(family)
+    except ValueError as error:
+        raise SettingsError(f"process is missing: {error}") from error
+
+
+def start_from(settings: Settings, model: torch.nn.Module, config: Mapping[str, Any], write: bool) -> Start:
+    """Weights and their averages: a run that starts from a checkpoint is a new run, with its own optimizer and step 0.
+
+    The run begins at the weights that sampling takes: those of the first EMA profile, if there is one. What became of
+    each parameter is logged, and with ``write`` noted in the run directory, ``adapted.json``.
+
+    Raises:
+        SettingsError: the checkpoint is missing, or its model is another one; the first difference is named.
+    """
+    ckpt = str(settings.ckpt)
+    try:
+        stored = open_stored(ckpt, config["model"])
+        how = {} if stored.checkpoint is None else _how_to_start(model, stored.checkpoint, config)
+        start = start_model(model, stored.weights(), stored.averages(), patches=settings.ckpt_patches, **how)
+    except SettingsError:
+        raise
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        raise SettingsError(f"ckpt={ckpt}: {error}") from error
+    start.report.log(ckpt)
+    if write:
+        Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
+        files.replace_json(Path(settings.run_dir) / "adapted.json", {"ckpt": ckpt, **asdict(start.report)})
+    return start
+
+
+def _how_to_start(model: torch.nn.Module, stored: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of :func:`start_model`, from both configurations.
+
+    Raises:
+        RunDirError: they are of other models.
+    """
+    # What another model may have that starts from these weights; the rest says what they mean.
+    free = ("name", *as_denoiser(model).resizing().keywords)
+    given, kept = ({k: _fixed(k, c, free) for k, c in v.items()} for v in (config, stored.config))
+    check_same_config(
+        given, kept, ("model", "scan"), "its weights are another model's", "Drop the override, or ckpt="
+    )
+    built = token_grid(stored.config["model"])
+    if built is None or built == token_grid(config["model"]):
+        check_scan_state(model, stored)
+    counters = stored.trainer["counters"]
+    return {
+        "built": built,
+        "same_classes": stored.config["model"].get("num_classes") == config["model"].get("num_classes"),
+        "classes": (_class_names(stored.config), _class_names(config)),
+        "images": int(counters["images_seen"]) + int(counters.get("ema_images", 0)),
+    }
+
+
+def _class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of a model's classes by number; () where there are none, or others than the model has."""
+    names = tuple((config.get("data") or {}).get("class_names") or ())
+    return names if len(names) == config["model"].get("num_classes") else ()
+
+
+def _fixed(section: str, values: Any, free: tuple[str, ...]) -> Any:
+    if section != "model":
+        return values
+    return {k: v for k, v in values.items() if k not in free}
 
 
 def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], ckpt: str) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import pytest
 
 from tests.architecture.test_layers import MODULES
 from zigflow import plugins
-from zigflow.engine.durable import StorageError
 from zigflow.errors import MissingPackageError, SettingsError, ZigflowError, needs
+from zigflow.files import StorageError
 
 # Usable without zigflow, so with errors of their own.
 ALONE = ("scans", "dis_kernels", "dis_mamba", "dis_causal_conv1d")

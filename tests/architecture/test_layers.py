@@ -38,6 +38,7 @@ ENTRY_IMPORTS = {
     "zigflow.plugins",
     "zigflow.paths",
     "zigflow.typed_arguments",
+    "zigflow.typed_plugins",
     "zigflow.hydra_folders",
     "zigflow.hydra_run",
     "zigflow.command_help",

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from zigflow import build, cli
+from zigflow import cli, train_job
 from zigflow.engine import exits, lock
-from zigflow.engine.durable import StorageError
 from zigflow.engine.lock import Lock, RunDirError, refuse_second_writer, remove_unused
 from zigflow.engine.signals import Stopped, stop
+from zigflow.files import StorageError
 from zigflow.settings import SettingsError
 
 
@@ -25,7 +25,7 @@ def run(monkeypatch, folder, work):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr(sys, "argv", ["train_acc.py", "+debug=cpu_tiny", "run_dir=run"])
-    monkeypatch.setattr(build, "train_from_config", work)
+    monkeypatch.setattr(train_job, "train_from_config", work)
     code = cli.train()
     note = folder / "run" / "exit" / "rank_0000.json"
     return code, json.loads(note.read_text()) if note.exists() else None

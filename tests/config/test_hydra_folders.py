@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
-from zigflow import build, cli, hydra_folders, plugins
+from zigflow import cli, hydra_folders, plugins, train_job
 from zigflow.engine import exits
 from zigflow.engine.signals import stop
 from zigflow.settings import Settings, SettingsError
@@ -38,7 +38,7 @@ def command(monkeypatch, tmp_path):
         monkeypatch.delenv("RUN_ID")
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         monkeypatch.setattr(sys, "argv", ["train_acc.py", *arguments])
-        monkeypatch.setattr(build, "train_from_config", work)
+        monkeypatch.setattr(train_job, "train_from_config", work)
         return cli.train(), seen
 
     return run

@@ -82,7 +82,7 @@ def test_an_interrupted_writer_leaves_no_index_and_no_temporary_files(tmp_path):
 
 
 def test_a_failing_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    from zigflow.data.files import replacing
+    from zigflow.files import replacing
 
     (tmp_path / "a").write_bytes(b"old")
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "no space left")))

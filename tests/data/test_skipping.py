@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.hostile import END, good, sample
+from zigflow.data.batch import condition
 from zigflow.data.fields import OFFICIAL_KEYS, normal_rename
 from zigflow.data.global_batch import GlobalBatch
 from zigflow.data.loader import pick_caption, training_loader
@@ -22,7 +23,6 @@ from zigflow.data.tar import BudgetError, ShardError
 from zigflow.data.writer import ShardWriter, encode_npy, encode_png
 from zigflow.datasets.shards import ShardSource
 from zigflow.datasets.synthetic import ShapesSource
-from zigflow.engine.batches import condition
 from zigflow.keyed import KeyedDraws
 
 
@@ -88,10 +88,6 @@ def test_renaming_means_the_same_either_way_round(rename):
     assert normal_rename(want) == want
 
 
-class Text(torch.nn.Module):
-    has_text = True
-
-
 @settings(max_examples=30)
 @given(st.integers(0, 2**40), st.integers(0, 2**31), st.integers(1, 9))
 def test_a_caption_is_picked_as_training_would_pick_it(position, seed, count):
@@ -104,7 +100,7 @@ def test_a_caption_is_picked_as_training_would_pick_it(position, seed, count):
         labels = None
 
     Whole.tokens = tokens[None]
-    want = condition(Whole, Text(), KeyedDraws(seed, ids))[0]
+    want = condition(Whole, True, KeyedDraws(seed, ids))[0]
     assert torch.equal(got["tokens"], want)
     assert got["captions"] == (str(int(want[0, 0])),)
 
@@ -180,22 +176,26 @@ def test_a_resumed_run_sees_the_same_replacements():
     assert tail == {g: key for g, key in whole.items() if g >= 36}
 
 
-def watch(bad, limit, steps=10, max_skipped=30):
+def met(bad, limit, steps=10, max_skipped=30):
     source = Damaged(30, bad)
     order = DataOrder(source.shard_sizes, 1)
     skipped = SkippedSamples(limit)
     loader = training_loader(source, order, GlobalBatch(6), stop_step=steps, max_skipped=max_skipped)
-    return skipped, [key for batch in skipped.watch(loader) for key in batch.keys]
+    keys = []
+    for batch in loader:
+        skipped.add(batch.skipped)
+        keys += batch.keys
+    return skipped, keys
 
 
 def test_each_unreadable_sample_counts_once_however_often_it_is_met(caplog):
     with caplog.at_level("WARNING"):
-        skipped, keys = watch({3, 4, 5}, 3)
+        skipped, keys = met({3, 4, 5}, 3)
     assert (len(keys), len(skipped.messages)) == (60, 3)
     for index in (3, 4, 5):
         assert caplog.text.count(f"offset {512 * index}, key 'k{index}': damaged") == 1
     with pytest.raises(BudgetError, match="3 unreadable samples, data.max_skipped is 2; the last here|here"):
-        watch({3, 4, 5}, 2)
+        met({3, 4, 5}, 2)
     skipped.check(3)
     with pytest.raises(BudgetError, match="4 unreadable samples"):
         skipped.check(4)
@@ -203,7 +203,7 @@ def test_each_unreadable_sample_counts_once_however_often_it_is_met(caplog):
 
 def test_without_a_budget_the_first_is_an_error():
     with pytest.raises(ShardError, match=r"shard s\.tar, offset 1536, key 'k3': damaged"):
-        watch({3}, 0, max_skipped=0)
+        met({3}, 0, max_skipped=0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

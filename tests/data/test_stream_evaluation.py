@@ -6,13 +6,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.data.hostile import END, png, sample
-from zigflow.build import train_from_config
-from zigflow.evaluation_job import watch
 from zigflow.metrics.frechet import FrechetMetric
 from zigflow.plugins import compose_config
 from zigflow.sample_job import sample_from_config
 from zigflow.settings import Settings, SettingsError
 from zigflow.tools.evaluate import evaluate
+from zigflow.train_job import train_from_config
 
 pytest.importorskip("webdataset")
 SHARDS = "zigflow.datasets.shards.ShardSource"
@@ -57,7 +56,7 @@ def on_stream(folder, *more):
 
 
 def test_a_stream_is_evaluated_against_held_out_data(folder):
-    train_from_config(on_stream(folder, COLOR, HELDOUT), watch)
+    train_from_config(on_stream(folder, COLOR, HELDOUT))
     during = json.loads((folder / "run" / "eval" / "step-0000008.json").read_text())
     assert during["protocol"]["reference_n"] == 20
     given = [
@@ -105,7 +104,7 @@ def _settings(cfg):
 def test_what_cannot_be_judged_is_refused_before_a_device_is_touched(folder, monkeypatch, more, match):
     monkeypatch.setattr("zigflow.build.make_accelerator", lambda **_: pytest.fail("the device was touched"))
     with pytest.raises(SettingsError, match=match) as refused:
-        train_from_config(on_stream(folder, *more), watch)
+        train_from_config(on_stream(folder, *more))
     assert "\n" not in str(refused.value)
     assert not (folder / "run").exists()
 
@@ -113,7 +112,7 @@ def test_what_cannot_be_judged_is_refused_before_a_device_is_touched(folder, mon
 def test_only_the_real_images_that_a_metric_reads_are_opened(folder):
     """The training set of an indexed run may lie elsewhere when held-out data are all that is asked for."""
     config = on_stream(folder, COLOR, HELDOUT, "data.train_steps=8", "data.order=indexed")
-    train_from_config(config, watch)
+    train_from_config(config)
     for tar in (folder / "set").iterdir():
         tar.unlink()
     given = [
@@ -131,4 +130,4 @@ def test_a_number_of_samples_that_cannot_be_judged_is_one_line(folder):
     with pytest.raises(
         SettingsError, match=r"data.sample_fid_every=8\): digit judge: .* or give metrics=none"
     ):
-        train_from_config(few, watch)
+        train_from_config(few)

@@ -13,14 +13,14 @@ import pytest
 from tests.data.hostile import END, png, sample
 from tests.data.shard_server import serving
 from tests.engine.evaluation_toys import on_threads
-from zigflow.build import train_from_config
-from zigflow.data.skipped import SkippedSamples
+from zigflow import files
 from zigflow.data.tar import BudgetError, ShardError
-from zigflow.engine import checkpoint, durable
+from zigflow.engine import checkpoint
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.skips import SkipBudget
 from zigflow.plugins import compose_config
 from zigflow.settings import SettingsError
+from zigflow.train_job import train_from_config
 
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("webdataset")
@@ -62,9 +62,9 @@ def keep_only(folder, **order):
     trainer = json.loads((path / "trainer.json").read_text())
     trainer["data"]["identity"]["order"] |= order
     seal = json.loads((path / checkpoint.SEAL).read_text())
-    seal["files"]["trainer.json"] = durable.write_json(path / "trainer.json", trainer)
+    seal["files"]["trainer.json"] = files.write_json(path / "trainer.json", trainer)
     seal["digest"] = checkpoint._map_digest(seal["files"])
-    durable.write_json(path / checkpoint.SEAL, seal)
+    files.write_json(path / checkpoint.SEAL, seal)
 
 
 def stored_order(folder):
@@ -123,34 +123,30 @@ def test_the_budget_is_the_runs_and_not_a_launchs(folder, caplog):
     assert "key '2-3'" in caplog.text, "it was met again"
     assert stored_counters(folder)["unreadable"] == [first], "and counts once"
 
-    skipped = SkippedSamples(limit=1)
     counters = SimpleNamespace(unreadable=[first])
     options = SimpleNamespace(log_every=4, ckpt_every=3)
     trainer = SimpleNamespace(counters=counters, options=options, ranks=Ranks())
-    budget = SkipBudget(skipped)
+    budget = SkipBudget(1)
     budget.begin(trainer)
-    budget(trainer, SimpleNamespace(step=4))
+    budget.after_step(trainer, SimpleNamespace(step=4, skipped=()))
     with pytest.raises(
         BudgetError, match="2 unreadable samples, data.max_skipped is 1; the last one here: another"
     ):
-        list(skipped.watch([SimpleNamespace(skipped=("another",))]))
-    budget(trainer, SimpleNamespace(step=5))
+        budget.after_step(trainer, SimpleNamespace(step=5, skipped=("another",)))
     assert counters.unreadable == [first]
     with pytest.raises(BudgetError, match="2 unreadable samples"):
-        budget(trainer, SimpleNamespace(step=6))
+        budget.after_step(trainer, SimpleNamespace(step=6, skipped=()))
 
 
 def test_processes_that_met_the_same_sample_count_it_once():
     def work(ranks):
-        skipped = SkippedSamples(limit=2)
-        for message in ("met by both", f"met by {ranks.rank % 2}"):
-            list(skipped.watch([SimpleNamespace(skipped=(message,))]))
+        messages = ("met by both", f"met by {ranks.rank % 2}")
         counters = SimpleNamespace(unreadable=[])
         trainer = SimpleNamespace(
             counters=counters, options=SimpleNamespace(log_every=1, ckpt_every=1), ranks=ranks
         )
         try:
-            SkipBudget(skipped)(trainer, SimpleNamespace(step=1))
+            SkipBudget(2).after_step(trainer, SimpleNamespace(step=1, skipped=messages))
         except BudgetError as error:
             return str(error)
         return counters.unreadable

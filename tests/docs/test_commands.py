@@ -10,6 +10,7 @@ from tests.docs.commands import PAGES, ROOT, Command, UncheckedError, check, com
 
 # Pages whose commands a module of their own holds against what they stand for, and how it calls them.
 OWN_TESTS = {
+    "docs/extending.md": ("tests.docs.test_extending", "COMMANDS"),
     "docs/formats.md": ("tests.docs.test_formats", "COMMANDS"),
     "docs/migration.md": ("tests.docs.test_migration", "OURS"),
     "docs/migration_dim.md": ("tests.docs.test_migration_dim", "OURS"),
@@ -28,7 +29,6 @@ REASONS = {
     "pip install -r requirements.txt": "another project's column",
     "pip install -e causal_conv1d": "another project's column",
     "accelerate launch --num_processes 2 ... sample_acc.py ckpt=RUN_DIR": "the dots stand for a launch file",
-    "python train_acc.py model=tokens process=gaussian": "the page's own family; run in tests/docs/test_extending.py",
 }  # fmt: skip
 
 

@@ -10,9 +10,9 @@ import torch
 
 from tests.engine.test_compvis import random_weights
 from zigflow import plugins
-from zigflow.build import train_from_config
 from zigflow.sample_job import sample_from_config
 from zigflow.tools import __main__ as tools
+from zigflow.train_job import train_from_config
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "formats.md").read_text()
 COMMANDS = [

@@ -5,11 +5,10 @@ from contextlib import contextmanager
 
 import torch
 
-from tests.engine.toys import CLASSES, SHAPE, EulerToy, TinyModel, ToyProcess, batch_at
+from tests.engine.toys import CLASSES, SHAPE, EulerToy, TinyModel, ToyProcess, batch_at, make_sampling_run
 from zigflow.codec import IdentityCodec
 from zigflow.engine.evaluation import Judge
 from zigflow.engine.in_loop import InLoopEvaluation
-from zigflow.engine.sampling_run import SamplingRun
 from zigflow.errors import OtherRankError
 from zigflow.metrics.frechet import FrechetMetric
 
@@ -95,13 +94,11 @@ def pixels(images):
 
 def sampling_run(model=None, *, folder=None, ranks=None, num_samples=10, batch_size=4, **changes):
     settings = {
+        "model": model or TinyModel(), "ranks": ranks, "num_samples": num_samples, "batch_size": batch_size,
         "process": ToyProcess(), "sampler": EulerToy(), "codec": IdentityCodec(), "shape": SHAPE, "seed": 3,
         "num_classes": CLASSES, "progress": False, **changes,
     }  # fmt: skip
-    return SamplingRun(
-        model=model or TinyModel(), folder=folder, ranks=ranks, num_samples=num_samples, batch_size=batch_size,
-        **settings,
-    )  # fmt: skip
+    return make_sampling_run(folder=folder, **settings)
 
 
 PROTOCOL = {

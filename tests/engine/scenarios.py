@@ -13,9 +13,10 @@ from accelerate import Accelerator
 
 from tests.engine.forks import fork, join
 from tests.engine.toys import TinyModel, ToyProcess, batch_at, make_trainer, snapshot
-from zigflow.data.global_batch import GlobalBatch, GlobalBatchSampler
-from zigflow.engine import checkpoint, durable
-from zigflow.engine.elastic import split_for
+from zigflow import files
+from zigflow.data.global_batch import GlobalBatchSampler
+from zigflow.engine import checkpoint
+from zigflow.engine.elastic import global_batch_for
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.tensors import save_tensors
 
@@ -45,8 +46,7 @@ def training(folder, steps, *, limit=GLOBAL, seed=0, note=None, dropout=0.3, hoo
     ranks = Ranks()
     share = GLOBAL // ranks.size
     local = min(limit, share)
-    split = split_for(Path(folder), local, share // local, ranks.size)
-    batch = GlobalBatch(split.global_batch, ranks.size, ranks.rank, split.grad_accum)
+    batch = global_batch_for(Path(folder), local, share // local, ranks)
 
     def loader(start):
         return (batch_at(ids) for ids in GlobalBatchSampler(batch, start))
@@ -57,7 +57,7 @@ def training(folder, steps, *, limit=GLOBAL, seed=0, note=None, dropout=0.3, hoo
     seen = []
     torch.manual_seed(seed)
     trainer = make_trainer(
-        folder, steps=steps, loader=loader, batch_size=split.batch_size, grad_accum=split.grad_accum,
+        folder, steps=steps, loader=loader, batch_size=batch.local_size, grad_accum=batch.grad_accum,
         accelerator=accelerator, model=TinyModel(seed=seed, dropout=dropout), hooks=[remember, *hooks], **changes,
     )  # fmt: skip
     trainer.fit()
@@ -154,7 +154,7 @@ def _crashing(index, count_only=None):
 
 
 def _saving(folder, steps, observer):
-    with durable.observed(observer):
+    with files.observed(observer):
         training(folder, steps, ckpt_every=1, keep_last=1)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.engine.evaluation_toys import on_threads
-from zigflow.engine import checkpoint, durable
+from zigflow import files
+from zigflow.engine import checkpoint
 from zigflow.engine.checkpoint import CheckpointError
 from zigflow.engine.ranks import Ranks
 from zigflow.engine.tensors import load_tensors, save_tensors
@@ -50,7 +51,7 @@ def start_again(directory):
 
 def operations_of(directory, step):
     seen = []
-    with durable.observed(lambda operation, path: seen.append((operation, path.name))):
+    with files.observed(lambda operation, path: seen.append((operation, path.name))):
         save_and_prune(directory, step)
     return seen
 
@@ -82,14 +83,14 @@ def test_a_crash_at_every_operation_leaves_a_loadable_checkpoint(tmp_path_factor
 
     operations = operations_of(fresh(), 30)
     kinds = {operation for operation, _ in operations}
-    wanted = set(durable.OPERATIONS) - {"truncate"}
+    wanted = set(files.OPERATIONS) - {"truncate"}
     assert kinds == wanted, "the save and prune under test must use every kind of operation"
     published = next(
         i for i, (op, name) in enumerate(operations) if op == "rename" and name == "step-0000030"
     )
     for index in range(len(operations)):
         folder = fresh()
-        with durable.observed(crash_at(index)), pytest.raises(Crash):
+        with files.observed(crash_at(index)), pytest.raises(Crash):
             save_and_prune(folder, 30)
         found = start_again(folder)
         assert found is not None, operations[index]
@@ -104,7 +105,7 @@ def test_a_write_that_fails_keeps_the_old_checkpoint(directory):
         if operation == "write" and path.name == "model.safetensors":
             raise OSError(28, "No space left on device")
 
-    with durable.observed(disk_full), pytest.raises(OSError, match="No space left"):
+    with files.observed(disk_full), pytest.raises(OSError, match="No space left"):
         save_and_prune(directory, 30)
     assert value_of(start_again(directory)) == 20
 
@@ -129,12 +130,12 @@ def test_a_save_that_fails_anywhere_leaves_nothing_of_itself(tmp_path_factory, a
         return folder
 
     folder, seen = fresh(), []
-    with durable.observed(lambda operation, path: seen.append((operation, path.name))):
+    with files.observed(lambda operation, path: seen.append((operation, path.name))):
         write(folder, 20)
     assert len(seen) > 15
     for index, (operation, name) in enumerate(seen):
         folder = fresh()
-        with durable.observed(Full(index)), pytest.raises(durable.StorageError):
+        with files.observed(Full(index)), pytest.raises(files.StorageError):
             write(folder, 20)
         # With its name a checkpoint is complete, though the name could not be synced.
         named = index > seen.index(("rename", "step-0000020"))
@@ -154,9 +155,9 @@ def test_whichever_process_fails_the_main_one_removes_what_all_have_written(dire
         if operation == "fsync" and path.name == f"rank_{full:04d}.safetensors":
             raise OSError(28, "No space left on device", str(path))
 
-    with durable.observed(disk_full):
+    with files.observed(disk_full):
         found = on_threads(2, save)
-    assert isinstance(found[full], durable.StorageError)
+    assert isinstance(found[full], files.StorageError)
     assert isinstance(found[1 - full], OtherRankError)
     assert sorted(path.name for path in directory.iterdir()) == ["step-0000010", "step-0000020"]
 
@@ -167,8 +168,8 @@ def test_what_cannot_be_removed_hides_no_error(directory):
             raise OSError(30, "Read-only file system", str(path))
 
     with (
-        durable.observed(read_only),
-        pytest.raises(durable.StorageError, match="write of .* failed: Read-only"),
+        files.observed(read_only),
+        pytest.raises(files.StorageError, match="write of .* failed: Read-only"),
     ):
         write(directory, 30)
     assert value_of(start_again(directory)) == 20
@@ -291,7 +292,7 @@ def test_tensors_come_back_bit_by_bit(tmp_path, dtype):
     entry = save_tensors(tmp_path / "x.safetensors", tensors, {"note": "é"})
     data = (tmp_path / "x.safetensors").read_bytes()
     assert entry["size"] == len(data)
-    assert entry["sha256"] == durable.file_digest(tmp_path / "x.safetensors")
+    assert entry["sha256"] == files.file_digest(tmp_path / "x.safetensors")
     back = load_tensors(tmp_path / "x.safetensors")
     assert set(back) == set(tensors)
     for name, value in tensors.items():

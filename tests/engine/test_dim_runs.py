@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from tests.engine.toys import PROFILES, Loader, assert_same_bits, make_trainer, snapshot
+from tests.engine.toys import PROFILES, Loader, assert_same_bits, make_sampling_run, make_trainer, snapshot
 from zigflow.codec import IdentityCodec
 from zigflow.engine import checkpoint
 from zigflow.engine.run_state import load_weights
-from zigflow.engine.sampling_run import SamplingRun
 from zigflow.models.dim import DiM
 from zigflow.processes import StableDiffusion
 from zigflow.processes.flow import Flow
@@ -30,7 +29,7 @@ def test_a_cut_run_resumes_to_the_bit(tmp_path, policy):
     make_trainer(tmp_path / "b", steps=2, model=dim(0), **common).fit()
     again = make_trainer(tmp_path / "b", steps=4, model=dim(1), loader=Loader(4), **common)
     again.fit()
-    assert again.loader_factory.starts == [2]
+    assert again.data.loader.starts == [2]
     assert_same_bits(snapshot(again), snapshot(straight))
 
 
@@ -50,7 +49,7 @@ def test_sampling_from_a_checkpoint_in_any_split(tmp_path):
     load_weights(model, checkpoint.open_checkpoint(tmp_path / "run"), "official")
 
     def sample(folder, number):
-        return SamplingRun(
+        return make_sampling_run(
             model=model, process=process, sampler=DpmSolver("dpm_solver++", "fast", 4, 3, "time_uniform"),
             codec=IdentityCodec(), shape=(1, 4, 4), seed=1, num_samples=number, batch_size=3,
             folder=tmp_path / folder, num_classes=3, progress=False,

@@ -1,6 +1,7 @@
 """Evaluation: each sample once on any number of processes, and nothing of it is left in the training."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_an_error_on_one_process_is_one_on_all():
     def work(ranks):
         run = sampling_run(ranks=ranks)
         if ranks.rank == 1:
-            run.sampler = None
+            run.pipeline = replace(run.pipeline, sampler=None)
         return Judge(pixel_metric(), ToySource(), None, ranks=ranks)(run)
 
     found = on_threads(3, work)
@@ -116,9 +117,12 @@ def test_nothing_real_to_compare_with():
 def test_training_with_evaluation_equals_training_without(tmp_path, every):
     plain = make_trainer(tmp_path / "plain", steps=5)
     plain.fit()
-    watched = make_trainer(tmp_path / "watched", steps=5, hooks=[in_loop(Ranks(), every)])
     grown = []
-    watched.hooks += (lambda t, r: grown.append(t.model.training and t.model.drop.training),)
+
+    def note(trainer, record):
+        grown.append(trainer.model.training and trainer.model.drop.training)
+
+    watched = make_trainer(tmp_path / "watched", steps=5, hooks=[in_loop(Ranks(), every), note])
     watched.fit()
     assert_same_bits(snapshot(watched), snapshot(plain))
     assert grown == [True] * 5

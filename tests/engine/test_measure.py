@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from tests.engine.toys import CLASSES, SHAPE, TinyModel, batch_at
+from tests.engine.toys import CLASSES, SHAPE, TinyModel, batch_at, split_run
 from zigflow.codec import IdentityCodec
 from zigflow.engine.measure import MeasuringRun
 from zigflow.engine.sampling_run import SamplingFolderError
@@ -52,7 +52,8 @@ def make_run(folder, *, num_samples=10, batch_size=4, **changes):
         "progress": False,
         **changes,
     }
-    return MeasuringRun(folder=folder, num_samples=num_samples, batch_size=batch_size, **settings)
+    settings |= {"num_samples": num_samples, "batch_size": batch_size}
+    return MeasuringRun(*split_run(settings), folder=folder, **settings)
 
 
 def measured(run):

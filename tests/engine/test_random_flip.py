@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from zigflow import plugins
-from zigflow.data.batch import Batch
-from zigflow.engine.batches import flipped
+from zigflow.data.batch import Batch, flipped
 from zigflow.keyed import KeyedDraws
 from zigflow.settings import SettingsError
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from model_zigma import ZigMa
-from tests.engine.toys import PROFILES, Loader, assert_same_bits, make_trainer, snapshot
+from tests.engine.toys import PROFILES, Loader, assert_same_bits, make_sampling_run, make_trainer, snapshot
 from zigflow.codec import IdentityCodec
 from zigflow.engine import checkpoint
 from zigflow.engine.run_state import load_weights
-from zigflow.engine.sampling_run import SamplingRun
 from zigflow.models.dis import DiS
 from zigflow.processes import Gaussian
 from zigflow.processes.flow import Flow
@@ -45,7 +44,7 @@ def test_a_model_resumes_to_the_bit(tmp_path, family, policy):
     make_trainer(tmp_path / "b", steps=2, model=build(0), **common).fit()
     again = make_trainer(tmp_path / "b", steps=5, model=build(1), loader=Loader(4), **common)
     again.fit()
-    assert again.loader_factory.starts == [2]
+    assert again.data.loader.starts == [2]
     assert_same_bits(snapshot(again), snapshot(straight))
 
 
@@ -90,7 +89,7 @@ def test_sampling_from_a_checkpoint_in_any_split(tmp_path, family, sampler):
     load_weights(model, checkpoint.open_checkpoint(tmp_path / "run"), "official")
 
     def sample(folder, count):
-        return SamplingRun(
+        return make_sampling_run(
             model=model, process=process(), sampler=sampler, codec=IdentityCodec(), shape=(1, 4, 4), seed=1,
             num_samples=count, batch_size=3, folder=tmp_path / folder, num_classes=3, progress=False,
             guide=lambda m: Guided(m, 2.0),

@@ -65,8 +65,8 @@ def test_a_late_run_opens_restores_and_steps_with_as_many_calls_as_an_early_one(
         again = make_trainer(folder, steps=step + 1, model=TinyModel(seed=8), epoch_size=1000)
         counts[name] = calls_of(again.fit)
         assert again.counters.step == step + 1
-        assert again.loader_factory.starts == [step]
-        assert len(again.loader_factory.given) == 1
+        assert again.data.loader.starts == [step]
+        assert len(again.data.loader.given) == 1
     assert abs(counts["late"] - counts["early"]) <= 0.01 * counts["early"], counts
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.engine.toys import CLASSES, SHAPE, EulerToy, TinyModel, ToyProcess
+from tests.engine.toys import CLASSES, SHAPE, EulerToy, TinyModel, ToyProcess, make_sampling_run
 from zigflow.codec import IdentityCodec
-from zigflow.engine.sampling_run import SamplingFolderError, SamplingRun, weights_hash
+from zigflow.engine.sampling_run import SamplingFolderError, weights_hash
 
 
 def make_run(folder, *, num_samples=10, batch_size=4, **changes):
@@ -25,7 +25,8 @@ def make_run(folder, *, num_samples=10, batch_size=4, **changes):
         "progress": False,
         **changes,
     }
-    return SamplingRun(folder=folder, num_samples=num_samples, batch_size=batch_size, **settings)
+    settings |= {"num_samples": num_samples, "batch_size": batch_size}
+    return make_sampling_run(folder=folder, **settings)
 
 
 def files(folder):

@@ -8,8 +8,8 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.engine.toys import Loader, TinyModel, ToyProcess, assert_same_bits, make_trainer, snapshot
-from zigflow import cli
-from zigflow.engine import checkpoint, durable, exits, signals
+from zigflow import cli, files
+from zigflow.engine import checkpoint, exits, signals
 from zigflow.engine.signals import SIGNALS, Stopped, StopSignals, stop
 from zigflow.settings import SettingsError
 
@@ -103,7 +103,7 @@ def continued(folder, unbroken, seed=8):
     again.fit()
     assert again.stopped_by is None
     assert_same_bits(snapshot(again), unbroken)
-    return again.loader_factory.starts
+    return again.data.loader.starts
 
 
 WINDOWS = {
@@ -126,7 +126,9 @@ def test_it_saves_and_leaves(tmp_path, unbroken, window, number):
     assert trainer.stopped_by == number.name
     assert checkpoint.open_checkpoint(tmp_path).step == step
     if window == "evaluation":
-        assert trainer.hooks[0].results == [1, 2], "the interrupted evaluation must give no result"
+        assert trainer.monitoring.hooks[0].function.results == [1, 2], (
+            "the interrupted evaluation must give no result"
+        )
     assert continued(tmp_path, unbroken) == [step]
 
 
@@ -140,7 +142,7 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path, unbroken, numb
     trainer = make_trainer(tmp_path, steps=STEPS, loader=Late())
     assert trainer.fit().step == 0
     assert trainer.stopped_by == number.name
-    assert trainer.loader_factory.given == [], "no data is read any more"
+    assert trainer.data.loader.given == [], "no data is read any more"
     assert checkpoint.find_latest(tmp_path) is None
     assert continued(tmp_path, unbroken, seed=0) == [0]
 
@@ -160,7 +162,7 @@ def test_before_the_first_step_of_a_run_that_continues_its_checkpoint_stays(tmp_
 def save_operations(folder):
     """What a run of two steps that saves each does in its second save, the deletion of the first included."""
     seen = []
-    with durable.observed(lambda operation, path: seen.append((operation, path))):
+    with files.observed(lambda operation, path: seen.append((operation, path))):
         make_trainer(folder, steps=2, ckpt_every=1, keep_last=1).fit()
     first = next(i for i, (_, path) in enumerate(seen) if path.name == ".incomplete-step-0000002")
     return first, len(seen)
@@ -175,7 +177,7 @@ def test_a_save_ends_before_the_run_leaves_at_whichever_operation_the_signal_com
         torch.manual_seed(0)
         trainer = make_trainer(tmp_path / str(index), steps=STEPS, ckpt_every=1, keep_last=1)
         once = Once(SIGNALS[index % 2], at=index + 1)
-        with durable.observed(once):
+        with files.observed(once):
             trainer.fit()
         assert trainer.stopped_by == SIGNALS[index % 2].name
         assert [c.step for c in checkpoint.list_complete(tmp_path / str(index) / "checkpoints")] == [2]
@@ -192,7 +194,7 @@ def test_more_signals_change_nothing(tmp_path, unbroken):
     trainer = make_trainer(
         tmp_path, steps=STEPS, hooks=[lambda t, r: send(signal.SIGTERM) if r.step == 2 else None]
     )
-    with durable.observed(storm):
+    with files.observed(storm):
         trainer.fit()
     # The first operation is the making of the run directory.
     assert trainer.counters.step == 0
@@ -208,7 +210,7 @@ def test_more_signals_change_nothing(tmp_path, unbroken):
             saving.append(operation)
             storm(operation, path)
 
-    with durable.observed(storm_in_save):
+    with files.observed(storm_in_save):
         trainer.fit()
     assert len(saving) > 20
     assert trainer.stopped_by == "SIGTERM", "the first one counts"
@@ -254,7 +256,7 @@ def test_ctrl_c_in_a_save_lets_it_end(tmp_path, unbroken):
             pressed.append(operation)
             send(signal.SIGINT)
 
-    with durable.observed(press):
+    with files.observed(press):
         trainer.fit()
     assert (pressed != [], trainer.stopped_by) == (True, "SIGINT")
     assert not list((tmp_path / "checkpoints").glob(".*"))

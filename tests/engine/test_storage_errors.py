@@ -8,12 +8,12 @@ import torch
 
 from tests.engine.test_checkpoint import Crash
 from tests.engine.toys import TinyModel, assert_same_bits, make_trainer, snapshot
-from zigflow import plugins
-from zigflow.engine import checkpoint, durable
-from zigflow.engine.durable import StorageError
+from zigflow import files, plugins
+from zigflow.engine import checkpoint
 from zigflow.engine.lock import Lock
 from zigflow.engine.log import MetricsFile
 from zigflow.engine.run_dir import RunDir
+from zigflow.files import StorageError
 
 ERRORS = {
     errno.ENOSPC: "free space there",
@@ -46,7 +46,7 @@ def operations(tmp_path_factory):
     """Every operation of a run of two steps: opening, log lines, two saves, a deletion."""
     folder, seen = tmp_path_factory.mktemp("operations"), []
     torch.manual_seed(0)
-    with durable.observed(lambda operation, path: seen.append((operation, path.relative_to(folder)))):
+    with files.observed(lambda operation, path: seen.append((operation, path.relative_to(folder)))):
         run(folder / "run").fit()
     return seen
 
@@ -72,7 +72,7 @@ def check_every_operation(tmp_path, operations, indices, error, unbroken):
         folder = tmp_path / str(index)
         torch.manual_seed(0)
         at = At(index, error)
-        with durable.observed(at), pytest.raises(Crash if error is Crash else StorageError) as raised:
+        with files.observed(at), pytest.raises(Crash if error is Crash else StorageError) as raised:
             run(folder).fit()
         assert at.hit is not None
         if error is not Crash:
@@ -106,7 +106,7 @@ def test_every_operation_of_a_run(tmp_path, operations, unbroken, error, record_
 
 @pytest.mark.parametrize("error", [Crash, errno.ENOSPC], ids=["crash", "ENOSPC"])
 def test_some_operations_of_a_run(tmp_path, operations, unbroken, error):
-    assert {name for name, _ in operations} == set(durable.OPERATIONS) - {"truncate"}
+    assert {name for name, _ in operations} == set(files.OPERATIONS) - {"truncate"}
     check_every_operation(tmp_path, operations, range(3, len(operations), 37), error, unbroken)
 
 
@@ -119,7 +119,7 @@ def test_a_write_limit_of_the_system_is_one_line(tmp_path):
 
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
-            file = durable.DurableFile(tmp_path / "large")
+            file = files.DurableFile(tmp_path / "large")
             with file:
                 file.write(bytes(20000))
         except StorageError as error:

@@ -94,12 +94,12 @@ def test_float16_may_be_left_on_resume_and_its_skipped_batches_stay_skipped(tmp_
     changed = fit(tmp_path / "changed", 2, mixed_precision="fp16")
     assert stored_in_float32(tmp_path / "changed", "fp16")
     again = fit(tmp_path / "changed", 4)
-    assert again.loader_factory.starts == [changed.counters.batches]
+    assert again.data.loader.starts == [changed.counters.batches]
     assert (again.counters.step, again.counters.skipped) == (4, changed.counters.skipped)
     assert all(torch.isfinite(v).all() for v in snapshot(again).values())
 
 
 def test_the_launcher_s_precision_is_taken_when_none_is_given(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert fit(tmp_path / "told", 1, mixed_precision=None).mixed_precision == "bf16"
-    assert fit(tmp_path / "given", 1, mixed_precision="no").mixed_precision == "no"
+    assert fit(tmp_path / "told", 1, mixed_precision=None).options.mixed_precision == "bf16"
+    assert fit(tmp_path / "given", 1, mixed_precision="no").options.mixed_precision == "no"

@@ -10,7 +10,8 @@ import torch
 from tests.assertions import assert_close
 from tests.engine.test_checkpoint import assert_nothing_pickled
 from tests.engine.toys import CLASSES, Loader, TinyModel, ToyProcess, assert_same_bits, make_trainer, snapshot
-from zigflow.engine import checkpoint, durable
+from zigflow import files
+from zigflow.engine import checkpoint
 from zigflow.engine import step as step_module
 from zigflow.engine.checkpoint import CheckpointError
 from zigflow.engine.ema import EmaProfile
@@ -146,7 +147,7 @@ def test_a_run_killed_between_saves_repeats_the_steps_since_the_last(tmp_path):
     assert read_metrics(tmp_path / "b" / "metrics.jsonl")[-1]["step"] == 7
     again = make_trainer(tmp_path / "b", steps=8, ckpt_every=3, log_every=1)
     again.fit()
-    assert again.loader_factory.starts == [6]
+    assert again.data.loader.starts == [6]
     assert_same_bits(snapshot(again), snapshot(straight) | {"generator": torch.get_rng_state()})
     steps = [line["step"] for line in read_metrics(tmp_path / "b" / "metrics.jsonl")]
     assert steps == list(range(1, 9)), "lines past the checkpoint are dropped and written again"
@@ -268,10 +269,11 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_samples(tmp_path, va
 
 
 def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
-    trainer = make_trainer(tmp_path, steps=9, ckpt_every=1)
-    trainer.hooks = (
-        lambda t, r: t.model.leave.bias.register_hook(lambda g: g * float("nan")) if r.step == 3 else None,
-    )
+    def spoil(trainer, record):
+        if record.step == 3:
+            trainer.model.leave.bias.register_hook(lambda g: g * float("nan"))
+
+    trainer = make_trainer(tmp_path, steps=9, ckpt_every=1, hooks=[spoil])
     with pytest.raises(NonFiniteError, match="step 4: the gradient norm"):
         trainer.fit()
     assert checkpoint.open_checkpoint(tmp_path).step == 3
@@ -282,11 +284,11 @@ def test_a_save_on_a_full_disk_keeps_the_older_checkpoint(tmp_path):
         if operation == "write" and "step-0000004" in str(path):
             raise OSError(28, "No space left on device", str(path))
 
-    with durable.observed(full_disk), pytest.raises(OSError, match="No space left"):
+    with files.observed(full_disk), pytest.raises(OSError, match="No space left"):
         make_trainer(tmp_path, steps=9, ckpt_every=2).fit()
     again = make_trainer(tmp_path, steps=4)
     again.fit()
-    assert again.loader_factory.starts == [2]
+    assert again.data.loader.starts == [2]
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
@@ -465,9 +467,10 @@ def test_scaled_gradients_equal_plain_ones(tmp_path):
     """A power of two changes no bit of a float32 gradient."""
     norms = {}
     for name, scaled in (("plain", False), ("scaled", True)):
-        trainer = make_trainer(tmp_path / name, steps=3)
+        found = norms.setdefault(name, [])
+        note = [lambda t, r, found=found: found.append((r.grad_norm, r.loss))]
+        trainer = make_trainer(tmp_path / name, steps=3, hooks=note)
         trainer.scaler.enabled, trainer.scaler.scale = scaled, 65536.0 if scaled else 1.0
-        trainer.hooks = (lambda t, r, name=name: norms.setdefault(name, []).append((r.grad_norm, r.loss)),)
         trainer.fit()
     assert norms["plain"] == norms["scaled"]
 

@@ -8,10 +8,14 @@ from torch import nn
 
 from zigflow.codec import IdentityCodec
 from zigflow.data.batch import Batch
+from zigflow.data.global_batch import GlobalBatch
 from zigflow.engine.ema import EmaProfile
 from zigflow.engine.optim import adamw
-from zigflow.engine.options import TrainOptions
-from zigflow.engine.trainer import Trainer
+from zigflow.engine.options import TrainingData, TrainOptions
+from zigflow.engine.run_state import RunRecord
+from zigflow.engine.runtime import Runtime
+from zigflow.engine.sampling_run import Pipeline, Samples, SamplingRun
+from zigflow.engine.trainer import Hook, Monitoring, Trainer
 from zigflow.keyed import KeyedDraws, current_draws
 
 SHAPE = (1, 4, 4)
@@ -121,31 +125,73 @@ class Loader:
 PROFILES = (EmaProfile("short", half_life=20, ramp=0.5), EmaProfile("official", rate=0.99))
 
 
+class After(Hook):
+    """A function of trainer and record as a hook."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def after_step(self, trainer, record):
+        self.function(trainer, record)
+
+
 def make_trainer(run_dir, *, steps=6, model=None, loader=None, process=None, lr=1e-2, **changes):
-    """A trainer on the CPU; keywords that TrainOptions knows go there, the others to Trainer."""
-    known = set(TrainOptions.__dataclass_fields__)
+    """A trainer on the CPU from flat keywords: those of options, data, record and monitoring, then those of Trainer.
+
+    ``hooks`` may hold functions of trainer and record.
+    """
+
+    def taken(kind, **names):
+        known = {names.get(field, field): field for field in kind.__dataclass_fields__}
+        return {known[key]: changes.pop(key) for key in list(changes) if key in known}
+
+    batch_size, grad_accum = changes.pop("batch_size", 4), changes.pop("grad_accum", 1)
+    runtime = Runtime.of(changes.pop("accelerator", None) or Accelerator(cpu=True))
     options = {
         "train_steps": steps,
-        "batch_size": 4,
         "run_dir": run_dir,
         "log_every": 2,
         "ckpt_every": 100,
         "ema": PROFILES,
         "progress": False,
-        **{key: value for key, value in changes.items() if key in known},
+        **taken(TrainOptions),
     }
-    rest = {key: value for key, value in changes.items() if key not in known}
-    loader = loader or Loader(options["batch_size"], options.get("grad_accum", 1))
+    hooks = tuple(hook if isinstance(hook, Hook) else After(hook) for hook in changes.pop("hooks", ()))
+    ranks = runtime.ranks
     return Trainer(
         model=model or TinyModel(),
         process=process or ToyProcess(),
-        codec=rest.pop("codec", IdentityCodec()),
-        loader_factory=loader,
-        optimizer=rest.pop("optimizer", lambda m: adamw(m, lr=lr)),
+        codec=changes.pop("codec", IdentityCodec()),
+        data=TrainingData(
+            loader=loader or Loader(batch_size, grad_accum),
+            batch=GlobalBatch.of(batch_size, grad_accum, ranks.size, ranks.rank),
+            **taken(TrainingData, identity="data_identity"),
+        ),
+        optimizer=changes.pop("optimizer", lambda m: adamw(m, lr=lr)),
         options=TrainOptions(**options),
-        accelerator=rest.pop("accelerator", None) or Accelerator(cpu=True),
-        **rest,
+        runtime=runtime,
+        record=RunRecord(**taken(RunRecord)),
+        monitoring=Monitoring(hooks=hooks, **taken(Monitoring)),
+        **changes,
     )
+
+
+def split_run(changes):
+    """Flat keywords of a run over samples as a pipeline, samples and what is left."""
+    parts = [
+        {name: changes.pop(name) for name in list(changes) if name in kind.__dataclass_fields__}
+        for kind in (Pipeline, Samples)
+    ]
+    ranks = changes.pop("ranks", None)
+    if ranks is not None:
+        changes["runtime"] = Runtime(ranks=ranks)
+    return Pipeline(**parts[0]), Samples(**parts[1])
+
+
+def make_sampling_run(*, folder, **changes):
+    """A sampling run from flat keywords."""
+    pipeline, samples = split_run(changes)
+    return SamplingRun(pipeline, samples, folder=folder, **changes)
 
 
 def snapshot(trainer):

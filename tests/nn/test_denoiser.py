@@ -8,10 +8,10 @@ from torch import nn
 
 from model_zigma import ZigMa
 from tests.models.transformers import FAMILIES
-from zigflow.engine.batches import prepare_blocks
 from zigflow.engine.combined import hidden_matrices
 from zigflow.engine.run_state import scan_state
 from zigflow.engine.scan_order import scan_facts
+from zigflow.engine.sharding import prepare_blocks
 from zigflow.nn import Denoiser, as_denoiser, check_denoiser
 from zigflow.nn.checkpointing import CheckpointedBlock
 from zigflow.nn.denoiser import MEMBERS, DenoiserDefaults

@@ -14,13 +14,25 @@ from tests.assertions import GRADIENT_RTOL_OF_MAX, assert_close
 from tests.parity.harness import Fixture, parity_kind
 from zigflow.codec import IdentityCodec
 from zigflow.data.batch import Batch
+from zigflow.data.global_batch import GlobalBatch
 from zigflow.engine.ema import EmaProfile
 from zigflow.engine.optim import adamw
-from zigflow.engine.options import TrainOptions
+from zigflow.engine.options import TrainingData, TrainOptions
 from zigflow.engine.run_state import model_state
-from zigflow.engine.trainer import Trainer
+from zigflow.engine.runtime import Runtime
+from zigflow.engine.trainer import Hook, Monitoring, Trainer
 from zigflow.official import load_official
 from zigflow.processes.flow import Flow
+
+
+class Keep(Hook):
+    """Keeps the records."""
+
+    def __init__(self):
+        self.records = []
+
+    def after_step(self, trainer, record):
+        self.records.append(record)
 
 
 class StoredDraws:
@@ -74,7 +86,7 @@ def transport_of(fixture: Fixture) -> tuple[str, str]:
 @parity_kind("zigma.train_steps")
 def check_train_steps(fixture: Fixture, case: str) -> None:
     meta = fixture.meta
-    records = []
+    kept = Keep()
     model = load_official(
         "zigma",
         {**meta["ctor_kwargs"].plain(), "drop_path_rate": meta["drop_path_rate"]},
@@ -88,26 +100,28 @@ def check_train_steps(fixture: Fixture, case: str) -> None:
             model=model,
             process=Flow(*transport_of(fixture)),
             codec=IdentityCodec(),
-            loader_factory=lambda start: batches(fixture, start),
+            data=TrainingData(
+                loader=lambda start: batches(fixture, start),
+                batch=GlobalBatch(fixture.tensors["step0/x1"].shape[0]),
+                draws=lambda seed, ids: StoredDraws(fixture, int(ids[0])),
+            ),
             optimizer=lambda m: adamw(
                 m, lr=meta["lr"], betas=meta["betas"], weight_decay=meta["weight_decay"], eps=meta["eps"]
             ),
             options=TrainOptions(
                 train_steps=len(meta["losses"]),
-                batch_size=fixture.tensors["step0/x1"].shape[0],
                 run_dir=folder,
                 max_grad_norm=clipped,
                 ema=(EmaProfile("official", rate=meta["ema_decay"]),),
                 progress=False,
             ),
-            accelerator=Accelerator(cpu=True),
-            hooks=[lambda t, record: records.append(record)],
-            draws=lambda seed, ids: StoredDraws(fixture, int(ids[0])),
+            runtime=Runtime.of(Accelerator(cpu=True)),
+            monitoring=Monitoring(hooks=(kept,)),
         )
         trainer.fit()
-    assert [r.loss for r in records] == pytest.approx(meta["losses"], rel=1e-5)
+    assert [r.loss for r in kept.records] == pytest.approx(meta["losses"], rel=1e-5)
     wanted = meta["grad_norms_before_clip"]
-    assert [r.grad_norm for r in records] == pytest.approx(wanted, rel=GRADIENT_RTOL_OF_MAX)
+    assert [r.grad_norm for r in kept.records] == pytest.approx(wanted, rel=GRADIENT_RTOL_OF_MAX)
     final, averages = model_state(model), trainer.ema.state_dict("official")
     for name, value in fixture.under("final/").items():
         assert_close(f"final {name}", final[name], value)

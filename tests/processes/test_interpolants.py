@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.assertions import assert_close
-from zigflow.processes import INTERPOLANTS, PREDICTIONS, Flow
+from zigflow.processes import INTERPOLANTS, PREDICTIONS, Flow, Interpolant
+from zigflow.processes.predictions import conversion
 from zigflow.registry import UnknownNameError
 
 INSIDE = torch.linspace(0.01, 0.99, 41, dtype=torch.float64)
@@ -149,3 +150,58 @@ def test_unknown_names_suggest():
         Flow(time_law="logitnormal")
     with pytest.raises(UnknownNameError, match="'noise'"):
         Flow().convert(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), "noize")
+
+
+class TestDerived:
+    """All but alpha and sigma follows from them: the same as what is written out for the registered paths."""
+
+    @staticmethod
+    def derived(path):
+        cls = type(
+            "Derived",
+            (Interpolant,),
+            {"alpha": lambda _, t: path.alpha(t), "sigma": lambda _, t: path.sigma(t)},
+        )
+        return cls()
+
+    def test_derived_is_closed(self, path):
+        own = self.derived(path)
+        assert own.noise_end_is_singular == path.noise_end_is_singular
+        assert own.ends_are_regular == path.ends_are_regular
+        for name in (
+            "d_alpha", "d_sigma", "d_alpha_over_alpha", "d_sigma_over_sigma", "score_gain", "noise_gain", "data_gain",
+            "wronskian", "log_snr",
+        ):  # fmt: skip
+            assert_close(name, getattr(own, name)(INSIDE), getattr(path, name)(INSIDE), of_max=1e-10)
+        for got, want in zip(own.split_velocity(INSIDE), path.split_velocity(INSIDE), strict=True):
+            assert_close("split_velocity", got, want, of_max=1e-10)
+        log_snr = torch.linspace(-8, 12, 41, dtype=torch.float64)
+        assert_close("time", own.time_of_log_snr(log_snr), path.time_of_log_snr(log_snr), of_max=1e-9)
+
+    @pytest.mark.parametrize("source", PREDICTIONS)
+    @pytest.mark.parametrize("target", PREDICTIONS)
+    def test_the_general_conversion_is_the_written_one(self, path, source, target):
+        if source == target:
+            return
+        got, want = conversion(path, source, target, INSIDE), path.coefficients(source, target, INSIDE)
+        for part, (a, b) in enumerate(zip(got, want, strict=True)):
+            # A coefficient of x that is zero is the difference of equal numbers.
+            scale = float(torch.maximum(want[0].abs().max(), want[1].abs().max()))
+            assert_close(f"part {part} of {source} to {target}", a, b, floor=1e-9 * max(scale, 1.0))
+
+    def test_derivatives_are_there_without_and_within_autograd(self, path):
+        own, t = self.derived(path), INSIDE.float()
+        with torch.no_grad():
+            plain = own.d_alpha(t)
+        with torch.inference_mode():
+            assert torch.equal(own.d_alpha(t.clone()), plain)
+        slope = torch.autograd.functional.jacobian(lambda s: own.d_sigma(s), t[5:6])
+        assert torch.isfinite(slope).all() and not plain.requires_grad
+
+    def test_loss_weights_of_any_prediction_are_the_written_ones(self, path):
+        for weight in ("velocity", "likelihood"):
+            for prediction in ("data", "noise", "score"):
+                flow = Flow(prediction=prediction, loss_weight=weight)
+                flow.path = path
+                got, want = flow._derived_loss_weights(INSIDE), flow.loss_weights(INSIDE)
+                assert_close(f"{weight} of {prediction}", got, want, of_max=1e-9)

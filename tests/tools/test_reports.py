@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from zigflow.environment import VARIABLES
 from zigflow.paths import config_dir
 from zigflow.plugins import compose_config
 from zigflow.tools import __main__ as tools
@@ -20,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch):
-    for name in doctor._VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable.name, raising=False)
 
 
 def printed(capsys, *arguments, code=0):

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from .files import locked
+from zigflow.files import locked, rename
+
 from .remote import PermanentError, TransientError, open_part, scheme_of, shown, unsigned
 from .tar import ShardError
 
@@ -100,7 +101,7 @@ class ShardCache:
         download = _Download(url, self)
         try:
             download.run()
-            os.replace(download.name, path)
+            rename(Path(download.name), path, durable=False)
         except (PermanentError, TransientError) as error:
             raise ShardError(f"it cannot be fetched: {error}", shown(url), download.got or None) from error
         finally:

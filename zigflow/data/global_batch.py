@@ -41,6 +41,11 @@ class GlobalBatch:
                 f"{self.grad_accum} micro-steps = {parts} parts; {near} would"
             )
 
+    @classmethod
+    def of(cls, local_size: int, grad_accum: int, world_size: int = 1, rank: int = 0) -> "GlobalBatch":
+        """The batch of ``grad_accum`` micro-steps of ``local_size`` samples on every process."""
+        return cls(local_size * grad_accum * world_size, world_size, rank, grad_accum)
+
     @property
     def local_size(self) -> int:
         """Samples of one micro-step on one process."""

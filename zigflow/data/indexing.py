@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zigflow.files import locked, read_at, replacing
+
 from .contents import Contents, keyed_sample, stretches
-from .files import locked, read_at, replacing
 from .shard_index import (
     INDEX_NAME,
     MEMBER_SUFFIX,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from zigflow import plugin_files
 from zigflow.keyed import KeyedDraws
 
 from .batch import Batch, collate
@@ -205,6 +206,7 @@ def make_loader(
         prefetch_factor=prefetch_factor if num_workers else None,
         persistent_workers=num_workers > 0,
         timeout=timeout if num_workers else 0,
+        worker_init_fn=plugin_files.in_workers(),
         # The loader draws a seed for its workers: from here instead of torch's global generator, whose state
         # must not depend on how often a run was resumed.
         generator=torch.Generator().manual_seed(0),

@@ -16,7 +16,8 @@ from typing import Any, overload
 
 import numpy as np
 
-from .files import read_at, replacing
+from zigflow.files import read_at, replacing
+
 from .tar import Budget, ShardError, check_name, scan_members, split_name
 
 log = logging.getLogger(__name__)

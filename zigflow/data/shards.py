@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from zigflow.files import read_at
+
 from .contents import Contents
-from .files import read_at
 from .indexing import foreign_contents, foreign_index
 from .shard_index import (
     INDEX_NAME,

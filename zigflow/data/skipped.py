@@ -2,9 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
-from .batch import Batch
 from .tar import BudgetError
 
 log = logging.getLogger(__name__)
@@ -26,20 +25,18 @@ class SkippedSamples:
         self.messages: dict[str, None] = {}
         self.known: set[str] = set()
 
-    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, after what they skipped has been counted and logged.
+    def add(self, messages: Iterable[str]) -> None:
+        """Count and log what was skipped.
 
         Raises:
             BudgetError: this process alone knows of too many.
         """
-        for batch in batches:
-            for message in batch.skipped:
-                if message not in self.messages:
-                    self.messages[message] = None
-                    self.known.add(hashlib.sha256(message.encode()).hexdigest()[:16])
-                    log.warning("skipped, replaced by the next readable sample: %s", message)
-            self.check(len(self.known))
-            yield batch
+        for message in messages:
+            if message not in self.messages:
+                self.messages[message] = None
+                self.known.add(hashlib.sha256(message.encode()).hexdigest()[:16])
+                log.warning("skipped, replaced by the next readable sample: %s", message)
+        self.check(len(self.known))
 
     def check(self, total: int) -> None:
         """Compare a count, of this process or over all, with the budget.

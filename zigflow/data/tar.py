@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from zigflow.errors import ZigflowError
-
-from .files import read_at
+from zigflow.files import read_at
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from zigflow.files import replacing
 from zigflow.keyed import keyed_permutation
 from zigflow.registry import unknown_name
 
-from .files import replacing
 from .shard_index import (
     INDEX_NAME,
     MEMBER_SUFFIX,

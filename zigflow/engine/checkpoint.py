@@ -32,9 +32,9 @@ from typing import Any
 
 from torch import Tensor
 
+from zigflow import files
 from zigflow.errors import OtherRankError, ZigflowError
 
-from . import durable
 from .ranks import Ranks
 from .tensors import load_tensors, save_tensors
 
@@ -42,6 +42,7 @@ __all__ = [
     "FORMAT_VERSION",
     "Checkpoint",
     "CheckpointError",
+    "check_names",
     "clean",
     "find_latest",
     "list_complete",
@@ -99,8 +100,34 @@ class Checkpoint:
 
     @property
     def ema_names(self) -> list[str]:
-        files = self.path.glob("ema_*.safetensors")
-        return sorted(file.name.removeprefix("ema_").removesuffix(".safetensors") for file in files)
+        found = self.path.glob("ema_*.safetensors")
+        return sorted(file.name.removeprefix("ema_").removesuffix(".safetensors") for file in found)
+
+
+def check_names(what: str, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes of stored tensors with those that they are loaded into.
+
+    Raises:
+        CheckpointError: naming the first difference in the model's own sequence (missing, unexpected or of another
+            shape) with both shapes.
+    """
+    names = [*wanted, *(name for name in stored if name not in wanted)]
+    different = [name for name in names if _shape(stored, name) != _shape(wanted, name)]
+    if not different:
+        return
+    first = different[0]
+    there, here = (
+        "missing" if _shape(side, first) is None else str(_shape(side, first)) for side in (stored, wanted)
+    )
+    more = f" ({len(different) - 1} more differ)" if len(different) > 1 else ""
+    raise CheckpointError(
+        f"{what} does not fit the model: {first} is {there} there and {here} in the model{more}; "
+        "build the model with the arguments that the weights were trained with, or choose another checkpoint"
+    )
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None
 
 
 def _name(step: int) -> str:
@@ -111,8 +138,8 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _map_digest(files: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+def _map_digest(sealed: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
 
 
 def save(
@@ -151,7 +178,7 @@ def save(
         # All ranks have met since, so none writes there any more. A disk that is full must not be kept full.
         if ranks.is_main and temporary.is_dir():
             with suppress(OSError):
-                durable.remove_tree(temporary)
+                files.remove_tree(temporary)
         raise
     return target
 
@@ -162,8 +189,8 @@ def _save(
     with ranks.together("opening the checkpoint"):
         if ranks.is_main:
             if temporary.exists():
-                durable.remove_tree(temporary)
-            durable.make_dir(temporary)
+                files.remove_tree(temporary)
+            files.make_dir(temporary)
     with ranks.together("writing the checkpoint of a process"):
         seals = {name: _write(temporary / name, contents) for name, contents in own.items()}
     with ranks.together("writing the checkpoint"):
@@ -172,34 +199,33 @@ def _save(
             # The other ranks' files: read back, since digests do not travel between processes.
             for path in temporary.iterdir():
                 if path.name not in seals:
-                    seals[path.name] = {"size": path.stat().st_size, "sha256": durable.file_digest(path)}
-            durable.sync_dir(temporary)
+                    seals[path.name] = {"size": path.stat().st_size, "sha256": files.file_digest(path)}
+            files.sync_dir(temporary)
             seal = {
                 "format_version": FORMAT_VERSION,
                 "step": step,
                 "files": seals,
                 "digest": _map_digest(seals),
             }
-            durable.write_json(temporary / SEAL, seal)
-            durable.sync_dir(temporary)
+            files.write_json(temporary / SEAL, seal)
+            files.sync_dir(temporary)
             if target.exists():
                 _discard(target)
-            durable.rename(temporary, target)
+            files.rename(temporary, target)
 
 
 def _write(path: Path, contents: Any) -> dict[str, int | str]:
     if path.suffix == ".safetensors":
         return save_tensors(path, contents)
     if path.suffix == ".json":
-        return durable.write_json(path, contents)
+        return files.write_json(path, contents)
     raise ValueError(f"a checkpoint holds .safetensors and .json files, not {path.name!r}")
 
 
 def _read_seal(path: Path) -> dict[str, Any] | None:
     try:
         seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
-        files = seal["files"]
-        intact = seal["digest"] == _map_digest(files)
+        intact = seal["digest"] == _map_digest(seal["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return seal if intact else None
@@ -237,7 +263,7 @@ def verify(path: Path) -> None:
             raise CheckpointError(f"{path} lacks {name}, which its seal lists")
         if file.stat().st_size != entry["size"]:
             raise CheckpointError(f"{file} has {file.stat().st_size} bytes, its seal says {entry['size']}")
-        if durable.file_digest(file) != entry["sha256"]:
+        if files.file_digest(file) != entry["sha256"]:
             raise CheckpointError(
                 f"{file} is damaged: its contents differ from the seal; use another checkpoint"
             )
@@ -291,7 +317,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
 def write_best(run_dir: Path, best: Mapping[str, Any]) -> None:
     """Note the best evaluation of a run, ``{"metric", "value", "step"}``; the main process alone."""
-    durable.replace_json(run_dir / "best.json", dict(best))
+    files.replace_json(run_dir / "best.json", dict(best))
 
 
 def read_best(run_dir: Path) -> dict[str, Any] | None:
@@ -329,7 +355,7 @@ def clean(directory: Path) -> None:
     for path in directory.iterdir():
         if path.name.startswith((_INCOMPLETE, _DELETED)) and path.is_dir():
             log.info("removing %s, left by a run that was cut", path)
-            durable.remove_tree(path)
+            files.remove_tree(path)
 
 
 def prune(directory: Path, keep_last: int, keep: Collection[int] = ()) -> None:
@@ -358,6 +384,6 @@ def _discard(path: Path) -> None:
     # Without its name first: a deletion that is cut short must not leave half a checkpoint under a good name.
     gone = path.with_name(f"{_DELETED}{path.name}")
     if gone.exists():
-        durable.remove_tree(gone)
-    durable.rename(path, gone)
-    durable.remove_tree(gone)
+        files.remove_tree(gone)
+    files.rename(path, gone)
+    files.remove_tree(gone)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zigflow import files
 from zigflow.errors import ZigflowError
 
-from . import durable
 from .scan_order import changed_scan
 
 __all__ = ["IDENTITY", "MEASURED", "SamplingFolderError", "claim_folder"]
@@ -53,7 +53,7 @@ def claim_folder(folder: Path, name: str, identity: Mapping[str, Any], started: 
                 f"{folder} holds samples of another run ({detail}); give another folder, "
                 "sample_dir=PATH, or remove its files"
             )
-    durable.replace_json(file, wanted)
+    files.replace_json(file, wanted)
 
 
 def _difference(key: str, before: Any, now: Any) -> str:

@@ -1,34 +1,21 @@
 """What a run that continues keeps, whatever is asked for or by default now: its global batch and its data order."""
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zigflow.data.global_batch import split_global_batch
+from zigflow.data.global_batch import GlobalBatch, split_global_batch
 
 from . import checkpoint
+from .ranks import Ranks
 
-__all__ = ["Split", "shards_at_once_for", "split_for"]
+__all__ = ["global_batch_for", "shards_at_once_for"]
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Split:
-    """How one optimizer step is divided: ``global_batch = processes * grad_accum * batch_size``."""
-
-    batch_size: int
-    grad_accum: int
-    processes: int
-
-    @property
-    def global_batch(self) -> int:
-        return self.batch_size * self.grad_accum * self.processes
-
-
-def split_for(run_dir: Path, batch_size: int, grad_accum: int, processes: int) -> Split:
-    """The division to train with, from what was asked for and what the run directory holds.
+def global_batch_for(run_dir: Path, batch_size: int, grad_accum: int, ranks: Ranks) -> GlobalBatch:
+    """The global batch to train with, from what was asked for and what the run directory holds.
 
     A new run takes what was asked for. One that continues keeps the global batch of its newest checkpoint, so that
     the same samples stand in the same steps: ``batch_size`` is then the most that a process takes at once, and
@@ -38,22 +25,22 @@ def split_for(run_dir: Path, batch_size: int, grad_accum: int, processes: int) -
         batch_size, grad_accum: as configured, per process.
 
     Raises:
-        ValueError: the stored global batch does not divide by ``processes``; the nearest numbers that do are named.
+        ValueError: the stored global batch does not divide by the number of processes; the nearest that do are named.
     """
-    asked = Split(batch_size, grad_accum, processes)
+    asked = GlobalBatch.of(batch_size, grad_accum, ranks.size, ranks.rank)
     stored = _stored(run_dir, "global_batch")
-    if not isinstance(stored, int) or stored == asked.global_batch:
+    if not isinstance(stored, int) or stored == asked.size:
         return asked
     try:
-        local, accumulate = split_global_batch(stored, processes, batch_size)
+        local, accumulate = split_global_batch(stored, ranks.size, batch_size)
     except ValueError as error:
         raise ValueError(f"{run_dir} continues with its global batch of {stored}: {error}") from error
     log.info(
         "the global batch of %d that %s began with stands: %d processes x %d micro-batches x %d samples "
         "(asked for: %d x %d x %d)",
-        stored, run_dir, processes, accumulate, local, processes, grad_accum, batch_size,
+        stored, run_dir, ranks.size, accumulate, local, ranks.size, grad_accum, batch_size,
     )  # fmt: skip
-    return Split(local, accumulate, processes)
+    return GlobalBatch.of(local, accumulate, ranks.size, ranks.rank)
 
 
 def shards_at_once_for(run_dir: Path, asked: int | None, shards: int) -> int | None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError
+from .checkpoint import check_names
 from .tensors import assign, full, named_floating
 
 __all__ = ["EmaProfile", "EmaProfiles"]
@@ -138,29 +138,3 @@ class EmaProfiles:
 
 def _master(weight: Tensor) -> Tensor:
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).clone()
-
-
-def check_names(what: str, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes of stored tensors with those that they are loaded into.
-
-    Raises:
-        CheckpointError: naming the first difference in the model's own sequence (missing, unexpected or of another
-            shape) with both shapes.
-    """
-    names = [*wanted, *(name for name in stored if name not in wanted)]
-    different = [name for name in names if _shape(stored, name) != _shape(wanted, name)]
-    if not different:
-        return
-    first = different[0]
-    there, here = (
-        "missing" if _shape(side, first) is None else str(_shape(side, first)) for side in (stored, wanted)
-    )
-    more = f" ({len(different) - 1} more differ)" if len(different) > 1 else ""
-    raise CheckpointError(
-        f"{what} does not fit the model: {first} is {there} there and {here} in the model{more}; "
-        "build the model with the arguments that the weights were trained with, or choose another checkpoint"
-    )
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
-    return tuple(tensors[name].shape) if name in tensors else None

@@ -208,7 +208,11 @@ class Judge:
         if not isinstance(metric, StreamingMetric):
             with self.ranks.together("reading the real images"):
                 train, heldout = (self._whole(name) for name in ("train", "heldout"))
-                if metric is not None:
+                # A metric may judge samples by themselves.
+                by_itself = (
+                    train is None and heldout is None and metric is not None and not metric.needs_reference
+                )
+                if metric is not None and not by_itself:
                     if train is None:
                         raise ValueError(f"{metric.name} needs real images, and the data has no source")
                     metric.set_reference(train, heldout)
@@ -256,7 +260,7 @@ class Judge:
 
 def sample_size(run: Any) -> tuple[int, int] | None:
     """(height, width) of a sampling run's images, frames of a video side by side; None where a codec decides it."""
-    if not getattr(run.codec, "is_identity", False):
+    if not getattr(run.pipeline.codec, "is_identity", False):
         return None
     frames = run.shape[0] if len(run.shape) == 4 else 1
     return run.shape[-2], frames * run.shape[-1]

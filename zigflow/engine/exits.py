@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from . import durable
+from zigflow import files
 
 __all__ = ["DONE", "FAILED", "INTERRUPTED", "MISTAKE", "STOPPED", "ExitNote", "note"]
 
@@ -49,7 +49,7 @@ class ExitNote:
             number = old.stem.removeprefix("rank_")
             # Never another rank's of this launch, which may have ended before this one began.
             if number.isdigit() and (int(number) == rank or (rank == 0 and int(number) >= size)):
-                durable.unlink(old)
+                files.unlink(old)
 
     def release(self) -> None:
         self._run_dir = None
@@ -70,7 +70,7 @@ class ExitNote:
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             folder.mkdir(exist_ok=True)
-            durable.replace_json(folder / f"rank_{self._rank:04d}.json", value)
+            files.replace_json(folder / f"rank_{self._rank:04d}.json", value)
         except OSError as error:
             log.warning("the exit code %d of rank %d is not in %s: %s", code, self._rank, folder, error)
 

@@ -16,15 +16,15 @@ from .evaluation import Judge, Judgement, averaged_weights, sample_size
 from .log import MetricsFile
 from .sampling_run import SamplingRun
 from .step import StepRecord
-from .trainer import Trainer
+from .trainer import Hook, Trainer
 
 __all__ = ["InLoopEvaluation"]
 
 log = logging.getLogger(__name__)
 
 
-class InLoopEvaluation:
-    """A hook of the trainer: samples with the averaged weights and judges them, every so many steps and at the end.
+class InLoopEvaluation(Hook):
+    """Samples with the averaged weights and judges them, every so many steps and at the end.
 
     Numbers go to ``metrics.jsonl`` and the trackers, with their protocol to ``eval/step-<step>.json``, a picture of
     the first samples beside it. When the number that the metric is judged ``best_by`` has improved, the step's
@@ -75,7 +75,8 @@ class InLoopEvaluation:
             labels = None if labels is None else torch.as_tensor(labels)
             self.judge.check(run.num_samples, labels, sample_size(run))
 
-    def __call__(self, trainer: Trainer, record: StepRecord) -> None:
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Evaluate when it is time."""
         if self._is_due(trainer):
             self._evaluate(trainer)
 

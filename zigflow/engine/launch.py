@@ -28,6 +28,7 @@ __all__ = [
     "check_environment",
     "check_joined",
     "check_same",
+    "chosen_precision",
     "launched_precision",
     "leave",
     "machines",
@@ -134,6 +135,15 @@ def launched_precision(environ: Mapping[str, str] | None = None) -> str:
             "give mixed_precision=bf16 here"
         )
     return told
+
+
+def chosen_precision(asked: str | None) -> str:
+    """The precision that the network runs in: the one that was asked for, or what the launcher was told.
+
+    Raises:
+        LaunchError: see :func:`launched_precision`.
+    """
+    return asked or launched_precision()
 
 
 def make_accelerator(*, cpu: bool = False) -> "Accelerator":

@@ -11,9 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from zigflow import files
 from zigflow.errors import ZigflowError
-
-from . import durable
 
 if TYPE_CHECKING:
     from .ranks import Ranks
@@ -35,12 +34,12 @@ class Lock:
 
     Raises:
         RunDirError: another process holds it (its pid is named), or the system has no locks of files.
-        durable.StorageError: the file cannot be made.
+        files.StorageError: the file cannot be made.
     """
 
     def __init__(self, folder: Path, another: str = "another run_dir"):
         fcntl, file = _fcntl(), folder / "lock"
-        with durable.operation("open", file):
+        with files.operation("open", file):
             handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,7 +54,7 @@ class Lock:
             os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         except OSError as error:
             os.close(handle)
-            raise durable.StorageError("write", file, error) from error
+            raise files.StorageError("write", file, error) from error
         self._handle: int | None = handle
         _held.add(self)
 
@@ -103,13 +102,13 @@ def sole_writer(folder: Path, ranks: "Ranks", another: str) -> Iterator[None]:
 
     Raises:
         RunDirError: another process holds it.
-        durable.StorageError: the folder or the lock cannot be made.
+        files.StorageError: the folder or the lock cannot be made.
     """
     lock = None
     try:
         with ranks.together(f"opening {folder}"):
             if ranks.is_main:
-                with durable.operation("mkdir", folder):
+                with files.operation("mkdir", folder):
                     folder.mkdir(parents=True, exist_ok=True)
                 lock = Lock(folder, another)
         yield
@@ -152,5 +151,5 @@ def remove_unused(folder: Path) -> bool:
     known = r"(train|sample)(-\d+)?\.log|(config|hydra|overrides)\.yaml"
     if any(path.is_symlink() or not path.is_file() or not re.fullmatch(known, path.name) for path in files):
         return False
-    durable.remove_tree(folder)
+    files.remove_tree(folder)
     return True

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from . import durable
+from zigflow import files
 
 __all__ = ["MetricsFile", "Progress", "read_metrics", "tracked"]
 
@@ -40,11 +40,11 @@ class MetricsFile:
         if self.path.exists():
             end = _end_of_step(self.path, step)
             if end != self.path.stat().st_size:
-                durable.truncate(self.path, end)
+                files.truncate(self.path, end)
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append one line; a number that JSON cannot hold is written as its name in quotes."""
-        durable.append_line(self.path, json.dumps({key: _plain(value) for key, value in values.items()}))
+        files.append_line(self.path, json.dumps({key: _plain(value) for key, value in values.items()}))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

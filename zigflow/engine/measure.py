@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from zigflow.data.batch import collate
+from zigflow import files
+from zigflow.data.batch import collate, condition
 from zigflow.data.contents import exact_fingerprint
 from zigflow.data.loader import PositionDataset
 from zigflow.keyed import KeyedDraws
+from zigflow.nn import as_denoiser
 
-from . import durable
-from .batches import condition
 from .claims import MEASURED, SamplingFolderError, claim_folder
 from .log import tracked
-from .ranks import Ranks
-from .sampling_run import walked, weights_hash
+from .runtime import Runtime
+from .sampling_run import Pipeline, Samples, walked, weights_hash
 from .tensors import load_tensors, save_tensors
 
 __all__ = ["QUANTITIES", "MeasuringRun"]
@@ -32,70 +32,62 @@ QUANTITIES = ("bits_per_dim", "bound", "noise")
 
 
 class MeasuringRun:
-    """Measures the first ``num_samples`` samples of a source into ``folder``.
+    """Measures the first samples of a source into ``folder``.
 
     Args:
+        pipeline: its sampler has ``log_likelihood(...)``, ``bound(...)`` or ``encode(...)``.
+        samples: how many, in which batches; fewer samples of the source than asked for are all of them. The seed is of
+            dequantization, probe and choice of captions.
         quantity: "bits_per_dim" by the ODE; "bound", the variational bound in bits per dimension of 8-bit data; or
             "noise": the x0 that the ODE maps to a sample.
-        source: the data; fewer samples than asked for are all of them.
-        codec: ``encode(batch) -> x1``.
-        model: holds the weights; ``model(x, t, y)``.
-        process, sampler: ``sampler.log_likelihood(...)``, ``sampler.bound(...)`` and ``sampler.encode(...)``.
+        source: the data.
         level: for bits, the width of a grey level in x1's units; each value is spread evenly over its level (uniform
             dequantization, Theis et al. 2016), which makes the result an upper bound for the discrete data.
             None measures the density as it is.
-        seed: of dequantization, probe and choice of captions.
         identity: plain facts that the values depend on and that this class cannot see.
+        runtime: by default one process on the CPU.
+        progress: as in ``TrainOptions``.
 
     Raises:
-        ValueError: an unknown quantity, a count below 1, or a source without samples.
+        ValueError: an unknown quantity, or a source without samples.
     """
 
     def __init__(
         self,
+        pipeline: Pipeline,
+        samples: Samples,
         *,
         quantity: str,
         source: Any,
-        codec: Any,
-        model: nn.Module,
-        process: Any,
-        sampler: Any,
-        seed: int,
-        num_samples: int,
-        batch_size: int,
         folder: Path | str,
         level: float | None = None,
         identity: Mapping[str, Any] | None = None,
-        device: torch.device | str = "cpu",
-        ranks: Ranks | None = None,
+        runtime: Runtime | None = None,
         progress: bool | None = None,
     ):
         if quantity not in QUANTITIES:
             raise ValueError(f"quantity is one of {', '.join(QUANTITIES)}, got {quantity!r}")
-        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         if not len(source):
             raise ValueError("there is nothing to measure: the source has no samples")
-        self.quantity, self.level, self.seed, self.batch_size = quantity, level, seed, batch_size
-        self.data = PositionDataset(source, caption_seed=seed)
+        runtime = runtime or Runtime()
+        self.device, self.ranks = runtime.device, runtime.ranks
+        self.quantity, self.level = quantity, level
+        self.seed, self.batch_size = samples.seed, samples.batch_size
+        self.data = PositionDataset(source, caption_seed=samples.seed)
         self.available = len(source)
-        self.num_samples = min(num_samples, self.available)
-        self.device = torch.device(device)
-        self.codec, self.process, self.sampler = codec, process, sampler
-        self.model = model.to(self.device).eval()
+        self.num_samples = min(samples.num_samples, self.available)
+        self.pipeline = pipeline.on(self.device)
         self.folder = Path(folder)
-        self.ranks = ranks or Ranks()
         self.progress = progress
         self.identity = {
             "quantity": quantity,
             "level": level,
-            "seed": seed,
-            "batch_size": batch_size,
+            "seed": samples.seed,
+            "batch_size": samples.batch_size,
             "available": self.available,
             "data": exact_fingerprint(source),
-            "weights_sha256": weights_hash(model),
-            **walked(model),
+            "weights_sha256": weights_hash(pipeline.model),
+            **walked(pipeline.model),
             **(identity or {}),
         }
 
@@ -114,7 +106,7 @@ class MeasuringRun:
             if self.ranks.is_main:
                 batches = self.folder / "batches"
                 for leftover in batches.glob(".*.tmp"):
-                    durable.unlink(leftover)
+                    files.unlink(leftover)
                 claim_folder(self.folder, MEASURED, self.identity, any(batches.glob("*.safetensors")))
                 batches.mkdir(exist_ok=True)
         own = range(self._num_batches)[self.ranks.rank :: self.ranks.size]
@@ -155,24 +147,26 @@ class MeasuringRun:
         batch = collate(self.data.__getitems__([place % self.available for place in places]))
         draws = KeyedDraws(self.seed, batch.ids).to(self.device)
         batch = batch.to(self.device)
+        has_text = as_denoiser(self.pipeline.model).has_text
         with draws.active():
-            x1 = self.codec.encode(batch)
-            values = self._values(x1, condition(batch, self.model, draws), draws).cpu()
+            x1 = self.pipeline.codec.encode(batch)
+            values = self._values(x1, condition(batch, has_text, draws), draws).cpu()
         real = min(self.batch_size, self.available - first)
         path = self.path(number)
         temporary = path.with_name(f".{path.name}.tmp")
         save_tensors(temporary, {"values": values[:real], "ids": batch.ids[:real].cpu()})
-        durable.rename(temporary, path)
+        files.rename(temporary, path)
 
     def _values(self, x1: Tensor, y: Any, draws: KeyedDraws) -> Tensor:
+        process, model, sampler = self.pipeline.process, self.pipeline.model, self.pipeline.sampler
         if self.quantity == "noise":
-            return self.sampler.encode(self.process, self.model, x1, y)
+            return sampler.encode(process, model, x1, y)
         if self.quantity == "bound":
-            return self.sampler.bound(self.process, self.model, x1, y, draws).total.double()
+            return sampler.bound(process, model, x1, y, draws).total.double()
         if self.level is not None:
             x1 = x1 + self.level * (draws.uniform("likelihood.dequantize", tuple(x1.shape[1:])) - 0.5)
         width = 1.0 if self.level is None else self.level
-        found = self.sampler.log_likelihood(self.process, self.model, x1, y, draws=draws, bin_width=width)
+        found = sampler.log_likelihood(process, model, x1, y, draws=draws, bin_width=width)
         return found.bits_per_dim.double()
 
     def _read(self, number: int) -> dict[str, Tensor] | None:

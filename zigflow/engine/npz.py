@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import durable
+from zigflow import files
 
 __all__ = ["npz_name", "write_npz"]
 
@@ -42,7 +42,7 @@ def write_npz(
     try:
         # Only appended to: the sizes then follow the data in the zip, which its readers know.
         with (
-            durable.DurableFile(temporary) as file,
+            files.DurableFile(temporary) as file,
             zipfile.ZipFile(_Forward(file), "w", zipfile.ZIP_STORED) as archive,
         ):
             _write_images(archive, images, count, frames)
@@ -52,7 +52,7 @@ def write_npz(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    durable.rename(temporary, path)
+    files.rename(temporary, path)
     return path
 
 
@@ -87,7 +87,7 @@ def _last_channels(image: np.ndarray, frames: int) -> np.ndarray:
 class _Forward:
     """A file that can only be appended to, as zipfile takes it."""
 
-    def __init__(self, file: durable.DurableFile):
+    def __init__(self, file: files.DurableFile):
         self._file = file
 
     def write(self, data: bytes | memoryview) -> int:

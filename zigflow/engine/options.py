@@ -1,20 +1,49 @@
 """What a training run can be told, checked before anything is built."""
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from zigflow.data.batch import Batch
+from zigflow.data.global_batch import GlobalBatch
+from zigflow.keyed import KeyedDraws
 from zigflow.registry import unknown_name
 
 from .ema import EmaProfile
+from .optim import Schedule
 
-__all__ = ["TrainOptions"]
+__all__ = ["TrainOptions", "TrainingData"]
 
 _CHOICES = {
     "mixed_precision": ("no", "fp16", "bf16"),
     "resume": ("auto", "never"),
     "checkpoint_policy": ("none", "block", "selective"),
 }
-_AT_LEAST_ONE = ("train_steps", "batch_size", "grad_accum", "log_every", "ckpt_every", "keep_last")
+_AT_LEAST_ONE = ("train_steps", "log_every", "ckpt_every", "keep_last")
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on.
+
+    Attributes:
+        loader: ``loader(k)`` yields this process's micro-batches from global batch ``k`` on, ``batch.grad_accum`` of
+            them per global batch, each of ``batch.local_size`` samples, without end.
+        batch: the global batch and this process's part of it.
+        epoch_size: samples in an epoch, recorded; a resume with another size is refused.
+        identity: plain JSON values that tell data set and order from another (its fingerprint, the order's identity),
+            recorded; a resume with other values is refused.
+        draws: ``draws(seed, ids)`` makes the keyed draws of a batch.
+    """
+
+    loader: Callable[[int], Iterable[Batch]]
+    batch: GlobalBatch
+    epoch_size: int | None = None
+    identity: Mapping[str, Any] | None = None
+    draws: Callable[[int, Tensor], Any] = KeyedDraws
 
 
 @dataclass(frozen=True)
@@ -23,14 +52,12 @@ class TrainOptions:
 
     Args:
         train_steps: optimizer steps of the whole run, those before a resume included.
-        batch_size: samples of a micro-batch on one process.
-        grad_accum: micro-batches of an optimizer step; the global batch is
-            ``batch_size * grad_accum * processes``.
         max_grad_norm: gradients are scaled down to this norm before the step; None never clips (the norm is
             logged all the same).
         log_every, ckpt_every: in optimizer steps; the last step is always saved.
         keep_last: complete checkpoints kept, besides those on the keep list.
         seed: of every keyed draw.
+        schedule: factor of the learning rate.
         mixed_precision: ``no``, ``fp16`` or ``bf16``; None takes what the launcher was told.
         ema: the averages of the weights, one :class:`~zigflow.engine.ema.EmaProfile` each: with a ``half_life`` in
             images, or with the official constant ``rate`` per step. By default one of 500,000 images.
@@ -51,14 +78,13 @@ class TrainOptions:
     """
 
     train_steps: int
-    batch_size: int
     run_dir: Path
-    grad_accum: int = 1
     max_grad_norm: float | None = 2.0
     log_every: int = 100
     ckpt_every: int = 1000
     keep_last: int = 3
     seed: int = 0
+    schedule: Schedule = field(default_factory=Schedule)
     mixed_precision: str | None = "no"
     ema: tuple[EmaProfile, ...] = field(default=(EmaProfile("default", half_life=500_000),))
     resume: str = "auto"

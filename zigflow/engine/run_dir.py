@@ -8,7 +8,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, durable
+from zigflow import files
+
+from . import checkpoint
 from .lock import Lock, RunDirError
 
 __all__ = ["RunDir", "RunDirError", "check_same_config"]
@@ -65,7 +67,7 @@ class RunDir:
         return self._identity()["run_id"]
 
     def __enter__(self) -> "RunDir":
-        with durable.operation("mkdir", self.path):
+        with files.operation("mkdir", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(self.path)
         try:
@@ -73,7 +75,7 @@ class RunDir:
                 raise RunDirError(
                     f"{self.path} holds a run already and resume=never; choose another run_dir, or resume=auto"
                 )
-            durable.make_dir(self.checkpoints)
+            files.make_dir(self.checkpoints)
             checkpoint.clean(self.checkpoints)
             self._identity()
         except BaseException:
@@ -106,7 +108,7 @@ class RunDir:
         file = self.path / "run.json"
         if not file.exists():
             created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            durable.replace_json(
+            files.replace_json(
                 file, {"run_id": secrets.token_hex(4), "created": created, "format_version": 1}
             )
         try:

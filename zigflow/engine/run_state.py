@@ -13,15 +13,15 @@ from torch.optim import Optimizer
 from zigflow import __version__
 from zigflow.nn import as_denoiser
 
-from .checkpoint import FORMAT_VERSION, Checkpoint, CheckpointError
-from .ema import EmaProfiles, check_names
+from .checkpoint import FORMAT_VERSION, Checkpoint, CheckpointError, check_names
+from .ema import EmaProfiles
 from .optim import load_optimizer_state, optimizer_state
 from .precision import LossScaler
 from .run_dir import flat
 from .scan_order import check_scan, scan_facts
 from .tensors import assign, clean_name, full
 
-__all__ = ["Counters", "RunState", "load_weights", "model_state", "versions"]
+__all__ = ["Counters", "RunRecord", "RunState", "load_weights", "model_state", "versions", "weight_files"]
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,21 @@ class Counters:
 
 
 @dataclass(frozen=True)
+class RunRecord:
+    """What the checkpoints of a run say of it beside its state.
+
+    Attributes:
+        config: the resolved configuration, plain and JSON-able; compared with the stored one on resume.
+        plugins: names of the plug-ins in use.
+        facts: JSON values that are compared with nothing.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RunState:
     """The live objects of a run.
 
@@ -88,30 +103,19 @@ class RunState:
     def shared_files(self) -> dict[str, Any]:
         """File name -> contents of what all ranks share; collective when parameters are sharded."""
         tensors, groups = optimizer_state(self.model, self.optimizer)
-        files: dict[str, Any] = {
-            "model.safetensors": model_state(self.model),
-            "optimizer.safetensors": tensors,
-            "config.json": dict(self.config),
-        }
-        for name in self.ema.names():
-            files[f"ema_{name}.safetensors"] = self.ema.state_dict(name)
-        paths = scan_state(self.model)
-        if paths:
-            files["paths.safetensors"] = paths
         seen = self.counters.batches * (self.data["global_batch"] or 0)
         size = self.data.get("epoch_size")
-        scan = scan_facts(self.model)
-        files["trainer.json"] = {
-            "format_version": FORMAT_VERSION,
-            **({} if scan is None else {"scan": scan}),
-            "counters": asdict(self.counters),
+        facts = {
             "data": {**self.data, "g": seen, "epoch": seen // size if size else None},
             "optimizer_groups": groups,
             "scaler": self.scaler.state_dict(),
             "ema": [asdict(profile) for profile in self.ema.profiles],
-            "versions": versions(),
             **self.facts,
         }
+        files = weight_files(self.model, self.config, self.counters, facts)
+        files["optimizer.safetensors"] = tensors
+        for name in self.ema.names():
+            files[f"ema_{name}.safetensors"] = self.ema.state_dict(name)
         return files
 
     def own_files(self, rank: int) -> dict[str, Any]:
@@ -153,6 +157,35 @@ class RunState:
         self.scaler.load_state_dict(stored["scaler"])
         for key, value in stored["counters"].items():
             setattr(self.counters, key, value)
+
+
+def weight_files(
+    model: nn.Module, config: Mapping[str, Any], counters: Counters, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """File name -> contents of what every checkpoint has, also one that no run has written.
+
+    Args:
+        facts: what else ``trainer.json`` says; what it leaves out is empty there.
+    """
+    scan = scan_facts(model)
+    files: dict[str, Any] = {
+        "model.safetensors": model_state(model),
+        "config.json": dict(config),
+        "trainer.json": {
+            "format_version": FORMAT_VERSION,
+            **({} if scan is None else {"scan": scan}),
+            "counters": asdict(counters),
+            "data": {},
+            "ema": [],
+            "plugins": [],
+            "versions": versions(),
+            **facts,
+        },
+    }
+    paths = scan_state(model)
+    if paths:
+        files["paths.safetensors"] = paths
+    return files
 
 
 def check_data_identity(checkpoint: Checkpoint, now: Mapping[str, Any] | None) -> None:

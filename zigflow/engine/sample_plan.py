@@ -27,11 +27,10 @@ from zigflow.data.feature_files import (
 )
 from zigflow.data.object_arrays import decode_objects
 from zigflow.data.shards import ShardReader
+from zigflow.files import file_digest
 from zigflow.keyed import KeyedDraws
 from zigflow.sample_options import SampleOptions
 from zigflow.typed import SettingsError
-
-from . import durable
 
 __all__ = ["CaptionRows", "SampleOptions", "SourceRows", "class_plan", "open_captions", "text_plan"]
 
@@ -176,7 +175,7 @@ class _NpyRows:
         _check_rows(self._array.shape)
         if self._array.dtype.kind != "f":
             raise ValueError(f"caption features are floating-point numbers, these {self._array.dtype}")
-        self.fingerprint = durable.file_digest(file)
+        self.fingerprint = file_digest(file)
 
     def __len__(self) -> int:
         return len(self._array)
@@ -195,7 +194,7 @@ class _SafetensorRows:
             )
         self._slice = self._file.get_slice("tokens" if "tokens" in names else names[0])
         _check_rows(tuple(self._slice.get_shape()))
-        self.fingerprint = durable.file_digest(file)
+        self.fingerprint = file_digest(file)
 
     def __len__(self) -> int:
         return self._slice.get_shape()[0]

@@ -12,7 +12,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from zigflow import files
 from zigflow.codec import to_uint8
 from zigflow.data.limits import DecodeError
 from zigflow.data.picture import read_image
 from zigflow.keyed import KeyedDraws
 
-from . import durable
 from .claims import IDENTITY, SamplingFolderError, claim_folder
 from .log import tracked
 from .precision import autocast
-from .ranks import Ranks
 from .run_state import model_state
+from .runtime import Runtime
 from .scan_order import scan_facts
 
-__all__ = ["SamplingFolderError", "SamplingResult", "SamplingRun", "weights_hash"]
+__all__ = ["Pipeline", "Samples", "SamplingFolderError", "SamplingResult", "SamplingRun", "weights_hash"]
 
 log = logging.getLogger(__name__)
 
@@ -74,81 +74,117 @@ def walked(model: nn.Module) -> dict[str, Any]:
     return {} if scan is None else {"scan": scan}
 
 
-class SamplingRun:
-    """Samples ``num_samples`` images into ``folder``.
+@dataclass(frozen=True)
+class Pipeline:
+    """What turns noise into images, or images into numbers.
 
-    Args:
-        model: holds the weights to sample from; ``model(x, t, y)``.
+    Attributes:
+        model: holds the weights; ``model(x, t, y)``.
         process: has ``prior_scale`` when its starting noise is not of unit variance.
         sampler: ``sample(process, model, x0, y, draws=...) -> x1``.
-        codec: ``decode(x1)`` to pixels in [-1, 1].
-        shape: of one x0, (C,h,w) or (T,C,h,w).
-        num_samples: sample numbers 0..num_samples-1. Not used with ``ids``.
-        batch_size: the fixed batch, larger than ``num_samples`` or not; the last one is filled up with samples that
-            are thrown away.
+        codec: ``decode(x1)`` to pixels in [-1, 1]; ``encode(batch) -> x1`` where data are measured.
+        guide: makes the guided model from the plain one, for instance ``lambda m: Guided(m, scale)``.
+    """
+
+    model: nn.Module
+    process: Any
+    sampler: Any
+    codec: Any
+    guide: Callable[[Any], Any] | None = None
+
+    def on(self, device: torch.device) -> "Pipeline":
+        """The same with the model on ``device`` and ready to be called."""
+        return replace(self, model=self.model.to(device).eval())
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which samples are drawn, and what each is conditioned on.
+
+    Attributes:
+        batch_size: the fixed batch, larger than the number of samples or not; the last one is filled up with samples
+            that are thrown away.
         seed: of the noise.
-        folder: made when missing; None writes nothing, and ``round()`` is the way to the images.
+        num_samples: sample numbers 0..num_samples-1. Not used with ``ids``.
         ids: the numbers of the samples, each once; None for the first ``num_samples``.
         num_classes: sample i has the label ``i % num_classes``; 0 for an unconditional model.
         label_of: another plan, (B,) sample numbers -> (B,) labels (or any condition of the model, which the result
             does not repeat).
-        guide: makes the guided model from the plain one, for instance ``lambda m: Guided(m, scale)``.
-        identity: plain facts that the images depend on and that this class cannot see: sampler and its
-            settings, guidance, process, codec, checkpoint.
-        mixed_precision: ``no``, ``fp16`` or ``bf16`` for the network.
-        progress: as in ``TrainOptions``.
 
     Raises:
         ValueError: a count below 1, or a number that is negative or given twice.
     """
 
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        process: Any,
-        sampler: Any,
-        codec: Any,
-        shape: tuple[int, ...],
-        num_samples: int = 0,
-        batch_size: int,
-        seed: int,
-        folder: Path | str | None,
-        ids: Sequence[int] | None = None,
-        num_classes: int = 0,
-        label_of: Callable[[Tensor], Any] | None = None,
-        guide: Callable[[Any], Any] | None = None,
-        identity: Mapping[str, Any] | None = None,
-        device: torch.device | str = "cpu",
-        ranks: Ranks | None = None,
-        mixed_precision: str = "no",
-        progress: bool | None = None,
-    ):
-        num_samples = num_samples if ids is None else len(ids)
-        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+    batch_size: int
+    seed: int
+    num_samples: int = 0
+    ids: Sequence[int] | None = None
+    num_classes: int = 0
+    label_of: Callable[[Tensor], Any] | None = None
+
+    def __post_init__(self) -> None:
+        ids = self.ids
+        for name, value in (("num_samples", len(self.numbers)), ("batch_size", self.batch_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if ids is not None and (len(set(ids)) < len(ids) or min(ids) < 0):
             raise ValueError(f"ids must be different numbers from 0 on, got {list(ids)[:20]}")
-        self._chosen = ids is not None
-        self.ids = range(num_samples) if ids is None else tuple(ids)
-        self.device = torch.device(device)
-        self.model = model.to(self.device).eval()
-        self.process, self.sampler, self.codec = process, sampler, codec
-        self.shape = tuple(shape)
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        return range(self.num_samples) if self.ids is None else tuple(self.ids)
+
+    def labels(self, ids: Tensor) -> Any:
+        """Conditions of the samples ``ids`` (B,), None for an unconditional model."""
+        if self.label_of is not None:
+            return self.label_of(ids)
+        return ids % self.num_classes if self.num_classes > 0 else None
+
+
+class SamplingRun:
+    """Samples images into ``folder``.
+
+    Args:
+        pipeline: makes them.
+        samples: which ones.
+        shape: of one x0, (C,h,w) or (T,C,h,w).
+        folder: made when missing; None writes nothing, and ``round()`` is the way to the images.
+        identity: plain facts that the images depend on and that this class cannot see: sampler and its
+            settings, guidance, process, codec, checkpoint.
+        runtime: by default one process on the CPU.
+        mixed_precision: ``no``, ``fp16`` or ``bf16`` for the network.
+        progress: as in ``TrainOptions``.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        samples: Samples,
+        shape: tuple[int, ...],
+        *,
+        folder: Path | str | None,
+        identity: Mapping[str, Any] | None = None,
+        runtime: Runtime | None = None,
+        mixed_precision: str = "no",
+        progress: bool | None = None,
+    ):
+        runtime = runtime or Runtime()
+        self.device, self.ranks = runtime.device, runtime.ranks
+        self.pipeline, self.samples, self.shape = pipeline.on(self.device), samples, tuple(shape)
+        self.ids, self.num_samples, self.batch_size = (
+            samples.numbers,
+            len(samples.numbers),
+            samples.batch_size,
+        )
         self.folder = None if folder is None else Path(folder)
-        self.num_classes = num_classes
-        self._label_of = label_of
-        self._guide = guide
-        self.ranks = ranks or Ranks()
         self.mixed_precision = mixed_precision
         self.progress = progress
+        model = self.pipeline.model
         self.identity = {
-            "seed": seed,
-            "batch_size": batch_size,
+            "seed": samples.seed,
+            "batch_size": samples.batch_size,
             "shape": list(self.shape),
-            "num_classes": num_classes,
+            "num_classes": samples.num_classes,
             "mixed_precision": mixed_precision,
             "weights_sha256": weights_hash(model),
             **walked(model),
@@ -164,12 +200,6 @@ class SamplingRun:
         if self.folder is None:
             raise SamplingFolderError("this sampling run keeps no files; give it a folder")
         return self.folder / f"{index:06d}.png"
-
-    def labels(self, ids: Tensor) -> Any:
-        """Conditions of the samples ``ids`` (B,), None for an unconditional model."""
-        if self._label_of is not None:
-            return self._label_of(ids)
-        return ids % self.num_classes if self.num_classes > 0 else None
 
     def run(self, keep: bool = True) -> SamplingResult:
         """Compute what is missing; every process of the run calls this together.
@@ -295,15 +325,15 @@ class SamplingRun:
 
     def _class_labels(self, ids: np.ndarray) -> np.ndarray | None:
         # One sample first: the texts of all samples at once would be far larger than their images.
-        first = self.labels(torch.from_numpy(ids[:1])) if len(ids) else None
+        first = self.samples.labels(torch.from_numpy(ids[:1])) if len(ids) else None
         if not isinstance(first, Tensor) or first.ndim != 1 or first.is_floating_point():
             return None
-        return self.labels(torch.from_numpy(ids)).cpu().numpy()
+        return self.samples.labels(torch.from_numpy(ids)).cpu().numpy()
 
     def _open(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".*.png.tmp"):
-            durable.unlink(leftover)
+            files.unlink(leftover)
         claim_folder(folder, IDENTITY, self.identity, any(folder.glob("[0-9]*.png")))
 
     def _batch(self, number: int) -> dict[int, np.ndarray]:
@@ -316,30 +346,32 @@ class SamplingRun:
             return there
         # Filled up by the numbers that a longer run has there, or by the chosen ones from the first on.
         places = range(first, first + self.batch_size)
-        filled = [self.ids[place % self.num_samples] for place in places] if self._chosen else list(places)
+        chosen = self.samples.ids is not None
+        filled = [self.ids[place % self.num_samples] for place in places] if chosen else list(places)
         pixels = self._sample(torch.tensor(filled))
         for place, index in enumerate(wanted):
             if index in there:
                 continue
             there[index] = pixels[place]
             if self.folder is not None:
-                durable.replace_bytes(self.path(index), [_png(there[index])], durable=False)
+                files.replace_bytes(self.path(index), [_png(there[index])], durable=False)
         return there
 
     # Not inference mode: what a model caches in it could never be trained with, and this runs between steps too.
     @torch.no_grad()
     def _sample(self, ids: Tensor) -> np.ndarray:
         """(B, C, H, W) uint8 of the samples ``ids`` (B,)."""
-        draws = KeyedDraws(self.seed, ids).to(self.device)
-        x0 = draws.normal("sample.noise", self.shape) * getattr(self.process, "prior_scale", 1.0)
-        y = self.labels(ids)
+        made = self.pipeline
+        draws = KeyedDraws(self.samples.seed, ids).to(self.device)
+        x0 = draws.normal("sample.noise", self.shape) * getattr(made.process, "prior_scale", 1.0)
+        y = self.samples.labels(ids)
         y = y.to(self.device) if hasattr(y, "to") else y
-        model = self._guide(self.model) if self._guide is not None else self.model
+        model = made.model if made.guide is None else made.guide(made.model)
         with draws.active():
             with autocast(self.mixed_precision, self.device):
-                x1 = self.sampler.sample(self.process, model, x0, y, draws=draws)
-            pixels = to_uint8(self.codec.decode(x1))
-        self._evaluations = getattr(self.sampler, "num_function_evaluations", None)
+                x1 = made.sampler.sample(made.process, model, x0, y, draws=draws)
+            pixels = to_uint8(made.codec.decode(x1))
+        self._evaluations = getattr(made.sampler, "num_function_evaluations", None)
         if pixels.ndim == 5:
             # (B,T,C,H,W): frames side by side.
             pixels = pixels.permute(0, 2, 3, 1, 4).flatten(3)

@@ -2,38 +2,41 @@
 
 import json
 import logging
-from typing import TYPE_CHECKING
 
 from zigflow.data.skipped import SkippedSamples
 
 from .step import StepRecord
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .trainer import Hook, Trainer
 
 __all__ = ["SkipBudget"]
 
 log = logging.getLogger(__name__)
 
 
-class SkipBudget:
-    """A hook of the trainer: at logged and at saved steps all processes join what they skipped, and stop together.
+class SkipBudget(Hook):
+    """Counts unreadable samples; at logged and at saved steps all processes join theirs, and stop together.
 
     What was skipped stands in the counters of a checkpoint, so that a sample which a launch meets again counts once.
 
     Args:
-        skipped: what this process has met.
+        limit: how many there may be.
     """
 
-    def __init__(self, skipped: SkippedSamples):
-        self.skipped = skipped
+    def __init__(self, limit: int):
+        self.skipped = SkippedSamples(limit)
         self._logged = 0
 
-    def begin(self, trainer: "Trainer") -> None:
+    def begin(self, trainer: Trainer) -> None:
         """Before the first step: what earlier launches have met counts."""
         self.skipped.known.update(trainer.counters.unreadable)
 
-    def __call__(self, trainer: "Trainer", record: StepRecord) -> None:
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Count, and compare with the budget.
+
+        Raises:
+            BudgetError: it is exceeded.
+        """
+        self.skipped.add(record.skipped)
         every = (trainer.options.log_every, trainer.options.ckpt_every)
         if all(record.step % steps for steps in every):
             return

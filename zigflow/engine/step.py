@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zigflow.data.batch import condition, flipped
 from zigflow.errors import OtherRankError, ZigflowError
+from zigflow.nn import as_denoiser
 
-from .batches import condition, flipped
 from .ema import EmaProfiles
-from .optim import Schedule
-from .options import TrainOptions
+from .options import TrainingData, TrainOptions
 from .precision import LossScaler, autocast, clip_gradients, gradient_norm
-from .ranks import Ranks
 from .run_state import Counters
+from .runtime import Runtime
+from .sharding import Placed
 
 __all__ = ["NonFiniteError", "OptimizerStep", "StepRecord"]
 
@@ -43,6 +44,7 @@ class StepRecord:
         grad_norm: of the unscaled gradient before clipping.
         lr: of the first parameter group.
         ids, times, losses: (B,) on the CPU, of this process's samples: position in the data, time, loss.
+        skipped: what was wrong with the unreadable samples that others replaced in this process's batches.
     """
 
     step: int
@@ -53,6 +55,7 @@ class StepRecord:
     ids: Tensor
     times: Tensor
     losses: Tensor
+    skipped: tuple[str, ...] = ()
 
 
 class _Forward:
@@ -73,40 +76,39 @@ class OptimizerStep:
     """Takes optimizer steps; called with this process's micro-batches of one global batch.
 
     Args:
-        model: the model itself, its parameters final.
-        wrapped: the same, as it is called: what DDP or FSDP made of it.
-        no_sync: ``no_sync(wrapped)`` is the context in which gradients stay local.
-        draws: ``draws(seed, ids)`` makes the keyed draws of a batch.
+        placed: the model; its parameters are final.
+        process: ``sample_time(u_B)`` and ``loss(model, x1, x0, t, y) -> (B,)``.
+        codec: ``encode(batch) -> x1``, on the run's device.
+        data: says how large batches are, and makes their draws.
+        optimizer: over the trainable parameters of the model, at the base learning rates.
+        ema: averaged after each step.
+        scaler: of fp16 losses.
+        counters: how far the run is; advanced here.
+        options: with the precision that the network runs in.
     """
 
     def __init__(
         self,
         *,
-        model: nn.Module,
-        wrapped: Callable[..., Any],
-        no_sync: Callable[[Any], Any],
+        placed: Placed,
         process: Any,
         codec: Any,
+        data: TrainingData,
         optimizer: Optimizer,
-        schedule: Schedule,
         ema: EmaProfiles,
         scaler: LossScaler,
         counters: Counters,
         options: TrainOptions,
-        mixed_precision: str,
-        ranks: Ranks,
-        device: torch.device,
-        draws: Callable[[int, Tensor], Any],
+        runtime: Runtime,
     ):
-        self.model, self.wrapped, self.no_sync = model, wrapped, no_sync
-        self.process, self.codec = process, codec
-        self.optimizer, self.schedule, self.ema, self.scaler = optimizer, schedule, ema, scaler
-        self.counters, self.options, self.ranks = counters, options, ranks
-        self.mixed_precision, self.device, self._draws = mixed_precision, device, draws
-        self.global_batch = options.batch_size * options.grad_accum * ranks.size
-        self._forward = _Forward(model, wrapped)
+        self.placed, self.process, self.codec, self.data = placed, process, codec, data
+        self.optimizer, self.ema, self.scaler = optimizer, ema, scaler
+        self.counters, self.options, self.runtime = counters, options, runtime
+        self._has_text = as_denoiser(placed.model).has_text
+        self._forward = _Forward(placed.model, placed.wrapped)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._skipped: tuple[str, ...] = ()
+        self._trained = [p for p in placed.model.parameters() if p.requires_grad]
 
     def __call__(self, batches: Iterator[Any]) -> StepRecord | None:
         """One step; None when fp16 overflowed and it was skipped.
@@ -136,29 +138,35 @@ class OptimizerStep:
             return None
         if self.options.max_grad_norm is not None:
             clip_gradients(self._trained, self.options.max_grad_norm, norm)
-        factor = self.schedule.factor(counters.step, counters.images_seen, self.global_batch)
+        images = self.data.batch.size
+        factor = self.options.schedule.factor(counters.step, counters.images_seen, images)
         for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = base * factor
         self.optimizer.step()
-        self.ema.update(counters.ema_images + counters.images_seen, self.global_batch)
+        self.ema.update(counters.ema_images + counters.images_seen, images)
         counters.step += 1
-        counters.images_seen += self.global_batch
+        counters.images_seen += images
         loss = float(losses.double().mean())
         lr = float(self.optimizer.param_groups[0]["lr"])
-        return StepRecord(counters.step, counters.images_seen, loss, grad_norm, lr, ids, times, losses)
+        # Those of steps that fp16 overflow skipped are among them.
+        skipped, self._skipped = self._skipped, ()
+        return StepRecord(
+            counters.step, counters.images_seen, loss, grad_norm, lr, ids, times, losses, skipped
+        )
 
     def _accumulate(self, batches: Iterator[Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the mean loss over the micro-batches; ids, times and losses of their samples."""
-        options = self.options
-        weight = self.scaler.scale / (options.batch_size * options.grad_accum)
+        shape, device, placed = self.data.batch, self.runtime.device, self.placed
+        weight = self.scaler.scale / (shape.local_size * shape.grad_accum)
         ids, times, losses = [], [], []
-        for index in range(options.grad_accum):
+        for index in range(shape.grad_accum):
             batch = next(batches)
             ids.append(batch.ids.cpu())
-            draws = self._draws(options.seed, batch.ids.cpu()).to(self.device)
-            batch = batch.to(self.device)
-            last = index == options.grad_accum - 1
-            with nullcontext() if last else self.no_sync(self.wrapped), draws.active():
+            self._skipped += batch.skipped
+            draws = self.data.draws(self.options.seed, batch.ids.cpu()).to(device)
+            batch = batch.to(device)
+            last = index == shape.grad_accum - 1
+            with nullcontext() if last else placed.no_sync(placed.wrapped), draws.active():
                 loss_B, t_B = self._loss(batch, draws)
                 (loss_B.float().sum() * weight).backward()
             times.append(t_B.detach())
@@ -169,16 +177,16 @@ class OptimizerStep:
         x1 = self.codec.encode(flipped(batch, draws) if self.options.random_flip else batch)
         t_B = self.process.sample_time(draws.uniform("train.time"))
         x0 = draws.normal("train.noise", tuple(x1.shape[1:])).to(x1)
-        y = condition(batch, self.model, draws)
+        y = condition(batch, self._has_text, draws)
         # The codec stays outside: autoencoders overflow in float16.
-        with autocast(self.mixed_precision, self.device):
+        with autocast(self.options.mixed_precision, self.runtime.device):
             return self.process.loss(self._forward, x1, x0, t_B, y), t_B
 
     def _check_finite(self, ids: Tensor, losses: Tensor, grad_norm: float) -> None:
         bad = ids[~torch.isfinite(losses)].tolist()
         # A gradient overflow is fp16's ordinary business, which the scaler answers.
         bad_norm = not self.scaler.enabled and not math.isfinite(grad_norm)
-        bad_losses, bad_norms = self.ranks.sum([float(len(bad)), float(bad_norm)])
+        bad_losses, bad_norms = self.runtime.ranks.sum([float(len(bad)), float(bad_norm)])
         step = self.counters.step + 1
         if bad_losses:
             shown = ", ".join(map(str, self._of_all_ranks(bad)))
@@ -195,8 +203,8 @@ class OptimizerStep:
 
     def _of_all_ranks(self, ids: list[int]) -> list[int]:
         """The first sample ids of every rank, ascending; every rank calls this."""
-        slots = [0.0] * (_SHOWN * self.ranks.size)
+        slots = [0.0] * (_SHOWN * self.runtime.ranks.size)
         for place, i in enumerate(ids[:_SHOWN]):
             # 0 is an empty slot.
-            slots[_SHOWN * self.ranks.rank + place] = float(i + 1)
-        return sorted(int(slot) - 1 for slot in self.ranks.sum(slots) if slot)
+            slots[_SHOWN * self.runtime.ranks.rank + place] = float(i + 1)
+        return sorted(int(slot) - 1 for slot in self.runtime.ranks.sum(slots) if slot)

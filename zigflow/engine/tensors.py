@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from . import durable
+from zigflow import files
 
 __all__ = ["assign", "clean_name", "full", "load_tensors", "named_floating", "save_tensors"]
 
@@ -73,7 +73,7 @@ def save_tensors(
     Raises:
         TypeError: a tensor's dtype has no name in the format.
     """
-    return durable.write_bytes(path, _pieces(tensors, metadata))
+    return files.write_bytes(path, _pieces(tensors, metadata))
 
 
 def _pieces(

@@ -7,7 +7,7 @@ from typing import Any
 from zigflow.data.picture import read_image
 from zigflow.errors import needs
 
-from .trackers import TrackedRun
+from .trackers import TrackedRun, register_tracker
 
 __all__ = ["TensorBoardTracker", "import_writer"]
 
@@ -23,6 +23,7 @@ def import_writer() -> Any:
     return SummaryWriter
 
 
+@register_tracker("tensorboard", check=import_writer)
 class TensorBoardTracker:
     """Writes events; what a run that is continued had written past its checkpoint is hidden."""
 

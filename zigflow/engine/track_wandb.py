@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 
 from zigflow.errors import needs
 
-from .trackers import TrackedRun
+from .trackers import TrackedRun, register_tracker
 
 __all__ = ["WandbTracker", "choose_mode", "import_wandb"]
 
@@ -105,3 +105,10 @@ class WandbTracker:
 
     def finish(self) -> None:
         self._run.finish()
+
+
+@register_tracker("wandb", check=import_wandb)
+def _as_configured(run: TrackedRun) -> WandbTracker:
+    """By the group ``wandb`` of the run's configuration."""
+    chosen = run.config.get("wandb") or {}
+    return WandbTracker(run, **{key: chosen.get(key) for key in ("entity", "project", "mode", "name")})

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["TrackedRun", "Tracker", "Trackers", "flat_numbers"]
+from zigflow.registry import Registry
+
+__all__ = ["TRACKERS", "TrackedRun", "Tracker", "TrackerKind", "Trackers", "flat_numbers", "register_tracker"]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,46 @@ class Tracker(Protocol):
     def finish(self) -> None:
         """Send what is left."""
         ...
+
+
+@dataclass(frozen=True)
+class TrackerKind:
+    """How a tracker is made.
+
+    Attributes:
+        make: makes it when the run starts.
+        check: raises ImportError where a package that it needs is missing; asked before the first step.
+    """
+
+    make: Callable[[TrackedRun], Tracker]
+    check: Callable[[], object]
+
+
+def _needs_nothing() -> None:
+    """The check of a tracker without a package of its own."""
+
+
+TRACKERS: Registry[TrackerKind] = Registry("tracker")
+"""What ``loop.trackers`` names."""
+
+
+def register_tracker(
+    name: str, check: Callable[[], object] = _needs_nothing
+) -> Callable[[Callable[[TrackedRun], Tracker]], Callable[[TrackedRun], Tracker]]:
+    """A decorator that registers a class or function of a :class:`TrackedRun` as ``loop.trackers=[NAME]``.
+
+    Args:
+        check: raises ImportError where a package that it needs is missing; asked before the first step.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def add(make: Callable[[TrackedRun], Tracker]) -> Callable[[TrackedRun], Tracker]:
+        TRACKERS.register(name, TrackerKind(make, check))
+        return make
+
+    return add
 
 
 class Trackers:

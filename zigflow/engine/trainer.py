@@ -8,38 +8,67 @@ seed alone: a run that is cut and resumed equals one that never stopped.
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from zigflow.keyed import KeyedDraws, keyed_seed
+from zigflow.keyed import keyed_seed
 
 from . import checkpoint as checkpoints
 from . import exits, signals
-from .batches import prepare_blocks
 from .ema import EmaProfiles
-from .launch import launched_precision, make_accelerator
+from .launch import chosen_precision, make_accelerator
 from .log import MetricsFile, Progress
 from .monitor import Monitor
-from .optim import Schedule
-from .options import TrainOptions
+from .options import TrainingData, TrainOptions
 from .precision import LossScaler
-from .ranks import Ranks
 from .run_dir import RunDir, check_same_config
-from .run_state import Counters, RunState, set_random_state
-from .sharding import place
+from .run_state import Counters, RunRecord, RunState, set_random_state
+from .runtime import Runtime
+from .sharding import place, prepare_blocks
 from .start import Start
 from .step import OptimizerStep, StepRecord
 from .trackers import Trackers
 
-__all__ = ["Trainer"]
+__all__ = ["Hook", "Monitoring", "Trainer"]
 
 log = logging.getLogger(__name__)
+
+
+class Hook:
+    """A callback of the trainer; subclasses override what they need. Every process calls every method."""
+
+    def begin(self, trainer: "Trainer") -> None:
+        """Before the first step of this launch."""
+
+    def after_step(self, trainer: "Trainer", record: StepRecord) -> None:
+        """After every step. What takes long asks ``trainer.should_stop()`` now and then and returns early."""
+
+    def pending(self, trainer: "Trainer") -> bool:
+        """Whether work for the step that the run is at was left undone, because the run was asked to stop."""
+        return False
+
+
+@dataclass(frozen=True)
+class Monitoring:
+    """What accompanies a run.
+
+    Attributes:
+        hooks: called in this order.
+        trackers: where the lines of the log go besides.
+        training_flops: operations of a sample's forward and backward pass; None logs no utilization.
+        peak_flops: operations per second of one device; None logs no utilization.
+    """
+
+    hooks: tuple[Hook, ...] = ()
+    trackers: Trackers = field(default_factory=Trackers)
+    training_flops: float | None = None
+    peak_flops: float | None = None
 
 
 class Trainer:
@@ -50,33 +79,19 @@ class Trainer:
             ``compile_blocks()``.
         process: has ``sample_time(u_B)`` and ``loss(model, x1, x0, t, y) -> (B,)``.
         codec: has ``encode(batch) -> x1``.
-        loader_factory: ``loader_factory(k)`` yields this process's micro-batches from global batch ``k`` on,
-            ``grad_accum`` of them per global batch, each of ``batch_size`` samples, without end.
+        data: what is trained on.
         optimizer: makes the optimizer from the placed model; the model's parameters are final by then.
         options: everything that is a number or a choice.
-        schedule: factor of the learning rate.
-        config: the resolved configuration, plain and JSON-able; stored in every checkpoint and compared with
-            the stored one on resume.
-        epoch_size: samples in an epoch, recorded; a resume with another size is refused.
-        data_identity: plain JSON values that tell data set and order from another (its fingerprint, the order's
-            identity), recorded; a resume with other values is refused.
-        accelerator: by default one made by :func:`~zigflow.engine.launch.make_accelerator`.
-        hooks: called as ``hook(trainer, record)`` after every step, on every rank. One that takes long asks
-            :meth:`should_stop` now and then and returns early. A hook's ``begin(trainer)``, if it has one, is called
-            before the first step.
-        plugins: names of the plug-ins in use, recorded.
-        facts: JSON values that are recorded and compared with nothing.
-        draws: ``draws(seed, ids)`` makes the keyed draws of a batch.
-        trackers: where the lines of the log go besides.
-        training_flops: operations of a sample's forward and backward pass; None logs no utilization.
-        peak_flops: operations per second of one device; None logs no utilization.
+        runtime: by default of :func:`~zigflow.engine.launch.make_accelerator`.
+        record: what its checkpoints say of the run besides.
+        monitoring: hooks, trackers, utilization.
         start: what a new run takes over beside the weights in ``model``: the averages of EMA profiles of its names.
 
     Attributes:
         stopped_by: the signal that ended :meth:`fit` before its last step, or None.
 
     Raises:
-        TypeError: ``data_identity`` is not made of JSON values.
+        TypeError: the data's identity is not made of JSON values.
         ValueError: the model cannot do what ``options`` ask of it.
     """
 
@@ -86,66 +101,50 @@ class Trainer:
         model: nn.Module,
         process: Any,
         codec: Any,
-        loader_factory: Callable[[int], Iterable[Any]],
+        data: TrainingData,
         optimizer: Callable[[nn.Module], Optimizer],
         options: TrainOptions,
-        schedule: Schedule | None = None,
-        config: Mapping[str, Any] | None = None,
-        epoch_size: int | None = None,
-        data_identity: Mapping[str, Any] | None = None,
-        accelerator: Accelerator | None = None,
-        hooks: Sequence[Callable[["Trainer", StepRecord], None]] = (),
-        plugins: Sequence[str] = (),
-        facts: Mapping[str, Any] | None = None,
-        draws: Callable[[int, Tensor], Any] = KeyedDraws,
-        trackers: Trackers | None = None,
-        training_flops: float | None = None,
-        peak_flops: float | None = None,
+        runtime: Runtime | None = None,
+        record: RunRecord | None = None,
+        monitoring: Monitoring | None = None,
         start: Start | None = None,
     ):
+        # From here on the precision is the one that the network runs in.
+        options = replace(options, mixed_precision=chosen_precision(options.mixed_precision))
         self.options = options
-        self.accelerator = accelerator or make_accelerator()
-        self.mixed_precision = options.mixed_precision or launched_precision()
-        self.device = self.accelerator.device
-        self.ranks = Ranks(self.device if self.device.type == "cuda" else "cpu")
-        self.model = model
-        self.process = process
+        self.runtime = runtime or Runtime.of(make_accelerator())
+        self.ranks, self.device = self.runtime.ranks, self.runtime.device
+        self.model, self.process = model, process
         self.codec = codec.to(self.device) if hasattr(codec, "to") else codec
-        self.loader_factory = loader_factory
-        self.schedule = schedule or Schedule()
-        self.config = dict(config or {})
-        self.hooks = tuple(hooks)
+        self.data = data
+        self.record = record or RunRecord()
+        self.monitoring = monitoring or Monitoring()
+        self.trackers = self.monitoring.trackers
         self.counters = Counters()
-        self.global_batch = options.batch_size * options.grad_accum * self.ranks.size
-        self._plugins = list(plugins)
-        self._facts = dict(facts or {})
-        self._epoch_size = epoch_size
         # As JSON gives it back: what is compared on resume has been through a file.
-        self._data_identity = json.loads(json.dumps(data_identity))
+        self._data_identity = json.loads(json.dumps(data.identity))
         self._stop = False
         self.stopped_by: str | None = None
 
         prepare_blocks(model, options.checkpoint_policy, options.compile)
-        wrapped, no_sync = place(model, self.accelerator, sharded=options.shard)
+        placed = place(model, self.runtime, sharded=options.shard)
         self.optimizer = optimizer(model)
         self.ema = EmaProfiles(model, options.ema)
         for name in self.ema.names() if start is not None else ():
             if name in start.averages:
                 self.ema.load_state_dict(name, start.averages[name])
                 self.counters.ema_images = start.images
-        self.scaler = LossScaler(self.mixed_precision == "fp16", max_skips=options.max_skips)
+        self.scaler = LossScaler(options.mixed_precision == "fp16", max_skips=options.max_skips)
         self._step = OptimizerStep(
-            model=model, wrapped=wrapped, no_sync=no_sync, process=process, codec=self.codec,
-            optimizer=self.optimizer, schedule=self.schedule, ema=self.ema, scaler=self.scaler, counters=self.counters,
-            options=options, mixed_precision=self.mixed_precision, ranks=self.ranks, device=self.device, draws=draws,
+            placed=placed, process=process, codec=self.codec, data=data, optimizer=self.optimizer, ema=self.ema,
+            scaler=self.scaler, counters=self.counters, options=options, runtime=self.runtime,
         )  # fmt: skip
         self._saved_step: int | None = None
         self._run_dir: RunDir | None = None
-        self.trackers = Trackers() if trackers is None else trackers
         interval = process.interval("train") if hasattr(process, "interval") else (0.0, 1.0)
         self.monitor = Monitor(
-            self.counters, self.ranks, interval=interval, training_flops=training_flops, peak_flops=peak_flops,
-            device=self.device,
+            self.counters, self.ranks, interval=interval, training_flops=self.monitoring.training_flops,
+            peak_flops=self.monitoring.peak_flops, device=self.device,
         )  # fmt: skip
 
     def request_stop(self) -> None:
@@ -184,15 +183,13 @@ class Trainer:
         """
         signals.stop.wait()
         run_dir = RunDir(self.options.run_dir, resume=self.options.resume)
-        with self.ranks.together("opening the run directory"):
-            if self.ranks.is_main:
-                run_dir.__enter__()
-        try:
+        with ExitStack() as held:
+            with self.ranks.together("opening the run directory"):
+                if self.ranks.is_main:
+                    held.enter_context(run_dir)
+            held.callback(self.trackers.finish)
             exits.note.claim(run_dir.path, self.ranks.rank)
             return self._fit(run_dir)
-        finally:
-            self.trackers.finish()
-            run_dir.__exit__()
 
     def _fit(self, run_dir: RunDir) -> Counters:
         options, counters = self.options, self.counters
@@ -200,7 +197,7 @@ class Trainer:
         with self.ranks.together("resuming"):
             found = run_dir.latest(verify=self.ranks.is_main)
             if found is not None:
-                check_same_config(self.config, found.config)
+                check_same_config(self.record.config, found.config)
                 self._state(run_dir).restore(found)
                 self._saved_step = exits.note.step = counters.step
                 log.info("continuing %s from step %d", run_dir.path, counters.step)
@@ -211,19 +208,21 @@ class Trainer:
         metrics = MetricsFile(run_dir.metrics)
         if self.ranks.is_main:
             metrics.rewind(counters.step)
-            self.trackers.start(run_dir.path, run_dir.run_id, self.config, counters.step, counters.tracking)
+            config = self.record.config
+            self.trackers.start(run_dir.path, run_dir.run_id, config, counters.step, counters.tracking)
+        batch = self.data.batch
         log.info(
             "global batch %d = %d samples x %d micro-batches x %d processes",
-            self.global_batch, options.batch_size, options.grad_accum, self.ranks.size,
+            batch.size, batch.local_size, batch.grad_accum, batch.world_size,
         )  # fmt: skip
         for profile in options.ema:
-            reach = profile.ramp * options.train_steps * self.global_batch
+            reach = profile.ramp * options.train_steps * batch.size
             if profile.half_life is not None and 0 < reach < profile.half_life:
                 log.info(
                     "EMA profile %s: half-life %g images at the end, a share of %g of those seen, not %g",
                     profile.name, reach, profile.ramp, profile.half_life,
                 )  # fmt: skip
-        data = iter(self.loader_factory(counters.batches))
+        data = iter(self.data.loader(counters.batches))
         # After the iterator exists: a DataLoader takes a number from torch's generator when it starts.
         self._restore_generators(found)
         progress = Progress(
@@ -231,8 +230,8 @@ class Trainer:
         )
         self.model.train()
         try:
-            for hook in self.hooks:
-                getattr(hook, "begin", lambda trainer: None)(self)
+            for hook in self.monitoring.hooks:
+                hook.begin(self)
             self.monitor.start()
             while counters.step < options.train_steps and not self.should_stop():
                 record = self._step(self._batches(data))
@@ -246,7 +245,7 @@ class Trainer:
                 data.close()
         if counters.step < options.train_steps:
             log.info("stopping after step %d as asked", counters.step)
-        elif not any(getattr(hook, "pending", lambda trainer: False)(self) for hook in self.hooks):
+        elif not any(hook.pending(self) for hook in self.monitoring.hooks):
             self.stopped_by = None
         if counters.step:
             self.save(run_dir)
@@ -273,8 +272,8 @@ class Trainer:
                 metrics.write(values)
                 self.trackers.log(values, record.step, "train/")
         started = time.perf_counter()
-        for hook in self.hooks:
-            hook(self, record)
+        for hook in self.monitoring.hooks:
+            hook.after_step(self, record)
         if record.step % self.options.ckpt_every == 0:
             self.save(run_dir)
         monitor.paused(time.perf_counter() - started)
@@ -289,30 +288,31 @@ class Trainer:
                 raise RuntimeError(
                     f"the data ended after step {self.counters.step}; a loader must yield without end"
                 )
-            if len(batch.ids) != self.options.batch_size:
+            if len(batch.ids) != self.data.batch.local_size:
                 raise RuntimeError(
                     f"a micro-batch of {len(batch.ids)} samples came after step {self.counters.step}, "
-                    f"batch_size is {self.options.batch_size}; the loader must drop or fill partial batches"
+                    f"batch_size is {self.data.batch.local_size}; the loader must drop or fill partial batches"
                 )
             yield batch
 
     def _state(self, run_dir: RunDir) -> RunState:
         facts = {
-            **self._facts,
+            **self.record.facts,
             "run_id": run_dir.run_id,
-            "plugins": self._plugins,
-            "mixed_precision": self.mixed_precision,
+            "plugins": list(self.record.plugins),
+            "mixed_precision": self.options.mixed_precision,
             "world_size": self.ranks.size,
-            "schedule": asdict(self.schedule),
+            "schedule": asdict(self.options.schedule),
         }
         data = {
             "seed": self.options.seed,
-            "global_batch": self.global_batch,
-            "epoch_size": self._epoch_size,
+            "global_batch": self.data.batch.size,
+            "epoch_size": self.data.epoch_size,
             "identity": self._data_identity,
         }
         return RunState(
-            self.model, self.optimizer, self.ema, self.scaler, self.counters, data, facts, self.config, self.device
+            self.model, self.optimizer, self.ema, self.scaler, self.counters, data, facts, self.record.config,
+            self.device,
         )  # fmt: skip
 
     def save(self, run_dir: RunDir) -> None:

@@ -6,14 +6,24 @@ Legend: B images of a batch, C channels, H height, W width.
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LabeledImages", "Metric", "SampleIds", "StreamingMetric", "check_images", "check_labels"]
+from zigflow.registry import Registry
+
+__all__ = [
+    "METRICS",
+    "LabeledImages",
+    "Metric",
+    "SampleIds",
+    "StreamingMetric",
+    "check_images",
+    "check_labels",
+]
 
 LabeledImages = tuple[Tensor | np.ndarray, Tensor | np.ndarray | None]
 
@@ -123,6 +133,11 @@ class Metric(ABC):
     def real_sets(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
         """Which real images a metric built with ``options`` reads, of "train" and "heldout"; the others stay unread."""
         return ("train", "heldout")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether real images are still to be given by ``set_reference``."""
+        return not self._has_reference()
 
     @property
     def count(self) -> int:
@@ -246,6 +261,10 @@ class Metric(ABC):
             raise RuntimeError(
                 f"{self.name}: no sample has been given; call update(images, labels, ids) first"
             )
+
+
+METRICS: Registry[Callable[..., Metric]] = Registry("metric")
+"""What ``metrics=NAME`` names beside the files of ``config/metrics``: classes built with the keywords of the node."""
 
 
 class StreamingMetric(Metric):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zigflow.keyed import KeyedDraws, keyed_permutation
-from zigflow.metrics.base import LabeledImages, Metric, check_images, check_labels
+from zigflow.metrics.base import METRICS, LabeledImages, Metric, check_images, check_labels
 from zigflow.metrics.frechet import frechet_from_features
 from zigflow.metrics.judge_net import JudgeNet, fit_judge_net, one_thread
 from zigflow.metrics.manifold import coverage, nearest_distance, nearest_distances
@@ -65,6 +65,7 @@ class DigitThresholds:
         }
 
 
+@METRICS.register("digits")
 class DigitJudge(Metric):
     """The judge as a metric.
 

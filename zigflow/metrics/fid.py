@@ -5,7 +5,6 @@ Heusel et al. (2017). Nothing is downloaded: the file is the one that torch-fide
 plain tensors only.
 """
 
-import hashlib
 import importlib.metadata
 import pickle
 from pathlib import Path
@@ -15,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from zigflow.errors import needs
-from zigflow.metrics.base import StreamingMetric
+from zigflow.files import file_digest
+from zigflow.metrics.base import METRICS, StreamingMetric
 from zigflow.metrics.frechet import FrechetMetric, frechet_distance, read_statistics
 
 __all__ = ["Fid"]
 
 
+@METRICS.register("fid")
 class Fid(FrechetMetric):
     """FID of samples to a real set.
 
@@ -59,7 +60,7 @@ class Fid(FrechetMetric):
         if reference_stats:
             self.reference = None
         self._stats = read_statistics(reference_stats) if reference_stats else None
-        self._stats_sha256 = file_sha256(Path(reference_stats)) if reference_stats else None
+        self._stats_sha256 = file_digest(Path(reference_stats)) if reference_stats else None
         width = 2048 if features is None else getattr(features, "num_features", None)
         if self._stats is not None and width is not None and len(self._stats[0]) != width:
             raise ValueError(
@@ -133,10 +134,4 @@ def check_weights(path: str | Path | None) -> str:
         raise ValueError(f"{path} is no file of weights, or holds more than tensors by name") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} is no file of weights: it holds something else than tensors by name")
-    return file_sha256(path)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file's contents."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import platform
-import secrets
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import numpy as np
 import torch
 
 from zigflow import __version__
+from zigflow.files import replacing
 
 __all__ = ["FORMAT_VERSION", "PROTOCOL_KEYS", "library_versions", "read_results", "write_results"]
 
@@ -76,7 +74,9 @@ def write_results(path: str | Path, metrics: Mapping[str, Any], protocol: Mappin
         "protocol": _plain(protocol, "protocol"),
     }
     text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
-    _publish(path, text.encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())
     return path
 
 
@@ -120,24 +120,3 @@ def _plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"{where}: {type(value).__name__} cannot be written as JSON")
-
-
-def _publish(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    # The name is durable only once the folder is; Windows cannot open one.
-    if sys.platform != "win32":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -46,6 +46,7 @@ from zigflow.nn import (
     read_labels,
     read_stream,
     sinusoidal_embedding,
+    time_mlp,
     unpatchify,
 )
 from zigflow.nn.backbone import Backbone
@@ -202,6 +203,25 @@ class PadsAndSmoothers(nn.Module):
         return convolution(x_BDhw).flatten(2).transpose(1, 2)
 
 
+def _check_options(
+    depth: int,
+    num_pads: int,
+    num_split: int,
+    num_paths: int | None,
+    plain_blocks: int,
+    smoother_dilation: int,
+) -> None:
+    if num_pads < 1 or num_split < 0:
+        raise ValueError(f"num_pads is at least 1 and num_split at least 0, got {num_pads}, {num_split}")
+    if num_paths is not None and num_paths < 1:
+        raise ValueError(f"num_paths is at least 1, or None for all paths of the scan, got {num_paths}")
+    if not 0 <= plain_blocks <= depth or smoother_dilation < 1:
+        raise ValueError(
+            f"plain_blocks lies in 0..depth ({depth}) and smoother_dilation is at least 1, got {plain_blocks}, "
+            f"{smoother_dilation}"
+        )
+
+
 class DiM(SkipTuning, Backbone):
     """The DiM backbone; the defaults are those of the published model for 256 x 256 images of ImageNet, size H.
 
@@ -280,15 +300,7 @@ class DiM(SkipTuning, Backbone):
             in_channels=in_channels, img_dim=img_dim, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
             num_classes=-1 if unconditional or num_classes == 0 else num_classes, class_dropout_prob=class_dropout_prob,
         )  # fmt: skip
-        if num_pads < 1 or num_split < 0:
-            raise ValueError(f"num_pads is at least 1 and num_split at least 0, got {num_pads}, {num_split}")
-        if num_paths is not None and num_paths < 1:
-            raise ValueError(f"num_paths is at least 1, or None for all paths of the scan, got {num_paths}")
-        if not 0 <= plain_blocks <= depth or smoother_dilation < 1:
-            raise ValueError(
-                f"plain_blocks lies in 0..depth ({depth}) and smoother_dilation is at least 1, got {plain_blocks}, "
-                f"{smoother_dilation}"
-            )
+        _check_options(depth, num_pads, num_split, num_paths, plain_blocks, smoother_dilation)
         check_skip_tuning(official_skip_tuning)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
@@ -313,13 +325,7 @@ class DiM(SkipTuning, Backbone):
         self.norm_out = nn.ModuleDict({"norm": RMSNorm(embed_dim, **factory)})
         self.adaln_single = SharedModulation(embed_dim, num_classes + 1, **factory)
         self.label_emb = nn.Embedding(num_classes + 1, embed_dim, **factory)
-        self.time_embed = nn.Identity()
-        if mlp_time_embed:
-            self.time_embed = nn.Sequential(
-                nn.Linear(embed_dim, 4 * embed_dim, **factory),
-                nn.SiLU(),
-                nn.Linear(4 * embed_dim, embed_dim, **factory),
-            )
+        self.time_embed = time_mlp(embed_dim, **factory) if mlp_time_embed else nn.Identity()
         self.a4m_adapter = PadsAndSmoothers(embed_dim, num_pads, num_split, smoother_dilation, **factory)
         self.proj_out_2 = nn.Linear(embed_dim, patch_size * patch_size * self.out_channels, **factory)
         self.proj_out_1 = nn.Linear(embed_dim, 2 * embed_dim, **factory)

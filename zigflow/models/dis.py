@@ -44,6 +44,7 @@ from zigflow.nn import (
     read_labels,
     read_stream,
     sinusoidal_embedding,
+    time_mlp,
     unpatchify,
 )
 from zigflow.nn.backbone import Backbone
@@ -183,13 +184,7 @@ class DiS(SkipTuning, Backbone):
         tokens = self.extras + self.grid[0] * self.grid[1]
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim, **factory))
         self.patch_embed = PatchEmbed(in_channels, embed_dim, patch_size, **factory)
-        self.time_embed = nn.Identity()
-        if mlp_time_embed:
-            self.time_embed = nn.Sequential(
-                nn.Linear(embed_dim, 4 * embed_dim, **factory),
-                nn.SiLU(),
-                nn.Linear(4 * embed_dim, embed_dim, **factory),
-            )
+        self.time_embed = time_mlp(embed_dim, **factory) if mlp_time_embed else nn.Identity()
         if num_classes > 0:
             self.label_emb = LabelEmbedder(num_classes, embed_dim, class_dropout_prob, **factory)
 

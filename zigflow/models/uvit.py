@@ -34,6 +34,7 @@ from zigflow.nn import (
     read_labels,
     read_text,
     sinusoidal_embedding,
+    time_mlp,
     unpatchify,
 )
 from zigflow.nn.backbone import Backbone
@@ -138,13 +139,7 @@ class UViT(SkipTuning, Backbone):
         if has_text and class_dropout_prob > 0:
             self.null_text = nn.Parameter(torch.zeros(n_context_token, d_context, **factory))
         self.patch_embed = PatchEmbed(in_channels, embed_dim, patch_size, **factory)
-        self.time_embed = nn.Identity()
-        if mlp_time_embed:
-            self.time_embed = nn.Sequential(
-                nn.Linear(embed_dim, 4 * embed_dim, **factory),
-                nn.SiLU(),
-                nn.Linear(4 * embed_dim, embed_dim, **factory),
-            )
+        self.time_embed = time_mlp(embed_dim, **factory) if mlp_time_embed else nn.Identity()
         if has_text:
             self.context_embed = nn.Linear(d_context, embed_dim, **factory)
         elif num_classes > 0:

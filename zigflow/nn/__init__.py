@@ -20,7 +20,7 @@ from .modulation import modulate, read_stream
 from .norm import LayerNorm, RMSNorm
 from .patch import PatchEmbed, check_divisible, unpatchify
 from .positions import axial_rotations, interpolate_positions, rotate, sincos_positions
-from .time_embedding import TimestepEmbedder, sinusoidal_embedding
+from .time_embedding import TimestepEmbedder, sinusoidal_embedding, time_mlp
 
 __all__ = [
     "Condition",
@@ -53,5 +53,6 @@ __all__ = [
     "rotate",
     "sincos_positions",
     "sinusoidal_embedding",
+    "time_mlp",
     "unpatchify",
 ]

@@ -21,6 +21,15 @@ def sinusoidal_embedding(t_B: Tensor, dim: int, max_period: float = 10000.0) -> 
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding
 
 
+def time_mlp(dim: int, device=None, dtype=None) -> nn.Sequential:
+    """Linear, SiLU, Linear on a sinusoid of the width of the tokens, four times as wide inside (Bao et al. 2023)."""
+    return nn.Sequential(
+        nn.Linear(dim, 4 * dim, device=device, dtype=dtype),
+        nn.SiLU(),
+        nn.Linear(4 * dim, dim, device=device, dtype=dtype),
+    )
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoid of ``scale * t``, then Linear, SiLU, Linear (Peebles and Xie 2023).
 

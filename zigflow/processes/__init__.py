@@ -4,7 +4,7 @@ from .diffusion import StableDiffusion, VariancePreserving
 from .diffusion_forms import DIFFUSION_FORMS
 from .flow import Flow
 from .gaussian import Gaussian
-from .interpolants import INTERPOLANTS, Interpolant
+from .interpolants import INTERPOLANTS, Interpolant, PathProcess, has_path
 from .predictions import PREDICTIONS, Prediction, register_prediction
 from .process import ModelFunction, Process, SdeProcess, predict, predict_with_variance
 from .schedules import BETAS, SCHEDULES
@@ -21,11 +21,13 @@ __all__ = [
     "Gaussian",
     "Interpolant",
     "ModelFunction",
+    "PathProcess",
     "Prediction",
     "Process",
     "SdeProcess",
     "StableDiffusion",
     "VariancePreserving",
+    "has_path",
     "predict",
     "predict_with_variance",
     "register_prediction",

@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from zigflow.registry import Registry
 
 from .predictions import PREDICTIONS, conversion
+from .process import Process
 from .schedules import LinearBeta, Schedule
 
 HALF_PI = math.pi / 2
@@ -281,3 +283,18 @@ class VP(Interpolant):
 
 
 INTERPOLANTS.register("VP", VP)
+
+
+class PathProcess(Process, Protocol):
+    """A process whose states are alpha(t) x1 + sigma(t) x0 along an interpolant."""
+
+    path: Interpolant
+
+    def convert(self, value: Tensor, x: Tensor, t: Tensor, target: str, source: str | None = None) -> Tensor:
+        """A prediction (B, ...) as another one; ``source`` None: the process's own."""
+        ...
+
+
+def has_path(process: Process) -> TypeGuard[PathProcess]:
+    """Whether the process has a path of alpha and sigma."""
+    return getattr(process, "path", None) is not None

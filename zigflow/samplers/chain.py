@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zigflow.keyed import KeyedDraws, current_draws
+from zigflow.processes import Process
 from zigflow.processes.chain import BoundedProcess, Chain, ChainProcess
 from zigflow.processes.process import (
     ModelFunction,
@@ -86,7 +87,7 @@ class ChainSampler:
         self.batch_size = batch_size
         self.num_function_evaluations = 0
 
-    def unfit(self, process: Any) -> str | None:
+    def unfit(self, process: Process) -> str | None:
         """A process without a chain, or one whose chain has no such steps."""
         try:
             chain_of(process, self.spacing)
@@ -102,7 +103,7 @@ class ChainSampler:
             return None
         return f"{self.method} with eta {self.eta} has no inverse; use ddim with eta 0"
 
-    def unfit_to_bound(self, process: Any) -> str | None:
+    def unfit_to_bound(self, process: Process) -> str | None:
         """Why there is no variational bound under ``process``, or None."""
         if self.method != "ddpm":
             return f"{self.method} has no variational bound; use ddpm"
@@ -287,7 +288,7 @@ def variational_bound(
     )
 
 
-def _no_bound(process: Any) -> str | None:
+def _no_bound(process: Process) -> str | None:
     if isinstance(process, BoundedProcess):
         return None
     return (
@@ -296,7 +297,7 @@ def _no_bound(process: Any) -> str | None:
     )
 
 
-def chain_of(process: Any, spacing: str | int | None) -> Chain:
+def chain_of(process: Process, spacing: str | int | None) -> Chain:
     """The process's chain.
 
     Raises:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zigflow.keyed import KeyedDraws
-from zigflow.processes import Process, predict
+from zigflow.processes import Process, has_path, predict
 from zigflow.processes.process import ModelFunction, over_batch, working_dtype
 from zigflow.registry import unknown_name
 
@@ -133,10 +133,9 @@ class DpmSolver:
         Raises:
             TypeError: the process has no path of alpha and sigma.
         """
-        reason = self._without_path(process)
-        if reason is not None:
-            raise TypeError(reason)
-        path: Any = process.path  # type: ignore[attr-defined]
+        if not has_path(process):
+            raise TypeError(_no_path(process))
+        path = process.path
         if self.interval is not None:
             low, high = self.interval
         else:
@@ -144,16 +143,10 @@ class DpmSolver:
             low = low if self.lambda_floor is None else raised_start(path, low, self.lambda_floor)
         return TimeRange(low, high, "data" if self.last_step else None)
 
-    def _without_path(self, process: Any) -> str | None:
-        if getattr(process, "path", None) is not None:
-            return None
-        return f"{type(process).__name__} has no path of alpha and sigma: use a sampler of its own, or an ODE method"
-
-    def unfit(self, process: Any) -> str | None:
+    def unfit(self, process: Process) -> str | None:
         """A process without a path of alpha and sigma, or one whose lambda is infinite at an end of its interval."""
-        reason = self._without_path(process)
-        if reason is not None:
-            return reason
+        if not has_path(process):
+            return _no_path(process)
         ends = self.time_range(process)
         times = torch.tensor([ends.start, ends.stop], dtype=torch.float64)
         if bool(torch.isfinite(process.path.log_snr(times)).all()):
@@ -355,3 +348,9 @@ def _register(method: str) -> None:
 
 for _method in FORMS:
     _register(_method)
+
+
+def _no_path(process: Process) -> str:
+    return (
+        f"{type(process).__name__} has no path of alpha and sigma: use a sampler of its own, or an ODE method"
+    )

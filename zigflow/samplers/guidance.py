@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zigflow.nn import as_denoiser
-from zigflow.processes.process import channel_axis
+from zigflow.processes.process import Process, channel_axis
 
 from .conditions import concatenate
 
@@ -58,7 +58,7 @@ class Guided(ModelFunction):
         interval: tuple[float, float] = (0.0, 1.0),
         channels: int | None = None,
         skip_outside: bool = True,
-        process: Any = None,
+        process: Process | None = None,
     ):
         if not isinstance(scale, Tensor) and not math.isfinite(scale):
             raise ValueError(f"the guidance scale is {scale}; give a finite number (1 = off)")

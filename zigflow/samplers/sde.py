@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zigflow.keyed import KeyedDraws, current_draws
-from zigflow.processes import SdeProcess, predict
+from zigflow.processes import Process, SdeProcess, predict
 from zigflow.processes.diffusion_forms import DIFFUSION_FORMS
 from zigflow.processes.process import ModelFunction, working_dtype
 from zigflow.registry import Registry, unknown_name
@@ -124,7 +124,7 @@ class SdeSampler:
         """Steps with noise: one fewer than grid points."""
         return self.num_steps - 1
 
-    def unfit(self, process: Any) -> str | None:
+    def unfit(self, process: Process) -> str | None:
         """A process without diffusion forms has no SDE of this kind."""
         if self.interval is None and not hasattr(process, "sde_interval"):
             return f"{type(process).__name__} has no diffusion forms: set sample_mode=ODE, or use a sampler of its own"

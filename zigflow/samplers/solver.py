@@ -103,7 +103,7 @@ class Sampler(Protocol):
         """From where to where a run goes, and its last step."""
         ...
 
-    def unfit(self, process: Any) -> str | None:
+    def unfit(self, process: Process) -> str | None:
         """Why this sampler cannot run under ``process``, in one line that says what to do, or None."""
         ...
 

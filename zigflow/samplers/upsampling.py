@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zigflow.processes import PathProcess, Process, has_path
 from zigflow.processes.process import channel_axis, over_batch, predict, working_dtype
 from zigflow.registry import Registry
 
@@ -49,7 +50,7 @@ def repeat(x: Tensor, factor: int) -> Tensor:
     return x.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
 
-def match_exactly(process: Any, t: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+def match_exactly(process: PathProcess, t: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     """The times tau (B,) whose SNR is factor^2 times that at t (B,), and the factors (B,) on pooled states.
 
     Not beyond the end of sampling, after which the process has no times; there tau is as late as sampling goes.
@@ -65,7 +66,7 @@ def match_exactly(process: Any, t: Tensor, factor: int) -> tuple[Tensor, Tensor]
     return tau, torch.where(alpha > sigma, path.alpha(tau) / alpha, factor * path.sigma(tau) / sigma)
 
 
-def match_as_published(process: Any, t: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+def match_as_published(process: PathProcess, t: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     """DiM's published matching, which only Stable Diffusion's schedule has; as :func:`match_exactly`.
 
     The step below 1000 s, taken in float32, which is one too low at some whole numbers; of the steps 999, ..., 0 the
@@ -74,14 +75,14 @@ def match_as_published(process: Any, t: Tensor, factor: int) -> tuple[Tensor, Te
     Raises:
         ValueError: another process.
     """
-    steps = getattr(process, "steps", None)
-    if steps != 1000 or getattr(process, "net_offset", None) != 0:
+    alphas_bar = getattr(process, "alphas_bar", None)
+    if alphas_bar is None or len(alphas_bar) != 1000 or getattr(process, "net_offset", None) != 0:
         raise ValueError(
             f"matching=as_published is made of the 1000 steps of process=sd_discrete, not of {process!r}; use "
             "matching=exact"
         )
     first = torch.ones(1, dtype=torch.float64)
-    signal = torch.cat([first, process.alphas_bar])
+    signal = torch.cat([first, alphas_bar])
     noise = 1 - signal
     signal, noise, ratio = (v.float().to(t.device) for v in (signal, noise, signal / noise))
 
@@ -96,7 +97,9 @@ def match_as_published(process: Any, t: Tensor, factor: int) -> tuple[Tensor, Te
     return 1 - tau.to(t), ((signal + noise / factor**2)[step(s)] ** -0.5).to(t)
 
 
-MATCHINGS: Registry[Callable[[Any, Tensor, int], tuple[Tensor, Tensor]]] = Registry("matching of times")
+MATCHINGS: Registry[Callable[[PathProcess, Tensor, int], tuple[Tensor, Tensor]]] = Registry(
+    "matching of times"
+)
 """What ``upsample.matching`` names: ``matching(process, t, factor)``, see :func:`match_exactly`."""
 
 MATCHINGS.register("exact", match_exactly)
@@ -129,14 +132,14 @@ class Upsampled(ModelFunction):
     def __init__(
         self,
         model: Any,
-        process: Any,
+        process: Process,
         factor: int,
         eta: float = 0.3,
         theta: float = 1.0,
         matching: str = "exact",
         skip_outside: bool = True,
     ):
-        if getattr(process, "path", None) is None:
+        if not has_path(process):
             raise TypeError(
                 f"{type(process).__name__} has no path of alpha and sigma, by which upsampling matches times; use "
                 "process=flow, gaussian, vp or sd_discrete"

@@ -21,6 +21,11 @@ COMMANDS = {
     "doctor": "print versions, devices and which kernel backends can run",
 }
 
+# Those that compose a configuration, those that take or print other names, and of these the ones that only show them.
+COMPOSING = ("show-config", "convert-checkpoint", "count-flops", "evaluate")
+NAMING = ("plot-scans", "list", "doctor", "schema")
+SHOWING = ("list", "doctor", "schema")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Dispatch to ``zigflow.tools.<command>.main``; each command is imported only when it is called."""
@@ -36,10 +41,33 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module = importlib.import_module(f"zigflow.tools.{name.replace('-', '_')}")
     try:
-        return module.main([_with_home(argument) for argument in rest])
+        return module.main([_with_home(argument) for argument in _with_own_files(name, rest)])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _with_own_files(command: str, arguments: list[str]) -> list[str]:
+    """Load the files of one's own that are named by plugins= or ZIGFLOW_PLUGINS, and look for YAML in --config-dir.
+
+    What only shows something tells of a file that cannot be loaded and goes on; what types no names loads none.
+    """
+    from zigflow import plugins
+    from zigflow.typed_plugins import with_plugin_files
+
+    if command not in COMPOSING:
+        found = (
+            with_plugin_files(arguments, strict=command not in SHOWING) if command in NAMING else arguments
+        )
+        return [argument for argument in found if not argument.startswith("plugins=")]
+    rest, given = [], iter(arguments)
+    for argument in given:
+        option, equals, value = argument.partition("=")
+        if option in ("--config-dir", "-cd"):
+            plugins.add_config_dir(value if equals else next(given, ""))
+        else:
+            rest.append(argument)
+    return with_plugin_files(rest)
 
 
 def _with_home(argument: str) -> str:

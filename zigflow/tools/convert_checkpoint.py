@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from zigflow import plugins
+from zigflow import plugin_files, plugins
 from zigflow.shapes import data_form
 
 
@@ -29,20 +29,12 @@ def main(argv: list[str]) -> int:
 
     from zigflow.engine import checkpoint as checkpoints
     from zigflow.engine.ranks import Ranks
-    from zigflow.engine.run_state import model_state, scan_state, versions
-    from zigflow.engine.scan_order import scan_facts
-    from zigflow.official import (
-        family_of,
-        load_official,
-        official_arguments,
-        process_of,
-        read_null_text,
-        read_official,
-        target_of,
-    )
+    from zigflow.engine.run_state import Counters, weight_files
+    from zigflow.official import family_of, official_arguments, process_of, read_null_text, target_of
     from zigflow.preflight import scaled_codec
+    from zigflow.stored_config import open_stored
 
-    experiment = any(o.startswith("experiment=") for o in args.overrides)
+    experiment = any(o.lstrip("+").startswith("experiment=") for o in args.overrides)
     named = experiment or any(o.startswith("model=") for o in args.overrides)
     try:
         # An experiment brings its data, and with them the codec.
@@ -55,12 +47,12 @@ def main(argv: list[str]) -> int:
         if not experiment and not any(o.startswith("process=") for o in args.overrides):
             process = f"process={process_of(family)}"
             config = plugins.plain(plugins.compose_config([process, *common]))
-        found = read_official(args.file, family)
+        stored = open_stored(args.file, config["model"], family)
         given = {k: v for k, v in config["model"].items() if k not in ("name", "_target_")}
         if not named:
-            if found.ctor_kwargs is None:
+            if stored.ctor_kwargs is None:
                 raise ValueError(f"{args.file} does not say how its model was built: give model=NAME")
-            given = found.ctor_kwargs
+            given = stored.ctor_kwargs
         null_text = read_null_text(args.null_text) if args.null_text else None
         # A random scan's orders are not in an official file; a seed given here is a statement, not a keyword of theirs.
         seed = {k: given[k] for k in ("scan_seed",) if k in given}
@@ -69,30 +61,17 @@ def main(argv: list[str]) -> int:
         config["model"] = {**names, **kwargs, **seed}
         config["data"] |= data_form(config["model"])
         config["codec"] = scaled_codec(config["codec"])
+        files = plugin_files.use(config)
         plugins.checked(config, trains=False)
     except Exception as error:
         line = plugins.explain(error, "default")
         if line is None:
             raise
         raise ValueError(line) from error
-    model = load_official(family, kwargs, found.state_dict, null_text=null_text, **seed)
-    step = found.step or 0
-    facts = {
-        "format_version": checkpoints.FORMAT_VERSION,
-        "counters": {"step": step, "images_seen": 0, "skipped": 0},
-        "data": {},
-        "ema": [],
-        "versions": versions(),
-        "plugins": [],
-        "converted_from": {"family": family, "file": args.file.name},
-    }
-    scan = scan_facts(model)
-    if scan is not None:
-        facts["scan"] = scan
-    paths = scan_state(model)
-    shared = {"model.safetensors": model_state(model), "config.json": config, "trainer.json": facts}
-    if paths:
-        shared["paths.safetensors"] = paths
+    model = stored.official_model({**kwargs, **seed}, null_text)
+    step = stored.step or 0
+    facts = {"plugin_files": files, "converted_from": {"family": family, "file": args.file.name}}
+    shared = weight_files(model, config, Counters(step=step), facts)
     folder = args.output / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     path = checkpoints.save(folder, step, shared=shared, own={}, ranks=Ranks())

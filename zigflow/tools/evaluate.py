@@ -54,7 +54,7 @@ def evaluate(settings: Any, samples: Path, output: Path | None = None) -> tuple[
     import torch
 
     from zigflow.build import build_codec
-    from zigflow.engine.ranks import Ranks
+    from zigflow.engine.runtime import Runtime
     from zigflow.evaluation_job import build_judge, results_protocol
     from zigflow.metrics.results import read_results, write_results
     from zigflow.metrics.stored_images import StoredImages
@@ -79,7 +79,7 @@ def evaluate(settings: Any, samples: Path, output: Path | None = None) -> tuple[
         )
     }  # fmt: skip
     settings, names = _classes_of(settings, samples)
-    judge = build_judge(settings, ranks=Ranks(), codec=build_codec(settings, "cpu"), device="cpu", preview=0)
+    judge = build_judge(settings, runtime=Runtime(), codec=build_codec(settings, "cpu"), preview=0)
     if judge.metric is None:
         raise SettingsError("there is nothing to judge with: give metrics=NAME and data=NAME with a source")
     judgement = judge(images)

@@ -9,11 +9,11 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 
-from zigflow import paths, plugins
+from zigflow import paths, plugin_files, plugins
 
 KINDS = (
-    "scans", "models", "data", "processes", "samplers", "metrics", "codecs", "optimizers", "backends", "experiments",
-    "debug", "accelerate", "config", "plugins",
+    "scans", "models", "mixers", "data", "processes", "samplers", "metrics", "codecs", "optimizers", "trackers",
+    "backends", "experiments", "debug", "accelerate", "config", "plugins",
 )  # fmt: skip
 
 
@@ -42,9 +42,11 @@ def names(kind: str) -> dict[str, str]:
     special = {
         "scans": _scans,
         "models": _models,
+        "mixers": _mixers,
         "processes": _processes,
         "samplers": _samplers,
         "optimizers": _optimizers,
+        "trackers": _trackers,
         "backends": _backends,
         "config": _config,
         "plugins": _plugins,
@@ -91,6 +93,19 @@ def _models() -> dict[str, str]:
 
     variants = dict.fromkeys(list_variants(), "a variant: zigflow.models.build_variant")
     return {name: text or f"model={name}" for name, text in choices("model").items()} | variants
+
+
+def _mixers() -> dict[str, str]:
+    from dis_mamba import list_mixers
+
+    return {name: f"model.mixer={name}" for name in list_mixers()}
+
+
+def _trackers() -> dict[str, str]:
+    from zigflow.engine import track_tensorboard, track_wandb  # noqa: F401  # they register themselves
+    from zigflow.engine.trackers import TRACKERS
+
+    return {name: f"loop.trackers=[{name}]" for name in TRACKERS.names()}
 
 
 def _processes() -> dict[str, str]:
@@ -159,4 +174,7 @@ def _plugins() -> dict[str, str]:
             found[f"{group}/{entry.name}"] = f"{entry.value} {version}" + (
                 " failed to load" if broken else ""
             )
-    return found
+    found |= {
+        f"file/{file.path}": f"{file.module} SHA-256 {file.sha256[:8]}" for file in plugin_files.loaded()
+    }
+    return found | {f"file/{name}": f"{why} failed to load" for name, why in plugin_files.broken.items()}

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from zigflow.data.class_names import renumbered, shown
-from zigflow.data.files import publishing_folder
 from zigflow.data.picture import WHITE, background_color, read_image
 from zigflow.data.published_crops import CROPS
 from zigflow.data.shard_index import INDEX_NAME, load_folder_index
 from zigflow.data.split import stratified_split
 from zigflow.data.writer import ORDERS, ShardWriter, encode_npy, encode_png, writing_order
+from zigflow.files import publishing_folder
 
 _IDX_KINDS = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _MAX_IDX = 1 << 31

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from scans.animate import animate_scans
 from scans.plot import plot_scans
+from zigflow.typed_plugins import load_scan
 
 
 def main(argv: Sequence[str]) -> int:
@@ -16,7 +17,8 @@ def main(argv: Sequence[str]) -> int:
         "--scan",
         action="append",
         metavar="NAME",
-        help="a registered scan or a scan string (hilbert, spiral:4, zigzagN8); repeatable; default: a gallery",
+        help="a registered scan, a scan string (hilbert, spiral:4, zigzagN8) or one of a file of your own "
+        "(FILE.py:NAME); repeatable; default: a gallery",
     )
     parser.add_argument("--height", type=int, default=16, help="tokens down (default 16)")
     parser.add_argument("--width", type=int, default=16, help="tokens across (default 16)")
@@ -26,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--animate", metavar="FILE.gif", help="write an animation of the growing paths")
     options = parser.parse_args(argv)
+    options.scan = options.scan and [load_scan(name) for name in options.scan]
     drawings: list[tuple[Callable[..., Path], str]] = (
         [(animate_scans, options.animate)] if options.animate else []
     )

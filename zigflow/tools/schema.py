@@ -81,7 +81,9 @@ def _group(prefix: str, keys: list[Key], names: Mapping[str, Any], samples: bool
 
 def _value(key: Key, known: Any, samples: bool) -> dict[str, Any]:
     found = _of_type(key.hint, key)
-    if known is not None:
+    if known is not None and found.get("type") == "array":
+        found = {**found, "items": _of_names(known, found["items"])}
+    elif known is not None:
         found = _of_names(known, found)
     elif key.about.choices:
         found = {"enum": list(key.about.choices)}

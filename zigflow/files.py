@@ -1,14 +1,21 @@
-"""File operations that survive a crash; everything that a run must be able to trust goes through here.
+"""Files that leave either the old state or the new one, never a part of it; the one place that publishes them.
 
 A file is durable once it *and* the directory that names it are synced; a rename inside one directory is
 atomic. Each operation announces itself through :func:`observed` before it happens, so that a test can stop
 the world at any one of them.
+
+A file with one writer is replaced under a fixed temporary name (:func:`replace_bytes`): a run that was cut leaves one
+leftover at most, which the next write takes. Several processes may write the same file or folder through
+:func:`replacing` and :func:`publishing_folder`.
 """
 
 import errno
 import hashlib
 import json
+import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +28,17 @@ __all__ = [
     "StorageError",
     "append_line",
     "file_digest",
+    "locked",
     "make_dir",
     "observed",
     "operation",
+    "publishing_folder",
+    "read_at",
     "remove_tree",
     "rename",
     "replace_bytes",
     "replace_json",
+    "replacing",
     "sync_dir",
     "truncate",
     "unlink",
@@ -37,6 +48,10 @@ __all__ = [
 
 OPERATIONS = ("mkdir", "open", "write", "fsync", "fsync_dir", "rename", "unlink", "rmdir", "truncate")
 _CHUNK = 1 << 24
+# How some network file systems answer that they sync no folders; a rename has happened by then.
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+log = logging.getLogger(__name__)
 
 _observers: list[Callable[[str, Path], None]] = []
 
@@ -157,20 +172,31 @@ def make_dir(path: Path) -> None:
 
 
 def sync_dir(path: Path) -> None:
-    """Make the names inside a directory durable."""
+    """Make the names inside a directory durable, where the system can."""
     with operation("fsync_dir", path):
+        if os.name == "nt":
+            return  # Windows opens no directories.
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in _NO_SYNC:
+                raise
+            log.debug("%s cannot be synced: %s", path, error)
         finally:
             os.close(handle)
 
 
-def rename(source: Path, target: Path) -> None:
-    """Atomically give ``source`` the name ``target`` (same directory) and sync the directory."""
+def rename(source: Path, target: Path, *, durable: bool = True) -> None:
+    """Atomically give ``source`` the name ``target`` (same directory).
+
+    Args:
+        durable: also wait until the name is on the disk.
+    """
     with operation("rename", target):
         os.replace(source, target)
-    sync_dir(target.parent)
+    if durable:
+        sync_dir(target.parent)
 
 
 def unlink(path: Path) -> None:
@@ -224,13 +250,60 @@ def replace_bytes(path: Path, pieces: Iterable[bytes | memoryview], *, durable: 
     with operation("write", temporary), open(handle, "wb") as file:
         for piece in pieces:
             file.write(piece)
-    with operation("rename", path):
-        os.replace(temporary, path)
+    rename(temporary, path, durable=False)
 
 
 def replace_json(path: Path, value: object) -> None:
     """:func:`replace_bytes` for a JSON value."""
     replace_bytes(path, [_json_bytes(value)])
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of ``path`` when the block ends well and vanishes otherwise."""
+    with operation("open", path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            with operation("fsync", path):
+                file.flush()
+                os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def publishing_folder(final: Path, marker: str) -> Iterator[Path]:
+    """A new folder that becomes ``final`` in one rename when the block ends well.
+
+    When another process has published ``final`` meanwhile (it holds ``marker``), the new folder is dropped:
+    whoever comes first wins.
+
+    Raises:
+        FileExistsError: ``final`` is there without ``marker``: something else lives at that place.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        sync_dir(temporary)
+        try:
+            with operation("rename", final):
+                os.rename(temporary, final)
+        except OSError as error:
+            if not (final / marker).is_file():
+                raise FileExistsError(
+                    f"{final} exists but holds no {marker}: move it away or choose another folder"
+                ) from error
+        sync_dir(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -251,3 +324,41 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_at(fd: int, size: int, offset: int) -> bytes:
+    """Up to ``size`` bytes at ``offset``; fewer only where the file ends."""
+    pieces: list[bytes] = []
+    while size > 0:
+        if hasattr(os, "pread"):
+            piece = os.pread(fd, size, offset)
+        else:
+            os.lseek(fd, offset, os.SEEK_SET)
+            piece = os.read(fd, size)
+        if not piece:
+            break
+        pieces.append(piece)
+        size -= len(piece)
+        offset += len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system drops when its holder dies; without locks, go on unlocked.
+
+    Whoever uses it must stay right without it (some network file systems have none): it saves work only.
+    """
+    fd = None
+    try:
+        import fcntl
+
+        fd = os.open(folder, os.O_RDONLY)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        log.debug("%s cannot be locked", folder)
+    try:
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)
