@@ -5,6 +5,7 @@ import dataclasses
 import typing
 from inspect import signature
 
+from zigflow.engine.track_wandb import WandbTracker
 from zigflow.paths import config_dir
 from zigflow.sample_options import SampleOptions
 from zigflow.samplers import DIFFUSION_SAMPLERS
@@ -106,6 +107,8 @@ def test_every_key_is_read_or_explained():
         for name in signature(DIFFUSION_SAMPLERS.get(sampler)).parameters
     }
     read |= {f"diffusion.{name}" for name in {"sampling_method", *taken}}
+    # And this one to its tracker, out of the run's configuration.
+    read |= {f"wandb.{name}" for name in signature(WandbTracker).parameters}
     known = [*keys(Settings), *keys(SampleOptions, "options.")]
     assert len(known) > 50 and set(NOT_STEERING) <= set(known)
     unread = {
