@@ -145,11 +145,11 @@ def remove_unused(folder: Path) -> bool:
     if not folder.is_dir() or folder.is_symlink():
         return False
     hydra = folder / ".hydra"
-    files = [path for path in folder.iterdir() if path != hydra]
+    found = [path for path in folder.iterdir() if path != hydra]
     if hydra.is_dir():
-        files += hydra.iterdir()
+        found += hydra.iterdir()
     known = r"(train|sample)(-\d+)?\.log|(config|hydra|overrides)\.yaml"
-    if any(path.is_symlink() or not path.is_file() or not re.fullmatch(known, path.name) for path in files):
+    if any(path.is_symlink() or not path.is_file() or not re.fullmatch(known, path.name) for path in found):
         return False
     files.remove_tree(folder)
     return True
