@@ -21,7 +21,15 @@ from zigflow.registry import near_names
 from zigflow.settings import Settings, SettingsError
 from zigflow.typed import has_field
 
-__all__ = ["check_added", "check_keywords", "compose_leniently", "signs", "takes_keyword", "with_signs"]
+__all__ = [
+    "check_added",
+    "check_keywords",
+    "check_nodes",
+    "compose_leniently",
+    "signs",
+    "takes_keyword",
+    "with_signs",
+]
 
 # Nodes whose other keys are keywords of the class that they name.
 _NODES = ("model", "process", "codec", "metrics", "data.source", "data.heldout")
@@ -167,6 +175,20 @@ def check_added(cfg: DictConfig, overrides: list[str]) -> None:
                     check_keywords(
                         node, str(target), [match["key"].removeprefix(f"{node}.").partition(".")[0]]
                     )
+
+
+def check_nodes(values: Mapping[str, Any]) -> None:
+    """Refuse keywords that the classes of a configuration's nodes do not have, before any of them is built.
+
+    Raises:
+        SettingsError: the key, the class and near matches among its arguments.
+    """
+    for path in _NODES:
+        node: Any = values
+        for part in path.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if isinstance(node, Mapping) and node.get("_target_"):
+            check_keywords(path, str(node["_target_"]), node)
 
 
 def check_keywords(node: str, target: str, names: Iterable[str]) -> None:

@@ -44,7 +44,7 @@ from zigflow import hydra_folders, paths, plugin_files
 from zigflow.engine import launch, launcher_settings
 from zigflow.errors import ZigflowError
 from zigflow.hydra_folders import run_id
-from zigflow.overrides import check_added, compose_leniently, signs, with_signs
+from zigflow.overrides import check_added, check_nodes, compose_leniently, signs, with_signs
 from zigflow.preflight import check_training
 from zigflow.registry import Registry, UnknownNameError, near_names
 from zigflow.settings import WANDB_KEY, Settings, SettingsError
@@ -313,6 +313,7 @@ def checked(values: Mapping[str, Any], trains: bool = True) -> Settings:
     from zigflow.chosen import check_chosen
 
     check_chosen(settings, trains)
+    check_nodes(values)
     return settings
 
 

@@ -191,8 +191,8 @@ def _near(key: str, known: list[str]) -> list[str]:
     )
     alike = near_names(key, known, cutoff=0.85)
     if alike:
-        here = [path for path in partly if place and path.rpartition(".")[0] == place and path not in alike]
-        return alike + here
+        here = [path for path in partly if place in ("", path.rpartition(".")[0]) and path not in alike]
+        return (alike + here)[:5]
     same = [path for path in known if last[path] == name]
     names = near_names(name, dict.fromkeys(last.values()), cutoff=0.85)
     spelled = [path for path in known if last[path] in names]

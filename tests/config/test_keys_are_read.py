@@ -107,7 +107,7 @@ def test_every_key_is_read_or_explained():
         for name in signature(DIFFUSION_SAMPLERS.get(sampler)).parameters
     }
     read |= {f"diffusion.{name}" for name in {"sampling_method", *taken}}
-    # As this one to its tracker.
+    # And this one to its tracker, out of the run's configuration.
     read |= {f"wandb.{name}" for name in signature(WandbTracker).parameters}
     known = [*keys(Settings), *keys(SampleOptions, "options.")]
     assert len(known) > 50 and set(NOT_STEERING) <= set(known)

@@ -7,9 +7,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from zigflow import plugins
-from zigflow.overrides import compose_leniently
+from zigflow.overrides import check_nodes, compose_leniently
 from zigflow.settings import Settings, SettingsError
 from zigflow.stored_config import complete_from_checkpoint
+from zigflow.typed import unknown_key
 from zigflow.typed_arguments import as_meant
 
 
@@ -120,6 +121,24 @@ def test_near_matches_are_sought_in_every_group(override, hints):
     assert line.startswith(f"unknown key {override.lstrip('+').partition('=')[0]}: did you mean ")
     offered = re.findall(r"[\w.]+", line.partition("did you mean ")[2])
     assert set(hints) <= set(offered) and len(offered) <= 9
+
+
+@pytest.mark.parametrize("node", ["model", "process", "codec", "data.source", "data.heldout"])
+def test_a_keyword_that_a_file_lists_and_the_class_does_not_have_is_refused(node):
+    values = plain([])
+    place = values["data"][node.partition(".")[2]] if "." in node else values[node]
+    check_nodes(values)
+    place["numclasses"] = 5
+    with pytest.raises(
+        SettingsError, match=rf"unknown key {re.escape(node)}\.numclasses: \w+ has no argument"
+    ):
+        check_nodes(values)
+
+
+def test_a_name_spelled_alike_hides_no_key_of_the_same_word():
+    known = ["seeds", "global_seed", "optim.eps", "optim.warmup_steps", "ode.num_steps"]
+    assert unknown_key("seed", known) == "unknown key seed: did you mean seeds or global_seed?"
+    assert unknown_key("optim.steps", known).endswith("did you mean optim.eps or optim.warmup_steps?")
 
 
 @pytest.mark.parametrize(
