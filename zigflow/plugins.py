@@ -462,11 +462,11 @@ def _jobs(overrides: list[str], foreign: bool = False) -> list[tuple[list[str], 
     what is swept, and False.
     """
     parsed = OverridesParser.create().parse_overrides(overrides)
-    settings = [o.input_line for o in parsed if o.key_or_group.startswith("hydra")]
+    settings = [str(o.input_line) for o in parsed if o.key_or_group.startswith("hydra")]
     chosen = [o for o in parsed if not o.key_or_group.startswith("hydra")]
     if foreign or any(o.key_or_group == "hydra/sweeper" for o in parsed):
-        return [([*settings, *(o.input_line for o in chosen if not o.is_sweep_override())], False)]
-    return [([*settings, *job], True) for job in BasicSweeper.split_arguments(chosen, None)[0]]
+        return [([*settings, *(str(o.input_line) for o in chosen if not o.is_sweep_override())], False)]
+    return [([*settings, *map(str, job)], True) for job in BasicSweeper.split_arguments(chosen, None)[0]]
 
 
 def _sweep(typed: Any, overrides: list[str], config_name: str) -> list[tuple[list[str], bool]]:

@@ -277,7 +277,7 @@ def complete_from_checkpoint(given: dict[str, Any], stored: Mapping[str, Any], c
     Raises:
         SettingsError: the command says otherwise than the checkpoint; key and both values are named.
     """
-    merged = {k: v for k, v in given.items() if v is not None or k not in stored}
+    merged: dict[str, Any] = {k: v for k, v in given.items() if v is not None or k not in stored}
     for key in ("is_latent", "use_latent", "max_grad_norm", "ema_rate"):
         merged[key] = stored.get(key) if given.get(key) is None else given[key]
     for group in _FROM_STORED:
@@ -380,7 +380,8 @@ def complete_from_defaults(
     # What follows from data that are not named, such as model.num_classes, is left to the constructor.
     model = {k: v for k, v in model.items() if v is not None}
     default = _defaults_beside(given["data"], process)
-    merged = {k: (default.get(k) if v is None else v) for k, v in given.items()} | {"model": model}
+    merged: dict[str, Any] = {k: (default.get(k) if v is None else v) for k, v in given.items()}
+    merged["model"] = model
     for group in ("train", "process", "codec", "data"):
         if (given[group] or {}).get("name") == "from_checkpoint":
             kept = {

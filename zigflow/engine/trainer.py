@@ -130,8 +130,8 @@ class Trainer:
         placed = place(model, self.runtime, sharded=options.shard)
         self.optimizer = optimizer(model)
         self.ema = EmaProfiles(model, options.ema)
-        for name in self.ema.names() if start is not None else ():
-            if name in start.averages:
+        if start is not None:
+            for name in set(self.ema.names()) & set(start.averages):
                 self.ema.load_state_dict(name, start.averages[name])
                 self.counters.ema_images = start.images
         self.scaler = LossScaler(options.mixed_precision == "fp16", max_skips=options.max_skips)
@@ -241,8 +241,9 @@ class Trainer:
                     self._after_step(record, run_dir, metrics, progress)
         finally:
             progress.close()
-            if hasattr(data, "close"):
-                data.close()
+            close: Callable[[], None] | None = getattr(data, "close", None)
+            if close is not None:
+                close()
         if counters.step < options.train_steps:
             log.info("stopping after step %d as asked", counters.step)
         elif not any(hook.pending(self) for hook in self.monitoring.hooks):
