@@ -25,6 +25,12 @@ def _seeded():
 
 
 @pytest.fixture(autouse=True)
+def _no_name_of_a_run(monkeypatch):
+    """A sweep's command line names the run for its processes; the next test is another run."""
+    monkeypatch.delenv("RUN_ID", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     real = socket.socket.connect
 

@@ -131,7 +131,7 @@ def test_model_names_are_the_published_models(model):
 
 @pytest.mark.parametrize("data", LAYOUTS)
 def test_data_names_hold_the_published_shapes(data, shards):
-    from zigflow.build import build_source
+    from zigflow.sources import build_source
 
     settings = Settings.from_mapping(
         compose([*model_for(data), f"data={data}", f"data.tar_base={shards(data)}"])

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from scans.registry import undone_on_error
+from zigflow.errors import ZigflowError
 from zigflow.paths import expanded
 from zigflow.typed import SettingsError
 
@@ -186,7 +187,7 @@ def _reason(error: BaseException, path: str) -> str:
     return f"{type(error).__name__}{': ' if text else ''}{text}{line}"
 
 
-class _TorchWantedError(Exception):
+class _TorchWantedError(ZigflowError):
     """A file asked for torch where it is not to be imported. No ImportError, which a file might catch."""
 
 

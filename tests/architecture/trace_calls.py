@@ -353,11 +353,16 @@ def trace_all() -> dict[str, list[tuple[str, str]]]:
         return {name: walk(run_dir).stops() for name, walk in WAYS.items()}
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(description="Count the files on the way of a value.")
+    options.add_argument("--json", type=Path, help="also write {way: [files]} here")
+    options.add_argument("--functions", action="store_true", help="name the functions, too")
+    return options
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Count the files on the way of a value.")
-    parser.add_argument("--json", type=Path, help="also write {way: [files]} here")
-    parser.add_argument("--functions", action="store_true", help="name the functions, too")
-    args = parser.parse_args()
+    args = parser().parse_args()
     found = trace_all()
     files = {way: list(dict.fromkeys(file for file, _ in stops)) for way, stops in found.items()}
     for way, stops in found.items():

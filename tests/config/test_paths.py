@@ -197,10 +197,16 @@ def test_a_text_that_looks_like_a_number_stays_as_it_is_typed():
 
 @pytest.mark.parametrize("sign", ["", "+"])
 def test_a_number_whose_key_resembles_a_path_stays_a_number(sign):
-    typed = ["model=digits_dim", f"{sign}model.num_paths=2", "+data.source.cache=false", "run_dir=r"]
+    typed = [
+        "model=digits_dim",
+        f"{sign}model.num_paths=2",
+        "data=shards",
+        "+data.source.stream.cache=false",
+        "run_dir=r",
+    ]
     cfg = plugins.compose_config(typed)
     assert cfg.model.num_paths == 2 and isinstance(cfg.model.num_paths, int)
-    assert cfg.data.source.cache is False
+    assert cfg.data.source.stream.cache is False
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,10 @@ def _check_python(words):
         _check_entry(words[0], words[1:])
     elif words[0].startswith("benchmarks/"):
         _check_script(ROOT / words[0], words[1:])
+    elif words[:2] == ["-m", "tests.architecture.trace_calls"]:
+        from tests.architecture import trace_calls
+
+        trace_calls.parser().parse_args(words[2:])
     else:
         raise UncheckedError(words)
 

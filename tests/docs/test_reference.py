@@ -20,7 +20,7 @@ SOURCES = [
     for path in sorted((ROOT / folder).rglob("*.py"))
 ] + [ROOT / "model_zigma.py", ROOT / "train_acc.py", ROOT / "sample_acc.py"]
 # Capital words beside an environment that are no variables of it: signals, and names of the system.
-WORDS = {"RTLD_NOLOAD", "SC_PAGE_SIZE", "SC_PHYS_PAGES", "SIGINT", "SIGTERM", "SIGUSR1"}
+WORDS = {"FOLDER", "RTLD_NOLOAD", "SC_PAGE_SIZE", "SC_PHYS_PAGES", "SIGINT", "SIGTERM", "SIGUSR1"}
 
 
 @pytest.mark.parametrize("name", docs_keys.PAGES)
