@@ -204,7 +204,7 @@ def test_a_number_whose_key_resembles_a_path_stays_a_number(sign):
         "+data.source.stream.cache=false",
         "run_dir=r",
     ]
-    cfg = plugins.compose_config(typed)
+    cfg = plugins.compose_config([*typed, "run_dir=r"])
     assert cfg.model.num_paths == 2 and isinstance(cfg.model.num_paths, int)
     assert cfg.data.source.stream.cache is False
 
