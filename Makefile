@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -m venv $(VENV) || \
 		{ echo "the venv module is missing: apt-get install python3-venv"; exit 1; }
 	$(PY) -m pip install --quiet uv
-	$(VENV)/bin/uv pip install --quiet --python $(PY) --editable '.[dev]'
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(PY) --editable '.[dev]'
 	@touch $@
 
 demo: $(VENV)/.installed
