@@ -9,6 +9,9 @@ import pytest
 
 from tests.architecture.test_layers import ROOT
 
+# Real commands, run to be traced.
+pytestmark = pytest.mark.slow
+
 WAYS = ("batch", "key", "ckpt", "scan")
 
 
