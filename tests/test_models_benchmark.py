@@ -140,6 +140,7 @@ def test_it_runs_and_writes_what_it_measured(bench, tmp_path):
             assert ratio["range"][0] <= ratio["median"] <= ratio["range"][1]
 
 
+@pytest.mark.slow
 def test_every_backend_is_timed_after_it_was_compared(tmp_path):
     target = tmp_path / "result.json"
     sizes = ["--width", "32", "--depth", "3", "--side", "4", "--repeats", "1", "--threads", "1"]

@@ -168,6 +168,7 @@ def test_peak_memory_counts_every_byte(bench):
     assert peak(CPU, lambda: kept.append(x + 1)) == pytest.approx(size, rel=0.001)
 
 
+@pytest.mark.slow
 def test_checkpoint_policies_differ_in_peak_memory(bench):
     setting = bench.cases.Setting("", 64, 4, 1, 16, 1)
     found = {}

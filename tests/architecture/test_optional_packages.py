@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.architecture.test_layers import MODULES, OPTIONAL, ROOT
 
 # Declared dependencies that a part alone needs, and modules of Python that Windows lacks.
@@ -37,6 +39,7 @@ for module in modules:
 """
 
 
+@pytest.mark.slow
 def test_every_module_is_imported_without_optional_packages_and_posix():
     ours = sorted({module.partition(".")[0] for module in MODULES})
     # Kernels in Triton's language are modules of their own, imported at use.

@@ -348,8 +348,8 @@ def test_the_command_exits_with_2_and_one_line(tmp_path):
     "overrides, code, part",
     [
         (["model.embed_dim=abc"], 2, "model"),
-        (["model.use_pe=7"], 2, "use_pe"),
-        (["process.time_law=uniformm"], 2, "uniform"),
+        pytest.param(["model.use_pe=7"], 2, "use_pe", marks=pytest.mark.slow),
+        pytest.param(["process.time_law=uniformm"], 2, "uniform", marks=pytest.mark.slow),
         (["data.image_size=9"], 2, "divisible"),
     ],
 )

@@ -1,7 +1,9 @@
 """What a job returns to a sweeper: a number of the run, found by name before or after the run."""
 
+import functools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -54,10 +56,16 @@ def test_a_loss_that_is_no_number_stays_none(tmp_path):
     assert math.isnan(objective_of(tmp_path, None)[1])
 
 
+@functools.cache
+def _composed():
+    return plugins.validated(plugins.compose_config(["run_dir=unused"]))
+
+
 @given(st.sampled_from([*LOGGED, "frechet", "los", "anything"]), st.sampled_from([0, 10]))
 def test_a_number_that_no_evaluation_will_make_is_refused_before_training(name, every):
-    overrides = ["run_dir=unused", f"loop.objective={name}", f"data.sample_fid_every={every}"]
-    settings = plugins.validated(plugins.compose_config(overrides))
+    composed = _composed()
+    loop, data = replace(composed.loop, objective=name), replace(composed.data, sample_fid_every=every)
+    settings = replace(composed, loop=loop, data=data)
     if every or name in LOGGED:
         check_objective(settings)
         return
