@@ -226,7 +226,7 @@ def test_what_cannot_be_started_from_is_one_line(tmp_path):
     small = train(tmp_path / "small", *ZIGMA, "process=vp")
     for overrides, message in (
         ([f"ckpt={tmp_path / 'missing'}"], "holds no complete checkpoint"),
-        ([f"ckpt={tmp_path / 'missing.pt'}"], "no checkpoint file"),
+        ([f"ckpt={tmp_path / 'missing.pt'}"], r"missing\.pt does not exist: give ckpt=RUN_DIR"),
         (
             [f"ckpt={small}", "model.depth=3"],
             r"weights are another model's: model\.depth.*Drop the override, or ckpt=",
