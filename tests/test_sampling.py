@@ -222,7 +222,10 @@ def test_what_cannot_be_judged_is_said_before_sampling(runs, tmp_path):
         (["num_fid_samples=3"], "3 samples are too few"),
         (["num_fid_samples=400"], "of class 0 need as many heldout images"),
         (["seeds=0-40", "labels=[2]", "+data.heldout.num_samples=40"], "41 samples of class 2"),
-        (["num_fid_samples=8", "data.heldout.root=/nowhere"], r"unknown key data\.heldout\.root: ShapesSource"),
+        (
+            ["num_fid_samples=8", "data.heldout.root=/nowhere"],
+            r"unknown key data\.heldout\.root: ShapesSource",
+        ),
     ):
         folder = tmp_path / "refused"
         with pytest.raises(SettingsError, match=words) as caught:
